@@ -1,0 +1,1 @@
+"""LoRA adapters: what they are, reading, writing, checking."""

@@ -1,0 +1,136 @@
+"""What a LoRA adapter is: pairs of factors by canonical module name, other tensors, and a configuration.
+
+Nothing here knows a file format: `reader` makes these objects, `writer` consumes them. Factors stay in their source (a
+file read with pread, or a state dict) until they are asked for, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Adapter", "ExtraSpec", "LoRAFactors", "ModuleSpec", "TensorSource", "TensorSpec"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and dtype of a stored tensor, known without reading it."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Where tensors live: a safetensors file, or a state dict."""
+
+    tensors: Mapping[str, TensorSpec]
+
+    def read(self, key: str, out: Tensor | None = None) -> Tensor:
+        """Return the tensor in its stored dtype; into ``out`` (contiguous, same shape and dtype) if given."""
+
+    def close(self) -> None:
+        """Release the file, if there is one. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAFactors:
+    """One pair: ``update = scale * B @ A`` with B (m, r) and A (r, n), both in their stored dtype."""
+
+    B: Tensor
+    A: Tensor
+    scale: float
+    kind: str = "linear"
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpec:
+    """A module's pair as its header describes it. ``name`` is the path in the base model; ``kind`` is "linear"."""
+
+    name: str
+    kind: str
+    m: int
+    n: int
+    rank: int
+    scale: float
+    B: TensorSpec
+    A: TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraSpec:
+    """A tensor that is no factor. ``rule`` is "absolute" (modules_to_save, bias: a weighted mean) or "lora_bias" (a change of the bias: times the scale)."""
+
+    name: str
+    rule: str
+    tensor: TensorSpec
+    module: str | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Ordered mapping from canonical module name to `LoRAFactors`, plus extras and configuration. Opens lazily.
+
+    ``label`` says where it came from, for messages; ``config`` is the adapter configuration as PEFT writes it;
+    ``warnings`` are texts collected while reading.
+    """
+
+    label: str
+    modules: Mapping[str, ModuleSpec]
+    extras: Mapping[str, ExtraSpec]
+    config: Mapping[str, Any]
+    source: TensorSource
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.modules
+
+    def __getitem__(self, name: str) -> LoRAFactors:
+        """Read one pair: B (m, r), A (r, n)."""
+        module = self.modules[name]
+        return LoRAFactors(self.source.read(module.B.key), self.source.read(module.A.key), module.scale, module.kind)
+
+    def extra(self, name: str) -> Tensor:
+        """Read one tensor that is no factor."""
+        return self.source.read(self.extras[name].tensor.key)
+
+    def keys(self) -> Iterator[str]:
+        """Canonical module names, in file order."""
+        return iter(self.modules)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for spec in self.source.tensors.values())
+
+    def save(self, path: Any, *, overwrite: bool = False) -> None:
+        """Write a PEFT folder atomically: the folder appears complete or not at all.
+
+        Raises InputError where ``path`` exists (unless ``overwrite=True`` and it holds only files written here).
+        """
+        from fedlora_kernels.adapters.writer import save_adapter
+
+        save_adapter(self, path, overwrite=overwrite)
+
+    def close(self) -> None:
+        """Close the file behind the adapter."""
+        self.source.close()

@@ -1,0 +1,1 @@
+"""Who computes. The registry lives here."""

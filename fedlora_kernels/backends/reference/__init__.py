@@ -1,0 +1,1 @@
+"""The oracle: float64 Householder QR and SVD, one matrix at a time; one file per family."""

@@ -1,0 +1,1 @@
+"""Accurate mode composed of torch.linalg, on the device of the tensors; one file per family."""

@@ -1,0 +1,1 @@
+"""The kernel API: validated, batched, framework-neutral linear algebra on stacked low-rank factors."""
