@@ -71,7 +71,10 @@ class ModuleSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExtraSpec:
-    """A tensor that is no factor. ``rule`` is "absolute" (modules_to_save, bias: a weighted mean) or "lora_bias" (a change of the bias: times the scale)."""
+    """A tensor that is no factor.
+
+    ``rule`` is "absolute" (modules_to_save, bias: a weighted mean) or "lora_bias" (a change of the bias: times the scale).
+    """
 
     name: str
     rule: str

@@ -241,7 +241,7 @@ class Backend(Protocol):
         """Truncated SVD of each ``sum_k w_k B_k A_k``, never formed; ``output`` is usv, left or balanced."""
 
     def update_gram(self, groups: Sequence[Factors]) -> list[Tensor]:
-        """(N, K, K) float64: inner products of the weighted updates ``w_i B_i A_i`` and ``w_j B_j A_j``; NaN rows for non-finite clients."""
+        """(N, K, K) float64 inner products of the weighted updates ``w_k B_k A_k``; NaN in row and column of a non-finite client."""
 
     def procrustes_rotation(
         self, source: Sequence[Tensor], target: Sequence[Tensor], special: bool, blend: float
