@@ -1,0 +1,132 @@
+"""What the libraries reach on this machine: the bar for our kernels, and the rates that set the floors.
+
+Copy bandwidth and float64/float32 GEMM rate; torch.linalg svd, qr and eigh, looped and batched; the library compositions
+that aggregate stacked factors today (QR + QR + core, and float64 Gram + eigh), with their accuracy against float64.
+
+    python bench/peers.py [--device cuda] [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timing import machine, measure, save
+from torch import Tensor
+
+
+def rates(device: str, seconds: float) -> list[dict[str, Any]]:
+    """Copy bandwidth in bytes/s (read + write) and GEMM rates in flop/s."""
+    count = 1 << (28 if device == "cuda" else 25)
+    source = torch.zeros(count, device=device)
+    target = torch.empty_like(source)
+    size = 8192 if device == "cuda" else 1024
+    rows = []
+    took = measure({"copy": lambda: target.copy_(source)}, device=device, seconds=seconds)["copy"]
+    rows.append({"what": "copy", "bytes_per_s": 8 * count / took["median"], **took})
+    for dtype in (torch.float64, torch.float32):
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        took = measure({"gemm": lambda a=a: a @ a}, device=device, seconds=seconds)["gemm"]
+        rows.append({"what": f"gemm {dtype}", "flop_per_s": 2 * size**3 / took["median"], **took})
+    return rows
+
+
+def looped(function: Callable[[Tensor], object], X: Tensor) -> Callable[[], object]:
+    """Call a function matrix by matrix, as users' loops do."""
+    return lambda: [function(x) for x in X]
+
+
+def decompositions(device: str, sizes: list[int], seconds: float) -> list[dict[str, Any]]:
+    """Seconds per matrix of torch.linalg svd, qr, eigh; looped and batched."""
+    rows = []
+    for dtype in (torch.float32, torch.float64):
+        for size in sizes:
+            batch = max(2, min(20000 if size <= 32 else 224, (1 << 22) // size**2))
+            X = torch.randn(batch, size, size, device=device, dtype=dtype)
+            few = X[: min(batch, 64)]
+            M = X @ X.mT
+            calls: dict[str, tuple[Callable[[], object], int]] = {
+                "svd batched": (lambda X=X: torch.linalg.svd(X), batch),
+                "svd looped": (looped(torch.linalg.svd, few), len(few)),
+                "qr batched": (lambda X=X: torch.linalg.qr(X), batch),
+                "eigh batched": (lambda M=M: torch.linalg.eigh(M), batch),
+            }
+            took = measure({name: call for name, (call, _) in calls.items()}, device=device, seconds=seconds, warmup=1)
+            for name, (_, count) in calls.items():
+                per_matrix = took[name]["median"] / count
+                row = {
+                    "what": name,
+                    "size": size,
+                    "dtype": str(dtype),
+                    "batch": count,
+                    "us_per_matrix": 1e6 * per_matrix,
+                }
+                rows.append(row | {"runs": took[name]["runs"]})
+    return rows
+
+
+def qr_qr_core(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Truncated SVD of B A through two thin QRs and a small SVD, in the dtype of the factors."""
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.mT)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    return Q_B @ U, S, Vh @ Q_A.mT
+
+
+def gram_eigh(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same through float64 Grams and one symmetric eigenproblem."""
+    G_B, G_A = (B.mT.double() @ B.double()), (A.double() @ A.mT.double())
+    jitter = 1e-14 * G_B.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+    F = torch.linalg.cholesky(G_B + jitter * torch.eye(G_B.shape[-1], device=B.device, dtype=torch.float64)).mT
+    values, vectors = torch.linalg.eigh(F @ G_A @ F.mT)
+    S = values.clamp_min(0).sqrt().flip(-1)
+    inverse = torch.where(S > 1e-9 * S[..., :1], S.reciprocal(), torch.zeros_like(S))
+    right = (inverse[..., None] * (vectors.flip(-1).mT @ F)).to(A.dtype) @ A
+    return B @ (A @ right.mT), S, right
+
+
+def compositions(device: str, modules: int, seconds: float) -> list[dict[str, Any]]:
+    """Library compositions for the aggregation of stacked factors, LoRA-like spectrum, m = n = 4096."""
+    rows = []
+    for R in (64, 128):
+        B = torch.randn(modules, 4096, R, device=device) * torch.logspace(0, -2, R, device=device)
+        A = torch.randn(modules, R, 4096, device=device)
+        exact = torch.linalg.svdvals(torch.linalg.qr(B[0].double())[1] @ torch.linalg.qr(A[0].double().mT)[1].mT)
+        routes = {"QR + QR + core": qr_qr_core, "Gram + eigh": gram_eigh}
+        calls: dict[str, Callable[[], object]] = {
+            f"{n} batched": lambda f=f, B=B, A=A: f(B, A) for n, f in routes.items()
+        }
+        calls |= {
+            f"{n} looped": lambda f=f, B=B, A=A: [f(b, a) for b, a in zip(B, A, strict=True)] for n, f in routes.items()
+        }
+        took = measure(calls, device=device, seconds=seconds, warmup=1)
+        for name in calls:
+            S = routes[name.rsplit(" ", 1)[0]](B[:1], A[:1])[1][0].double()
+            worst = float(((S - exact).abs() / exact).max())
+            row = {"what": name, "R": R, "modules": modules, "ms_per_module": 1e3 * took[name]["median"] / modules}
+            rows.append(row | {"worst_sigma_error": worst, "runs": took[name]["runs"]})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and shorter runs")
+    parser.add_argument("--json", help="write the figures here")
+    options = parser.parse_args()
+    seconds = 0.1 if options.quick else 1.0
+    sizes = [8, 32] if options.quick else [8, 16, 32, 64, 128, 256, 512, 1024]
+    modules = 2 if options.quick or options.device == "cpu" else 32
+    print(machine())
+    rows = rates(options.device, seconds)
+    rows += decompositions(options.device, sizes, seconds)
+    rows += compositions(options.device, modules, seconds)
+    for row in rows:
+        print({key: (f"{value:.3g}" if isinstance(value, float) else value) for key, value in row.items()})
+    save(options.json, rows)
+
+
+if __name__ == "__main__":
+    main()
