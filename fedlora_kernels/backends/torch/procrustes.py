@@ -1,0 +1,206 @@
+"""Orthogonal Procrustes by batched float64 SVD, and the rotations it asks for (docs/numerics.md, Procrustes)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.backends.contract import Info, Note, RawRotation
+from fedlora_kernels.backends.torch.chunks import U64, exponent, load, scale_pow2, slices
+
+__all__ = ["align_factors", "procrustes_rotation", "rotate_factors"]
+
+SINGULAR_BLEND = 1e-6
+"""Singular values of a blend that count as zero: eigenvalues -1 met halfway."""
+
+
+def procrustes_rotation(
+    source: Sequence[Tensor], target: Sequence[Tensor], special: bool, blend: float
+) -> list[RawRotation]:
+    """Rotation of every source onto its target; see `Backend.procrustes_rotation`."""
+    return [
+        _rotation([_Term(X, Y, 1.0)], _finite(X) & _finite(Y), special, blend)
+        for X, Y in zip(source, target, strict=True)
+    ]
+
+
+def rotate_factors(B: Sequence[Tensor], A: Sequence[Tensor], Q: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """``(B Q, Q^T A)``, bit for bit B and A where Q is the identity; see `Backend.rotate_factors`."""
+    return [(_rotated(b, q), _rotated(a.mT, q).mT) for b, a, q in zip(B, A, Q, strict=True)]
+
+
+def align_factors(
+    B: Sequence[Tensor],
+    A: Sequence[Tensor],
+    reference_B: Sequence[Tensor] | None,
+    reference_A: Sequence[Tensor] | None,
+    side: tuple[float, float],
+    special: bool,
+    blend: float,
+) -> list[tuple[Tensor, Tensor, RawRotation]]:
+    """Every pair rotated towards its reference; see `Backend.align_factors`. Trouble in either factor marks the pair."""
+    out = []
+    for g, (b, a) in enumerate(zip(B, A, strict=True)):
+        terms = []
+        if reference_A is not None and side[0] != 0:
+            terms.append(_Term(a.mT, reference_A[g].mT, side[0]))
+        if reference_B is not None and side[1] != 0:
+            terms.append(_Term(b, reference_B[g], side[1]))
+        finite = _finite(b) & _finite(a)
+        for term in terms:
+            finite = finite & _finite(term.target)
+        rotation = _rotation(terms, finite, special, blend)
+        left, right = _rotated(b, rotation.Q), _rotated(a.mT, rotation.Q).mT
+        for factor in (left, right):
+            factor.masked_fill_(~finite[:, None, None], torch.nan)
+        overflow = finite & ~(_finite(left) & _finite(right))
+        rotation.info.bitwise_or_((Info.OVERFLOW * overflow).to(torch.int32))
+        out.append((left, right, rotation))
+    return out
+
+
+class _Term(NamedTuple):
+    """One summand ``weight * source^T target`` of M; source and target are (N, rows, r)."""
+
+    source: Tensor
+    target: Tensor
+    weight: float
+
+
+def _rotation(terms: list[_Term], finite: Tensor, special: bool, blend: float) -> RawRotation:
+    N, _, r = terms[0].source.shape
+    M, size, e = _correlation(terms, finite)
+    U, s, Vh = torch.linalg.svd(M)
+    threshold = 8 * r * U64 * size
+    reflected = torch.linalg.det(U @ Vh) < 0
+    one = torch.eye(r, dtype=torch.float64, device=M.device).expand(N, r, r)
+    if blend == 0:
+        Q = one.clone()
+    else:
+        Q = _polar(U, s, Vh, threshold, reflected & special, special)
+        if blend < 1:
+            U_t, s_t, Vh_t = torch.linalg.svd((1 - blend) * one + blend * Q)
+            singular = torch.full_like(threshold, SINGULAR_BLEND)
+            Q = _polar(U_t, s_t, Vh_t, singular, torch.zeros_like(reflected), special=False)
+    unique, gap = _gap(s, threshold, reflected & special, special)
+    unit_in = max(torch.finfo(x.dtype).eps / 2 for term in terms for x in (term.source, term.target))
+    singular_values = scale_pow2(s, e[:, None])
+    condition = torch.where(gap > 0, 2 * size / gap, torch.inf)
+    info = Info.NONFINITE * ~finite + Info.OVERFLOW * ~torch.isfinite(singular_values).all(-1)
+    notes = Note.ILL_CONDITIONED * (finite & (gap <= 16 * unit_in * size))
+    return RawRotation(
+        torch.where(finite[:, None, None], Q, torch.nan),
+        torch.where(finite[:, None], singular_values, torch.nan),
+        unique & finite,
+        torch.where(finite, condition, torch.nan),
+        info.to(torch.int32),
+        notes.to(torch.int32),
+    )
+
+
+def _correlation(terms: list[_Term], finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """M with its largest element in [1, 2), ``sum |weight| |X|_F |Y|_F`` on that scale, and the exponent taken out.
+
+    Taking the exponents out makes the rotation independent of powers of two to the bit, and keeps float64 in range.
+    Matrices that are not finite get M = 0.
+    """
+    parts = [_cross_product(term) for term in terms]
+    exponents = torch.stack([torch.where(finite & (size > 0), e, -5000) for _, size, e in parts])
+    e = exponents.amax(0)
+    M, size = torch.zeros_like(parts[0][0]), torch.zeros_like(parts[0][1])
+    for term, (part, part_size, _), part_e in zip(terms, parts, exponents, strict=True):
+        used = part_e > -5000
+        shift = (part_e - e).clamp_min(-2000)
+        M += torch.where(used[:, None, None], term.weight * scale_pow2(part, shift), 0.0)
+        size += torch.where(used, abs(term.weight) * scale_pow2(part_size, shift), 0.0)
+    e_M = exponent(M.abs().amax((-2, -1))) if M.shape[-1] else torch.zeros_like(e)
+    e = torch.where(e > -5000, e, 0)
+    return scale_pow2(M, -e_M), scale_pow2(size, -e_M), e + e_M
+
+
+def _cross_product(term: _Term) -> tuple[Tensor, Tensor, Tensor]:
+    """``X^T Y`` and ``|X|_F |Y|_F`` of the matrices scaled to a largest element in [1, 2), and the exponent taken out."""
+    N, rows, r = term.source.shape
+    M = torch.zeros(N, r, r, dtype=torch.float64, device=term.source.device)
+    squares = torch.zeros(2, N, dtype=torch.float64, device=M.device)
+    e_X, e_Y = exponent(_largest(term.source)), exponent(_largest(term.target))
+    for wave in slices(N, 16 * r * 512):
+        X, Y = term.source[wave], term.target[wave]
+        for part in slices(rows, 16 * r * X.shape[0]):
+            x, y = load([X], part, e_X[wave]), load([Y], part, e_Y[wave])
+            M[wave].baddbmm_(x.mT, y)
+            squares[0, wave] += x.square().sum((-2, -1))
+            squares[1, wave] += y.square().sum((-2, -1))
+    return M, squares[0].sqrt() * squares[1].sqrt(), e_X + e_Y
+
+
+def _polar(U: Tensor, s: Tensor, Vh: Tensor, threshold: Tensor, flip: Tensor, special: bool) -> Tensor:
+    """Orthogonal factors; where singular values count as zero, the solution closest to the identity."""
+    r = s.shape[-1]
+    one = torch.eye(r, dtype=s.dtype, device=s.device)
+    last = torch.ones_like(s)
+    if r:
+        last[:, -1] = torch.where(flip, -1.0, 1.0)
+    Q = (U * last[:, None, :]) @ Vh
+    k = (s > threshold[:, None]).sum(-1)
+    for i in torch.nonzero((k > 0) & (k < r)).flatten().tolist():
+        Q[i] = _completed(U[i], Vh[i], int(k[i]), special)
+    # one Newton-Schulz step: LAPACK's singular vectors miss orthogonality by a multiple of u that grows with r
+    Q = Q @ (1.5 * one - 0.5 * Q.mT @ Q)
+    return torch.where((k == 0)[:, None, None], one, Q)
+
+
+def _completed(U: Tensor, Vh: Tensor, k: int, special: bool) -> Tensor:
+    U1, U2, V1h, V2h = U[:, :k], U[:, k:], Vh[:k], Vh[k:]
+    P, _, Rh = torch.linalg.svd(U2.mT @ V2h.mT)
+    Q: Tensor = U1 @ V1h + U2 @ P @ Rh @ V2h
+    if special and torch.linalg.det(Q) < 0:
+        P[:, -1] = -P[:, -1]
+        Q = U1 @ V1h + U2 @ P @ Rh @ V2h
+    return Q
+
+
+def _gap(s: Tensor, threshold: Tensor, reflected: Tensor, special: bool) -> tuple[Tensor, Tensor]:
+    """Whether each rotation is unique, and the gap that divides perturbations of M. SO(1) has one element, O(1) a sign."""
+    r = s.shape[-1]
+    if r == 0 or (special and r == 1):
+        return torch.ones_like(reflected), torch.full_like(threshold, torch.inf)
+    k = (s > threshold[:, None]).sum(-1)
+    last, before = s[:, -1], s[:, max(r - 2, 0)]
+    if not special:
+        return k == r, before + last
+    reflected = reflected & (k == r)
+    return (k >= r - 1) & ~(reflected & (before - last <= threshold)), before + torch.where(reflected, -last, last)
+
+
+def _largest(X: Tensor) -> Tensor:
+    if not X.numel():
+        return torch.zeros(X.shape[0], dtype=torch.float64, device=X.device)
+    largest: Tensor = torch.linalg.vector_norm(X, float("inf"), dim=(-2, -1))
+    return largest.double()
+
+
+def _finite(X: Tensor) -> Tensor:
+    return torch.isfinite(_largest(X))
+
+
+def _rotated(X: Tensor, Q: Tensor) -> Tensor:
+    """``X Q`` in the dtype of X (N, rows, r), laid out in memory as X is; X itself, copied, where Q is the identity."""
+    N, rows, r = X.shape
+    # float64 also keeps a caller's TF32 setting out of float32 factors
+    wide = torch.float64 if X.dtype in (torch.float32, torch.float64) else torch.float32
+    by_columns = X.stride(-1) > X.stride(-2)
+    shape = (N, r, rows) if by_columns else (N, rows, r)
+    out = torch.empty(shape, dtype=X.dtype, device=X.device)
+    out = out.mT if by_columns else out
+    kept = (Q == torch.eye(r, dtype=Q.dtype, device=Q.device)).all(-1).all(-1)[:, None, None]
+    for wave in slices(N, 16 * r * 512):
+        q, still = Q[wave].to(wide), kept[wave]
+        for part in slices(rows, 16 * r * q.shape[0]):
+            x = X[wave, part]
+            # multiplying by the identity would turn -0 into +0
+            out[wave, part] = torch.where(still, x, (x.to(wide) @ q).to(x.dtype))
+    return out
