@@ -13,7 +13,18 @@ from fedlora_kernels.backends.contract import RuleCode, RuleSpec
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Absolute", "Budget", "Energy", "Frobenius", "Rank", "RankRule", "SingularValueRatio", "SingularValueSum"]
+__all__ = [
+    "Absolute",
+    "Budget",
+    "Energy",
+    "Frobenius",
+    "Rank",
+    "RankRule",
+    "SingularValueRatio",
+    "SingularValueSum",
+    "parse_size",
+    "spec_of",
+]
 
 
 def _require_real(rule: RankRule, name: str, value: object) -> float:
@@ -192,3 +203,10 @@ class Budget(RankRule):
         raise ValueError(
             "Budget needs the spectra of all modules; pass it to aggregate(rule=...), not to a single-matrix call"
         )
+
+
+def spec_of(rule: object) -> RuleSpec:
+    """Return the plain numbers of a rule for one matrix. TypeError for anything but a `RankRule`, ValueError for `Budget`."""
+    if not isinstance(rule, RankRule):
+        raise TypeError(f"rule is {rule!r}; a rank rule is needed, such as Energy(0.9) or Rank(8)")
+    return rule.spec()

@@ -1,0 +1,284 @@
+"""Orthogonal Procrustes: rotations between factor bases, and LoRA pairs rotated without changing their update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels import backends
+from fedlora_kernels.backends.contract import INFO_TEXT, Backend, Info, RawRotation
+from fedlora_kernels.errors import InputError, MismatchError, NonFiniteError, OutputOverflowError
+from fedlora_kernels.linalg.arrays import Array, Caller, promote
+from fedlora_kernels.linalg.blocks import Matrices, Problem, Ragged, each_problem, largest, matrix_problem, unflatten
+from fedlora_kernels.linalg.results import Rotation, place, raise_for_info
+
+__all__ = ["align_factors", "procrustes_rotation", "rotate_factors"]
+
+
+def procrustes_rotation(
+    source: Array | Ragged,
+    target: Array | Ragged,
+    *,
+    special: bool = False,
+    blend: float = 1.0,
+    check: bool = True,
+    backend: str = "auto",
+) -> Any:
+    """Orthogonal Q that minimises ``|source Q - target|_F``: the polar factor of ``source^T target``.
+
+    Where several Q do equally well the one nearest to the identity is taken (``unique`` is then False); a zero correlation
+    gives the identity. Q is orthogonal to a few float64 rounding units.
+
+    Args:
+        source: ``(..., N, r)`` float64, float32, float16 or bfloat16, or `Ragged` of such.
+        target: as ``source``, same shapes.
+        special: restrict to det Q = +1; otherwise a reflection is a legitimate answer.
+        blend: t in [0, 1]: the polar factor of ``(1 - t) I + t Q`` instead of Q. 0 is the identity. With ``special=False`` the
+            part of Q that is a reflection jumps from the identity to itself at 1/2.
+        check: read ``info`` once and raise for trouble; False never raises for data and never waits for the device.
+        backend: ``auto`` or a name of ``fedlora env``.
+
+    Returns:
+        `Rotation`, float64; a list of them for `Ragged`.
+
+    Raises:
+        NonFiniteError: NaN or Inf in an input (``check=True``; the message names the matrix).
+        MismatchError, InputError, TypeError, BackendError: shapes, blend, dtype, framework, device, backend.
+
+    Source: docs/numerics.md, Procrustes and polar factor; Schoenemann (1966).
+    """
+    caller = Caller("procrustes_rotation")
+    blend = _blend(caller, blend)
+    problems = []
+    for where, values in each_problem(caller.function, source=source, target=target):
+        problem = matrix_problem(caller, where, source=values[0], target=values[1])
+        rows, r = problem.parts[0].group.tensors[0].shape[-2:]
+        _require(where, "target", problem.parts[0].group.tensors[1], (rows, r), "source")
+        problems.append(_sized(problem, m=rows, r=r))
+    if not problems:
+        return []
+    chosen = _choose(caller, backend, problems)
+    X, Y = _columns(problems)
+    raws = chosen.procrustes_rotation(X, Y, bool(special), blend)
+    ragged = isinstance(source, Ragged)
+    if check:
+        _check_rotations(caller, problems, raws, ragged)
+    results = [_rotation(caller, problem.batch, raw) for problem, raw in zip(problems, raws, strict=True)]
+    return results if ragged else results[0]
+
+
+def rotate_factors(
+    B: Array | Ragged, A: Array | Ragged, Q: Array | Ragged, *, check: bool = True, backend: str = "auto"
+) -> Any:
+    """Rotate a LoRA pair within its rank: ``(B Q, Q^T A)``. For orthogonal Q the update B A is unchanged.
+
+    Args:
+        B: ``(..., m, r)`` float64, float32, float16 or bfloat16, or `Ragged` of such.
+        A: ``(..., r, n)``, likewise.
+        Q: ``(..., r, r)``, likewise, usually float64; its orthogonality is the caller's promise.
+        check: raise if an answer is not finite; False never raises for data and never waits for the device.
+        backend: ``auto`` or a name of ``fedlora env``.
+
+    Returns:
+        Pair ``(B Q, Q^T A)`` in the dtypes of B and A (NumPy arrays of bfloat16 answer in float32); a list for `Ragged`.
+
+    Raises:
+        NonFiniteError: NaN or Inf in B, A or Q (``check=True``; the message names the matrix).
+        OutputOverflowError: an answer beyond the range of its dtype (``check=True``).
+        MismatchError, InputError, TypeError, BackendError: shapes, dtype, framework, device, backend.
+
+    Source: docs/numerics.md, Procrustes and polar factor.
+    """
+    caller = Caller("rotate_factors")
+    problems = []
+    for where, values in each_problem(caller.function, B=B, A=A, Q=Q):
+        problem = matrix_problem(caller, where, B=values[0], A=values[1], Q=values[2])
+        factors = problem.parts[0].group.tensors
+        m, r, n = _pair_sizes(where, factors[0], factors[1])
+        _require(where, "Q", factors[2], (r, r), "B")
+        problems.append(_sized(problem, m=m, r=r, n=n))
+    if not problems:
+        return []
+    chosen = _choose(caller, backend, problems)
+    left, right, turns = _columns(problems)
+    left, right = _widened(caller, left), _widened(caller, right)
+    pairs = chosen.rotate_factors(left, right, [turn.to(torch.float64) for turn in turns])
+    ragged = isinstance(B, Ragged)
+    if check:
+        _require_finite(caller, problems, pairs, ragged)
+    results = [
+        (caller.give(unflatten(BQ, problem.batch)), caller.give(unflatten(QA, problem.batch)))
+        for problem, (BQ, QA) in zip(problems, pairs, strict=True)
+    ]
+    return results if ragged else results[0]
+
+
+def align_factors(
+    B: Array | Ragged,
+    A: Array | Ragged,
+    reference: Any,
+    *,
+    side: str | tuple[float, float] = "A",
+    special: bool = True,
+    blend: float = 1.0,
+    check: bool = True,
+    backend: str = "auto",
+) -> Any:
+    """Rotate a LoRA pair towards a reference, ``(B Q, Q^T A)``, in one fused call; the update B A is unchanged.
+
+    Q is the `procrustes_rotation` of ``alpha A A_ref^T + beta B^T B_ref``: side "A" is (1, 0), side "B" is (0, 1).
+
+    Args:
+        B: ``(..., m, r)`` float64, float32, float16 or bfloat16, or `Ragged` of such.
+        A: ``(..., r, n)``, likewise.
+        reference: A_ref for side "A", B_ref for side "B", shaped as A or B; or the pair ``(B_ref, A_ref)``, which a weighted
+            side needs (the one of weight 0 may be None). In a ragged call each is `Ragged`.
+        side: "A", "B", or (alpha, beta), both finite and >= 0, not both 0.
+        special: restrict to det Q = +1.
+        blend: t in [0, 1], as in `procrustes_rotation`; 0 returns the factors as they are.
+        check: read ``info`` once and raise for trouble; False never raises for data and never waits for the device.
+        backend: ``auto`` or a name of ``fedlora env``.
+
+    Returns:
+        ``(B Q, Q^T A, Rotation)``, the factors in the dtypes of B and A (NumPy arrays of bfloat16 answer in float32); a list
+        for `Ragged`.
+
+    Raises:
+        NonFiniteError: NaN or Inf in a factor or reference (``check=True``; the message names the matrix).
+        OutputOverflowError: a rotated factor beyond the range of its dtype (``check=True``).
+        MismatchError, InputError, TypeError, BackendError: shapes, side, blend, dtype, framework, device, backend.
+
+    Source: docs/numerics.md, Procrustes and polar factor; FedRot-LoRA, arXiv 2602.23638.
+    """
+    caller = Caller("align_factors")
+    blend = _blend(caller, blend)
+    alpha, beta = _side(caller, side)
+    B_ref, A_ref = _references(caller, reference, side, alpha, beta)
+    problems = []
+    for where, values in each_problem(caller.function, B=B, A=A, B_ref=B_ref, A_ref=A_ref):
+        arrays = dict(zip(("B", "A", "reference B", "reference A"), values, strict=True))
+        present = {name: array for name, array in arrays.items() if array is not None}
+        problem = matrix_problem(caller, where, **present)
+        taken = dict(zip(present, problem.parts[0].group.tensors, strict=True))
+        m, r, n = _pair_sizes(where, taken["B"], taken["A"])
+        for name, core in (("reference B", (m, r)), ("reference A", (r, n))):
+            if name in taken:
+                _require(where, name, taken[name], core, name[-1])
+        problems.append(_sized(problem, m=m, r=r, n=n))
+    if not problems:
+        return []
+    chosen = _choose(caller, backend, problems)
+    columns = _columns(problems)
+    left, right = _widened(caller, columns[0]), _widened(caller, columns[1])
+    target_B = columns[2] if B_ref is not None else None
+    target_A = columns[-1] if A_ref is not None else None
+    triples = chosen.align_factors(left, right, target_B, target_A, (alpha, beta), bool(special), blend)
+    ragged = isinstance(B, Ragged)
+    if check:
+        _check_rotations(caller, problems, [rotation for _, _, rotation in triples], ragged)
+    results = [
+        (
+            caller.give(unflatten(BQ, problem.batch)),
+            caller.give(unflatten(QA, problem.batch)),
+            _rotation(caller, problem.batch, raw),
+        )
+        for problem, (BQ, QA, raw) in zip(problems, triples, strict=True)
+    ]
+    return results if ragged else results[0]
+
+
+def _blend(caller: Caller, blend: float) -> float:
+    if isinstance(blend, bool) or not isinstance(blend, (int, float)) or not 0.0 <= blend <= 1.0:
+        raise InputError(f"{caller.function}: blend is {blend!r}; 0 <= blend <= 1 is needed")
+    return float(blend)
+
+
+def _side(caller: Caller, side: Any) -> tuple[float, float]:
+    if side in ("A", "B"):
+        return (1.0, 0.0) if side == "A" else (0.0, 1.0)
+    if isinstance(side, (tuple, list)) and len(side) == 2:
+        numbers = [w for w in side if isinstance(w, (int, float)) and not isinstance(w, bool)]
+        if len(numbers) == 2 and all(math.isfinite(w) and w >= 0 for w in numbers) and any(numbers):
+            return float(numbers[0]), float(numbers[1])
+    raise InputError(f"{caller.function}: side is {side!r}; 'A', 'B' or (alpha, beta) >= 0, not both 0, is needed")
+
+
+def _references(caller: Caller, reference: Any, side: Any, alpha: float, beta: float) -> tuple[Any, Any]:
+    """Return (B_ref, A_ref), None where the weight is zero."""
+    if isinstance(reference, (tuple, list)):
+        if len(reference) != 2:
+            raise InputError(
+                f"{caller.function}: reference holds {len(reference)} entries; the pair (B_ref, A_ref) is needed"
+            )
+        B_ref, A_ref = reference
+    elif side in ("A", "B"):
+        B_ref = A_ref = reference
+    else:
+        raise InputError(f"{caller.function}: side {side!r} needs reference as the pair (B_ref, A_ref)")
+    B_ref, A_ref = (B_ref if beta else None), (A_ref if alpha else None)
+    for name, weight, value in (("B", beta, B_ref), ("A", alpha, A_ref)):
+        if weight and value is None:
+            raise InputError(f"{caller.function}: side {side!r} needs a reference for {name}; it is None")
+    return B_ref, A_ref
+
+
+def _sized(problem: Problem[Matrices], **sizes: int) -> Problem[Matrices]:
+    return Problem(problem.batch, problem.ranks, problem.dtype, {**problem.sizes, **sizes}, problem.parts)
+
+
+def _pair_sizes(where: str, B: Tensor, A: Tensor) -> tuple[int, int, int]:
+    m, r = B.shape[-2:]
+    _require(where, "A", A, (r, A.shape[-1]), "B")
+    return m, r, A.shape[-1]
+
+
+def _require(where: str, name: str, tensor: Tensor, core: tuple[int, ...], like: str) -> None:
+    if tuple(tensor.shape[-2:]) != core:
+        raise MismatchError(
+            f"{where}{name} holds matrices of shape {tuple(tensor.shape[-2:])}; {core} is needed to fit {like}"
+        )
+
+
+def _choose(caller: Caller, backend: str, problems: Sequence[Problem[Matrices]]) -> Backend:
+    dtype = promote(problem.dtype for problem in problems)
+    return backends.choose(caller.function, backend, dtype, caller.device, largest(problems))
+
+
+def _columns(problems: Sequence[Problem[Matrices]]) -> list[list[Tensor]]:
+    """Regroup from problems of several arguments to arguments of several problems."""
+    return [list(column) for column in zip(*(problem.parts[0].group.tensors for problem in problems), strict=True)]
+
+
+def _widened(caller: Caller, tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.to(caller.answer_dtype(tensor.dtype)) for tensor in tensors]
+
+
+def _rotation(caller: Caller, batch: tuple[int, ...], raw: RawRotation) -> Rotation:
+    return Rotation(*(caller.give(unflatten(field, batch)) for field in raw))
+
+
+def _check_rotations(
+    caller: Caller, problems: Sequence[Problem[Matrices]], raws: Sequence[RawRotation], ragged: bool
+) -> None:
+    raise_for_info(caller.function, [problem.batch for problem in problems], ragged, [raw.info for raw in raws])
+
+
+def _require_finite(
+    caller: Caller, problems: Sequence[Problem[Matrices]], pairs: Sequence[tuple[Tensor, Tensor]], ragged: bool
+) -> None:
+    def finite(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([tensor.isfinite().all(-1).all(-1) for tensor in tensors]).all(0)
+
+    good = torch.cat([finite(pair) for pair in pairs]).cpu()
+    if good.all():
+        return
+    first = int((~good).nonzero()[0])
+    where = place(caller.function, [problem.batch for problem in problems], ragged, first)
+    sound = torch.cat([finite(problem.parts[0].group.tensors) for problem in problems]).cpu()
+    if sound[first]:
+        raise OutputOverflowError(f"{where}{INFO_TEXT[Info.OVERFLOW]}")
+    raise NonFiniteError(f"{where}{INFO_TEXT[Info.NONFINITE]}")

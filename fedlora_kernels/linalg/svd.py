@@ -1,0 +1,168 @@
+"""Singular value decompositions: of small dense matrices, and of weighted sums of low-rank products that are never formed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedlora_kernels import backends
+from fedlora_kernels.backends.contract import Factors, RawProduct, RawSVD, RuleCode, RuleSpec
+from fedlora_kernels.errors import InputError
+from fedlora_kernels.linalg.arrays import Array, Caller, parse_dtype, promote
+from fedlora_kernels.linalg.blocks import (
+    Problem,
+    Ragged,
+    each_problem,
+    factor_problems,
+    largest,
+    matrix_problem,
+    solve,
+    unflatten,
+)
+from fedlora_kernels.linalg.results import Certificate, ProductSVD, SVDResult, raise_for_info
+from fedlora_kernels.linalg.rules import Energy, RankRule, spec_of
+
+__all__ = ["core_svd", "product_svd"]
+
+_OUTPUTS = ("usv", "left", "balanced")
+
+
+def core_svd(C: Array | Ragged, *, check: bool = True, backend: str = "auto") -> Any:
+    """SVD of each matrix of a batch, ``C = U diag(S) Vh`` with k = min(p, q) columns, by one-sided Jacobi or better.
+
+    Small singular values are accurate relative to themselves as far as the column scaling of C allows; U and Vh are complete
+    and orthonormal even where C is deficient. The largest component of every column of U is positive.
+
+    Args:
+        C: ``(..., p, q)`` float64, float32, float16 or bfloat16, or `Ragged` of such.
+        check: read ``info`` once and raise for trouble; False never raises for data and never waits for the device.
+        backend: ``auto`` or a name of ``fedlora env``.
+
+    Returns:
+        `SVDResult`; a list of them for `Ragged`. U, S, Vh in the input dtype, half inputs in float32.
+
+    Raises:
+        NonFiniteError: C holds NaN or Inf (``check=True``; the message names the matrix).
+        ConvergenceError: the iteration hit its guard (``check=True``).
+        InputError, TypeError, BackendError: shape, dtype, framework, device, backend.
+
+    Source: docs/numerics.md, core SVD; Demmel and Veselic (1992), Drmac and Veselic (2008).
+    """
+    caller = Caller("core_svd")
+    problems = [matrix_problem(caller, where, C=values[0]) for where, values in each_problem(caller.function, C=C)]
+    if not problems:
+        return []
+    shapes = [problem.parts[0].group.tensors[0].shape for problem in problems]
+    sizes = largest(problems) | {"p": max(shape[-2] for shape in shapes), "q": max(shape[-1] for shape in shapes)}
+    chosen = backends.choose("core_svd", backend, promote(problem.dtype for problem in problems), caller.device, sizes)
+    raws: list[RawSVD] = solve(problems, lambda groups: chosen.core_svd([group.tensors[0] for group in groups]))
+    ragged = isinstance(C, Ragged)
+    if check:
+        raise_for_info(caller.function, [problem.batch for problem in problems], ragged, [raw.info for raw in raws])
+    results = [
+        SVDResult(*(caller.give(unflatten(field, problem.batch)) for field in raw))
+        for problem, raw in zip(problems, raws, strict=True)
+    ]
+    return results if ragged else results[0]
+
+
+def product_svd(
+    B: Any,
+    A: Any,
+    *,
+    weights: Any = None,
+    rule: RankRule = Energy(1.0),  # noqa: B008 - frozen
+    output: str = "usv",
+    dtype: Any = None,
+    check: bool = True,
+    backend: str = "auto",
+) -> Any:
+    """Truncated SVD of ``W = sum_k w_k B_k A_k``, which is never formed.
+
+    The rank p is what ``rule`` chooses from float64 singular values, never more than the numerical rank. ``error`` is
+    ``|W - W_p|_F / |W|_F`` and is at most ``error_bound``; ``certificate.sigma_err`` bounds the relative error of every kept
+    singular value. W_p is the best approximation of its rank to within those bounds.
+
+    Args:
+        B: ``(..., m, R)``, or a list of client blocks ``(..., m, r_k)``, or `Ragged` of either; float64, float32, float16
+            or bfloat16, mixed between blocks if need be. Leading dimensions are batch.
+        A: ``(..., R, n)``, or a list of client blocks ``(..., r_k, n)``, or `Ragged`, as B.
+        weights: None (all 1), ``(K,)`` or ``(..., K)`` finite reals of any sign, read as float64 on the host; they hold the
+            client weight times the LoRA scale. A pair that is no list is one block. A client of weight 0 is never read.
+        rule: any rank rule but `Budget`.
+        output: ``usv``: left = U, right = V^T. ``left``: left = U S (FLoRIST's pair). ``balanced``: sqrt(S) on either side.
+        dtype: of left and right; None is the common dtype of the blocks (NumPy arrays of bfloat16 answer in float32).
+        check: read ``info`` once and raise for trouble; False never raises for data and never waits for the device.
+        backend: ``auto`` or a name of ``fedlora env``.
+
+    Returns:
+        `ProductSVD`, padded with zeros to min(m, n, R, cap) columns, R over all blocks; a list of them for `Ragged`.
+
+    Raises:
+        MismatchError: shapes that do not fit (the message names argument and block).
+        WeightError: weights of the wrong number, or not finite.
+        NonFiniteError: NaN or Inf in a factor (``check=True``; the message names the matrix).
+        OutputOverflowError, ConvergenceError: as said by ``info`` (``check=True``).
+        ValueError: the rule is a `Budget`. TypeError: it is no rule, or frameworks are mixed.
+        InputError, BackendError: dtype, output, device, backend.
+
+    Source: docs/numerics.md, the truncated-SVD pipeline; FLoRIST, arXiv 2506.09199.
+    """
+    caller = Caller("product_svd")
+    spec = spec_of(rule)
+    if output not in _OUTPUTS:
+        raise InputError(f"product_svd: output is {output!r}; one of {', '.join(_OUTPUTS)} is needed")
+    asked = None if dtype is None else parse_dtype(caller.function, dtype)
+    problems = factor_problems(caller, B, A, weights, _column_cap(spec))
+    if not problems:
+        return []
+    chosen = backends.choose(
+        "product_svd", backend, promote(problem.dtype for problem in problems), caller.device, largest(problems)
+    )
+    raws: dict[int, RawProduct] = {}
+    for answer_dtype, members in _by_dtype(caller, problems, asked).items():
+
+        def call(groups: list[Factors], answer_dtype: torch.dtype = answer_dtype) -> list[RawProduct]:
+            return chosen.product_svd(groups, spec, output, answer_dtype)
+
+        raws.update(zip(members, solve([problems[i] for i in members], call), strict=True))
+    ragged = isinstance(B, Ragged)
+    if check:
+        infos = [raws[i].info for i in range(len(problems))]
+        raise_for_info(caller.function, [problem.batch for problem in problems], ragged, infos)
+    results = [_product(caller, problem.batch, raws[i]) for i, problem in enumerate(problems)]
+    return results if ragged else results[0]
+
+
+def _column_cap(spec: RuleSpec) -> int | None:
+    caps = [spec.cap] if spec.cap else []
+    if spec.code == RuleCode.RANK:
+        caps.append(int(spec.value))
+    return min(caps, default=None)
+
+
+def _by_dtype(
+    caller: Caller, problems: list[Problem[Factors]], asked: torch.dtype | None
+) -> dict[torch.dtype, list[int]]:
+    members: dict[torch.dtype, list[int]] = {}
+    for index, problem in enumerate(problems):
+        members.setdefault(asked or caller.answer_dtype(problem.dtype), []).append(index)
+    return members
+
+
+def _product(caller: Caller, batch: tuple[int, ...], raw: RawProduct) -> ProductSVD:
+    given = RawProduct(*(caller.give(unflatten(field, batch)) for field in raw))
+    certificate = Certificate(given.rho, given.sigma_err, given.passes, given.energy_abs, given.numerical_rank)
+    return ProductSVD(
+        given.left,
+        given.S,
+        given.right,
+        given.rank,
+        given.energy,
+        given.error,
+        given.error_bound,
+        certificate,
+        given.info,
+        given.notes,
+    )
