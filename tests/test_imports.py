@@ -17,7 +17,7 @@ FLOOR = {
     "linalg": 2, "adapters": 2, "testing": 2,
     "methods": 3,
     "aggregate": 4, "slabs": 4, "result": 4, "state": 4, "report": 4,
-    "reporting": 5, "environment": 5, "cli": 6, "demo": 6, "__main__": 7, "__init__": 7,
+    "arguments": 4, "reporting": 5, "environment": 5, "inspection": 5, "request": 5, "cli": 6, "demo": 6, "__main__": 7, "__init__": 7,
 }  # fmt: skip
 APART = {("linalg", "adapters"), ("adapters", "linalg")}
 

@@ -1,0 +1,192 @@
+"""The parser of the command line: every flag, nothing heavy. `fedlora --help` and a wrong flag never load torch."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fedlora_kernels._version import __version__
+from fedlora_kernels.errors import InputError
+
+__all__ = ["RULE_FLAGS", "parse"]
+
+RULE_FLAGS = {
+    "rank": ("Rank", int, "K", "keep K singular values"),
+    "energy": ("Energy", float, "T", "keep this fraction of the energy |D|_F^2 (default: 0.9)"),
+    "sv_ratio": ("SingularValueRatio", float, "X", "keep the singular values above s_1 / X"),
+    "sv_cumulative": ("SingularValueSum", float, "T", "keep this fraction of the sum of singular values"),
+    "sv_fro": ("Frobenius", float, "F", "keep this fraction of the Frobenius norm"),
+    "absolute": ("Absolute", float, "E", "keep the singular values above E"),
+}
+"""Rule flags by destination: name of the rule class, type of its number, placeholder, help."""
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+_SIGNED_LIST = re.compile(r"-[\d.][^=]*")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}. See '{self.prog} --help'")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments after the program's name.
+
+    Raises InputError for anything the parser refuses, SystemExit(0) for --help and --version.
+    """
+    options, unknown = _build().parse_known_args(_join_signed(argv))
+    if unknown:
+        raise InputError(f"unrecognized arguments: {' '.join(unknown)}. See 'fedlora {options.command} --help'")
+    return options
+
+
+def _join_signed(argv: Sequence[str]) -> list[str]:
+    """Write ``--weights -1,2`` as ``--weights=-1,2``: argparse takes a value that starts with a minus for a flag."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] == "--weights" and _SIGNED_LIST.fullmatch(argument):
+            joined[-1] = f"--weights={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _build() -> _Parser:
+    parser = _Parser(
+        prog="fedlora",
+        allow_abbrev=False,
+        description="Many LoRA adapters into one: exact, batched, certified.",
+        epilog="Exit status: 0 done; 2 wrong arguments or input; 1 the run failed; 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"fedlora {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, add, text in (
+        ("aggregate", _aggregate, "combine the adapters of several clients into one"),
+        ("inspect", _inspect, "ranks, spectra, norms and cosines of adapters, and what looks wrong"),
+        ("env", _env, "versions, backends, why each is on or off, a one-second self-test"),
+        ("demo", _demo, "federated LoRA on real text with a small model, end to end"),
+    ):
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
+        command.add_argument("--verbose", action="store_true", help="log every step; a failure shows its traceback")
+        add(command)
+    return parser
+
+
+def _aggregate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("clients", nargs="+", metavar="CLIENT", help="a PEFT folder, or name=folder")
+    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="folder to write; replaced with --overwrite")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds only files written here")
+    _aggregate_method(parser)
+    _aggregate_clients(parser)
+    _aggregate_output(parser)
+    _aggregate_machine(parser)
+
+
+def _aggregate_method(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", default="florist", metavar="NAME", help="default: florist")
+    group.add_argument(
+        "--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method; may be repeated"
+    )
+    group.add_argument("--previous", metavar="DIR", help="the result of the round before")
+    group.add_argument("--round", type=_count, metavar="N", help="0-based; default: the round of --previous + 1, or 0")
+    group.add_argument("--seed", type=_count, default=0, metavar="N", help="for padding rows; default: 0")
+    rules = parser.add_argument_group("rank rule, one of").add_mutually_exclusive_group()
+    for name, (_, kind, metavar, text) in RULE_FLAGS.items():
+        rules.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text)
+    group.add_argument("--max-rank", type=_positive, metavar="K", help="an upper bound on the rank, beside any rule")
+
+
+def _aggregate_clients(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("clients")
+    group.add_argument("--weights", type=_numbers, metavar="W,W,...", help="one per client; default: equal")
+    group.add_argument(
+        "--no-normalize", dest="normalize", action="store_false", help="take the weights as they are, negative too"
+    )
+    group.add_argument("--policy", choices=("strict", "drop", "clip"), default="strict", help="for bad clients")
+    group.add_argument(
+        "--max-update-norm", type=_norm, metavar="X|median", help="norm that --policy clip scales a client down to"
+    )
+    group.add_argument("--min-clients", type=_positive, metavar="N", help="stop if fewer clients remain")
+    group.add_argument("--min-weight", type=float, metavar="F", help="stop if less of the total weight remains")
+    group.add_argument("--missing", choices=("error", "renormalize", "zero"), default="error")
+    group.add_argument("--extras", choices=("strict", "ignore", "owners", "first"), default="strict")
+    group.add_argument("--rank-from", choices=("config", "tensor"), default="config")
+    group.add_argument("--adapter-name", metavar="NAME", help="which adapter of a file that holds several")
+
+
+def _aggregate_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--target", choices=("peft", "vllm"), default="peft")
+    group.add_argument("--output", choices=("left", "balanced"), default="left", help="where singular values sit")
+    group.add_argument(
+        "--uniform-rank", action=argparse.BooleanOptionalAction, help="pad every module to the largest rank"
+    )
+    group.add_argument("--fill", choices=("zero", "random"), default="zero", help="rows of A in the padding")
+    group.add_argument("--drop-zero", action="store_true", help="leave out modules whose update is zero")
+    group.add_argument("--dtype", choices=DTYPES, help="default: float32, or float64 if a client is float64")
+    group.add_argument("--report", action="append", default=[], metavar="FILE.json", help="a copy of the report")
+    group.add_argument("--quiet", action="store_true", help="no table, no progress bar")
+
+
+def _aggregate_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument("--backend", default="auto", metavar="NAME", help="default: auto; see fedlora env")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument("--memory", metavar="SIZE", help="for data in flight, such as 512MiB; default: 1GiB")
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT folder, or name=folder")
+    parser.add_argument("--report", action="append", default=[], metavar="FILE.json", help="everything shown, as JSON")
+    parser.add_argument("--rank-from", choices=("config", "tensor"), default="config")
+    parser.add_argument("--adapter-name", metavar="NAME", help="which adapter of a file that holds several")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="default: auto; see fedlora env")
+    parser.add_argument("--quiet", action="store_true", help="no table, no progress bar")
+
+
+def _env(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(quiet=False)
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="DIR", help="folder of the prepared data and model")
+    parser.set_defaults(quiet=False)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    number = _count(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
+    return number
+
+
+def _numbers(text: str) -> list[float]:
+    numbers = []
+    for position, part in enumerate(text.split(",")):
+        try:
+            numbers.append(float(part))
+        except ValueError:
+            message = f"weight {position + 1} is {part!r}; numbers separated by commas are needed"
+            raise argparse.ArgumentTypeError(message) from None
+    return numbers
+
+
+def _norm(text: str) -> float | str:
+    if text == "median":
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number > 0 nor 'median'")
+    return number

@@ -1,0 +1,67 @@
+"""Reports as JSON: strict (NaN and infinities become null), written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora_kernels.errors import InputError
+
+__all__ = ["check_target", "plain", "write_json"]
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """Return ``path`` if a report can be written there. InputError otherwise; nothing is created."""
+    target = Path(path)
+    if target.suffix.lower() != ".json":
+        raise InputError(f"--report {target}: only FILE.json is in this version; give a name that ends in .json")
+    if target.is_dir():
+        raise InputError(f"--report {target}: a folder is there; give the name of a file")
+    if not target.parent.is_dir():
+        raise InputError(f"--report {target}: there is no folder {target.parent}; create it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--report {target}: the folder {target.parent} cannot be written; choose another one")
+    return target
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write ``content`` beside ``path`` and move it into place in one step. OSError where the system refuses."""
+    target = Path(path)
+    text = json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` with tuples as lists, arrays and scalars as numbers, and NaN and infinities as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

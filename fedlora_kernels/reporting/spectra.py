@@ -1,0 +1,115 @@
+"""What ``fedlora inspect`` shows: adapters side by side, spectra, cosines, and what looks wrong."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from fedlora_kernels.reporting.tables import MODULE_ROWS, layer_type, number, size, table
+from fedlora_kernels.reporting.terminal import text
+
+__all__ = ["inspect_tables"]
+
+COSINE_COLUMNS = 12
+"""More adapters than this make a matrix that no terminal holds; then only the extremes are shown."""
+
+
+def inspect_tables(report: Mapping[str, Any]) -> RenderableType:
+    """Return the tables of an inspection: adapters, spectra, cosines, findings."""
+    adapters: Sequence[Mapping[str, Any]] = report["adapters"]
+    parts: list[RenderableType] = [_adapters(adapters)]
+    parts += [_spectra(adapter) for adapter in adapters]
+    if len(adapters) > 1:
+        parts.append(_cosines([adapter["name"] for adapter in adapters], report["cosines"]))
+    findings = table("What looks wrong", "")
+    for finding in report["findings"]:
+        findings.add_row(text(finding, "yellow"))
+    parts.append(findings if report["findings"] else text("Nothing looks wrong.", "green"))
+    return Group(*parts)
+
+
+def _adapters(adapters: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ("adapter", ">modules", ">rank", ">scale", "dtype", ">|D|_F", ">size", "base model", "extras")
+    rows = table("Adapters", *columns)
+    for adapter in adapters:
+        low, high = adapter["rank_min"], adapter["rank_max"]
+        rows.add_row(
+            text(adapter["name"]),
+            text(len(adapter["modules"])),
+            text(low if low == high else f"{low}-{high}"),
+            text(_span(adapter["scales"])),
+            text(", ".join(adapter["dtypes"])),
+            text(number(adapter["norm"])),
+            text(size(adapter["bytes"])),
+            text(adapter["base_model"] or "-"),
+            text(", ".join(extra["name"] for extra in adapter["extras"]) or "-"),
+        )
+    return rows
+
+
+def _span(values: Sequence[float]) -> str:
+    return ", ".join(number(value) for value in values) if len(values) < 4 else f"{values[0]:.3g}-{values[-1]:.3g}"
+
+
+def _spectra(adapter: Mapping[str, Any]) -> Table:
+    modules: Sequence[Mapping[str, Any]] = adapter["modules"]
+    columns = ("module", ">m x n", ">rank", ">scale", ">s_1", ">effective", ">rank 90 %", ">rank 99 %", ">|D|_F")
+    rows = table(f"Spectra of {adapter['name']}", *columns)
+    if len(modules) <= MODULE_ROWS:
+        for module in modules:
+            rows.add_row(*(text(value) for value in _module_cells(module)))
+        return rows
+    layers: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for module in modules:
+        layers.setdefault((layer_type(module["name"]), f"{module['m']} x {module['n']}"), []).append(module)
+    for (layer, shape), members in layers.items():
+        cells = [f"{layer} ({len(members)}, medians)", shape]
+        for key in ("rank", "scale", "s_1", "effective_rank", "rank_90", "rank_99", "norm"):
+            values = [value for value in (_value(member, key) for member in members) if value is not None]
+            cells.append(number(statistics.median(values)) if values else "-")
+        rows.add_row(*(text(cell) for cell in cells))
+    return rows
+
+
+def _module_cells(module: Mapping[str, Any]) -> list[object]:
+    cells: list[object] = [module["name"], f"{module['m']} x {module['n']}", module["rank"]]
+    if "singular_values" not in module:
+        return [*cells, number(module["scale"]), "not finite", "", "", "", ""]
+    return [
+        *cells,
+        number(module["scale"]),
+        number(_value(module, "s_1")),
+        number(module["effective_rank"]),
+        module["rank_90"],
+        module["rank_99"],
+        number(module["norm"]),
+    ]
+
+
+def _value(module: Mapping[str, Any], key: str) -> float | None:
+    if key != "s_1":
+        return module.get(key)
+    values = module.get("singular_values")
+    return values[0] if values else None
+
+
+def _cosines(names: Sequence[str], cosines: Sequence[Sequence[float]]) -> Table:
+    if len(names) > COSINE_COLUMNS:
+        return _extreme_cosines(names, cosines)
+    rows = table("Cosines between updates", "", *(f">{index + 1}" for index in range(len(names))))
+    for index, name in enumerate(names):
+        rows.add_row(text(f"{index + 1} {name}"), *(text(f"{value:.3f}") for value in cosines[index]))
+    return rows
+
+
+def _extreme_cosines(names: Sequence[str], cosines: Sequence[Sequence[float]]) -> Table:
+    rows = table("Cosines between updates: each adapter's least and most alike", "adapter", ">least", "", ">most", "")
+    for index, name in enumerate(names):
+        others = [(value, names[other]) for other, value in enumerate(cosines[index]) if other != index]
+        (low, far), (high, near) = min(others), max(others)
+        rows.add_row(text(name), text(f"{low:.3f}"), text(far), text(f"{high:.3f}"), text(near))
+    return rows

@@ -1,0 +1,169 @@
+"""Tables of a run: totals, modules and clients, from the report alone."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from fedlora_kernels.reporting.terminal import clean, text
+
+__all__ = ["aggregate_tables", "layer_type", "number", "size", "table"]
+
+MODULE_ROWS = 40
+"""More modules than this are shown by layer type."""
+
+_LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def table(title: str, *columns: str) -> Table:
+    """Return an empty table; a column whose name starts with ``>`` is right-aligned."""
+    made = Table(
+        title="\n" + title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    for column in columns:
+        right = column.startswith(">")
+        made.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    return made
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a number in few digits; a dash for None."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def size(count: float | None) -> str:
+    """Return bytes in the unit that reads best; a dash for None."""
+    if count is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def layer_type(module: str) -> str:
+    """Return a module's name with its numbers as ``*``: what layers of one kind share."""
+    return _LAYER_NUMBER.sub("*", module)
+
+
+def aggregate_tables(report: Mapping[str, Any], out: str) -> RenderableType:
+    """Return the tables of an aggregation report (schema 1): totals, modules, clients."""
+    modules: Sequence[Mapping[str, Any]] = report["modules"]
+    rows = _by_layer(modules) if len(modules) > MODULE_ROWS else _by_module(modules)
+    return Group(_totals(report, out), rows, _clients(report["clients"]))
+
+
+def _totals(report: Mapping[str, Any], out: str) -> Table:
+    totals, backend, seconds = report["totals"], report["backend"], report["seconds"]
+    grid = Table.grid(padding=(0, 2))
+    used = sum(client["status"] in ("used", "clipped") for client in report["clients"])
+    rule = report["method"].get("rule")
+    lines = {
+        "wrote": out,
+        "method": report["method"]["name"] + (f", {rule}" if rule else ""),
+        "clients": f"{used} of {totals['clients']}",
+        "modules": totals["modules"],
+        "rank": f"{totals['rank_in']} in, {totals['rank']} out (sums over modules)",
+        "size": f"{totals['parameters']} parameters, {size(totals['bytes'])}",
+        "error": f"{number(totals['error'])} of |D|_F, certified at most {number(totals['error_bound'])}",
+        "backend": f"{_joined(backend['used'])} on {backend['device']}",
+        "seconds": ", ".join(f"{stage} {number(spent)}" for stage, spent in seconds.items()),
+    }
+    for name, value in lines.items():
+        grid.add_row(text(name, "bold"), text(value))
+    for fallback in backend.get("fallbacks", ()):
+        grid.add_row(text("fallback", "bold"), text(_described(fallback)))
+    return grid
+
+
+def _by_module(modules: Sequence[Mapping[str, Any]]) -> Table:
+    rows = table("Modules", "module", ">m x n", ">rank in", ">rank", ">|D|_F", ">error", ">at most", "notes")
+    for module in modules:
+        rows.add_row(
+            text(module["name"]),
+            text(f"{module['m']} x {module['n']}"),
+            text(module["stacked_rank"]),
+            text(module["rank"]),
+            text(number(_norm(module["energy"]))),
+            text(number(module["error"])),
+            text(number(module["error_bound"])),
+            text(_joined(module["notes"])),
+        )
+    return rows
+
+
+def _by_layer(modules: Sequence[Mapping[str, Any]]) -> Table:
+    layers: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for module in modules:
+        layers.setdefault((layer_type(module["name"]), f"{module['m']} x {module['n']}"), []).append(module)
+    columns = ("modules", ">count", ">m x n", ">rank min", ">median", ">max", ">worst error", ">at most", "worst in")
+    rows = table("Modules by layer type", *columns)
+    for (layer, shape), members in layers.items():
+        ranks = [member["rank"] for member in members]
+        worst = max(members, key=lambda member: -1.0 if member["error"] is None else member["error"])
+        rows.add_row(
+            text(layer),
+            text(len(members)),
+            text(shape),
+            text(min(ranks)),
+            text(number(statistics.median(ranks), 6)),
+            text(max(ranks)),
+            text(number(worst["error"])),
+            text(number(worst["error_bound"])),
+            text(worst["name"]),
+        )
+    return rows
+
+
+def _clients(clients: Iterable[Mapping[str, Any]]) -> Table:
+    rows = table("Clients", "client", ">weight", "status", ">rank", ">norm", ">size", "reason")
+    for client in clients:
+        low, high = client["rank_min"], client["rank_max"]
+        status = client["status"]
+        rows.add_row(
+            text(client["name"]),
+            text(number(client["weight"], 4)),
+            text(status, "" if status == "used" else "yellow"),
+            text(low if low == high else f"{low}-{high}"),
+            text(number(client["norm"])),
+            text(size(client["bytes"])),
+            text(_reason(client)),
+        )
+    return rows
+
+
+def _reason(client: Mapping[str, Any]) -> str:
+    reason = client.get("reason") or ""
+    factor = client.get("factor")
+    return f"scaled by {number(factor)} {reason}".strip() if client["status"] == "clipped" else reason
+
+
+def _norm(energy: float | None) -> float | None:
+    return None if energy is None else math.sqrt(max(0.0, energy))
+
+
+def _joined(value: object) -> str:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_described(item) for item in value)
+    return "" if value is None else str(value)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {item}" for key, item in value.items())
+    return str(value)

@@ -1,0 +1,83 @@
+"""What a terminal shows: one console per stream, names made harmless, a progress bar where somebody watches."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+__all__ = ["ProgressBar", "clean", "console", "one_line", "show", "text"]
+
+PIPE_WIDTH = 1000
+"""Columns of a console that is no terminal: tables are never cut there."""
+
+
+def clean(name: str) -> str:
+    """Return ``name`` without control, format, surrogate and line-separator characters: it may come from a stranger."""
+    return "".join(char for char in name if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
+
+
+def one_line(message: str) -> str:
+    """Return a message of several lines as one, cleaned."""
+    return clean("; ".join(line.strip() for line in message.splitlines() if line.strip()))
+
+
+def text(value: object, style: str = "") -> Text:
+    """Return ``value`` as cleaned text in which nothing is read as markup."""
+    return Text(clean(str(value)), style=style)
+
+
+def console(*, error: bool = False) -> Console:
+    """Return a console on stdout, or on stderr; wide and uncoloured where the stream is no terminal."""
+    stream = sys.stderr if error else sys.stdout
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(file=stream, width=width, markup=False, emoji=False, highlight=False, soft_wrap=False)
+
+
+def show(renderable: RenderableType) -> None:
+    """Print to stdout now. BrokenPipeError where nobody reads any more (rich itself would end the process)."""
+    out = console()
+    with out.capture() as captured:
+        out.print(renderable)
+    lines = captured.get().splitlines()
+    sys.stdout.writelines(f"{line if sys.stdout.isatty() else line.rstrip()}\n" for line in lines)
+    sys.stdout.flush()
+
+
+class ProgressBar:
+    """A bar on stderr if that is a terminal, else nothing. Call it with (stage, done, total), in bytes."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        if not quiet and sys.stderr.isatty():
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description:>8}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console(error=True), transient=True)
+
+    def __enter__(self) -> ProgressBar:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` bytes of ``stage`` are through."""
+        if self._bar is None:
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(clean(stage), total=total)
+        self._bar.update(self._tasks[stage], completed=done, total=total)

@@ -1,0 +1,145 @@
+"""Rendering: names made harmless, tables complete in a pipe and short for large models, JSON strict and atomic."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from fedlora_kernels.errors import InputError
+from fedlora_kernels.reporting.json import check_target, plain, write_json
+from fedlora_kernels.reporting.tables import MODULE_ROWS, aggregate_tables, number, size
+from fedlora_kernels.reporting.terminal import ProgressBar, clean, one_line, show
+
+EVIL = "c\x1b[31m\x07\u202e\u2028\x9b2J[bold]:smile:\ud800"
+
+
+def report(modules=3, **client):
+    rows = [
+        {"name": f"model.layers.{i}.q_proj", "kind": "linear", "m": 37, "n": 23, "ranks": [4, 2], "stacked_rank": 6,
+         "rank": 2 + i % 3, "numerical_rank": 6, "energy": 4.0, "error": 0.01 * i, "error_bound": 0.011 * i, "rho": 1.0,
+         "sigma_err": 0.0, "passes": 1, "notes": ["CAPPED"] if i == 1 else [], "singular_values": [1.0]}
+        for i in range(modules)
+    ]  # fmt: skip
+    used = {"name": "a", "source": "/a", "weight": 0.5, "status": "used", "reason": None, "rank_min": 4, "rank_max": 4,
+            "bytes": 4096, "norm": 2.0, "factor": 1.0}  # fmt: skip
+    return {
+        "schema": 1, "tool": {"name": "fedlora_kernels", "version": "0"},
+        "method": {"name": "florist", "options": {}, "rule": "Energy(0.9)"},
+        "backend": {"requested": "auto", "used": ["cpu"], "device": "cpu", "fallbacks": []},
+        "clients": [used, used | client], "modules": rows, "extras": [],
+        "totals": {"modules": modules, "clients": 2, "rank_in": 18, "rank": 9, "parameters": 540, "bytes": 2160,
+                   "error": 0.01, "error_bound": 0.011},
+        "warnings": [], "passes": 1, "seconds": {"read": 0.1, "compute": 0.2, "write": 0.1, "total": 0.4},
+    }  # fmt: skip
+
+
+def test_clean_leaves_no_control_character():
+    assert clean(EVIL) == "c[31m2J[bold]:smile:"
+    assert clean("plain é 名") == "plain é 名"
+    assert one_line("first\n  second\r\n\nthird\x1b[2J") == "first; second; third[2J"
+
+
+def test_names_are_shown_without_escapes_or_markup(capsys):
+    show(aggregate_tables(report(name=EVIL, status="dropped", reason="lora_B\x1b[0m has NaN"), "out\x1b]0;x\x07"))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "c[31m2J[bold]:smile:" in out
+    assert "lora_B[0m has NaN" in out
+
+
+def test_each_module_and_client_has_a_row_in_a_pipe(capsys):
+    show(aggregate_tables(report(3), "out"))
+    out = capsys.readouterr().out
+    assert "…" not in out
+    for text in ("model.layers.2.q_proj", "37 x 23", "0.02", "0.022", "CAPPED", "Energy(0.9)", "2 of 2", "4.0 KiB"):
+        assert text in out
+
+
+def test_many_modules_are_shown_by_layer_type(capsys):
+    count = MODULE_ROWS + 1
+    show(aggregate_tables(report(count), "out"))
+    out = capsys.readouterr().out
+    (row,) = (line.split() for line in out.splitlines() if line.startswith("model.layers.*.q_proj"))
+    assert row == [
+        "model.layers.*.q_proj",
+        "41",
+        "37",
+        "x",
+        "23",
+        "2",
+        "3",
+        "4",
+        "0.4",
+        "0.44",
+        "model.layers.40.q_proj",
+    ]
+
+
+def test_missing_figures_are_dashes(capsys):
+    content = report(1)
+    content["modules"][0] |= {"energy": None, "error": None, "error_bound": None}
+    content["clients"][1] |= {"norm": None, "status": "clipped", "factor": 0.25}
+    show(aggregate_tables(content, "out"))
+    out = capsys.readouterr().out
+    assert "-" in next(line for line in out.splitlines() if line.startswith("model.layers.0"))
+    assert "scaled by 0.25" in out
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 40, "3.0 TiB"), (None, "-")]
+)
+def test_sizes(count, text):
+    assert size(count) == text
+
+
+def test_numbers():
+    assert (number(None), number(0.000123456), number(3.0)) == ("-", "0.000123", "3")
+
+
+def test_plain_values_hold_no_nan():
+    value = plain({"a": (float("nan"), [float("-inf")]), 3: torch.tensor([1.5, float("inf")]), "n": None, "b": True})
+    assert value == {"a": [None, [None]], "3": [1.5, None], "n": None, "b": True}
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    write_json(path, {"x": float("nan"), "name": EVIL})
+    assert json.loads(path.read_text()) == {"x": None, "name": EVIL}
+    before = path.read_bytes()
+
+    def refuse(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"x": 2})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["r.json"]
+
+
+@pytest.mark.parametrize("name", ["r.html", "folder.json", "absent/r.json", "file/r.json"])
+def test_report_targets_are_checked(tmp_path, name):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--report"):
+        check_target(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.json"]
+
+
+def test_no_bar_in_a_pipe(capsys):
+    with ProgressBar(quiet=False) as progress:
+        progress("read", 1, 2)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_bar_on_a_terminal(capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for quiet in (False, True):
+        with ProgressBar(quiet=quiet) as progress:
+            progress("read\x1b", 1, 2)
+            progress("read\x1b", 2, 2)
+        assert bool(capsys.readouterr().err) is not quiet
