@@ -36,7 +36,9 @@ class TensorSpec:
 class TensorSource(Protocol):
     """Where tensors live: a safetensors file, or a state dict."""
 
-    tensors: Mapping[str, TensorSpec]
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """What is stored, by the source's own keys, in file order."""
 
     def read(self, key: str, out: Tensor | None = None) -> Tensor:
         """Return the tensor in its stored dtype; into ``out`` (contiguous, same shape and dtype) if given."""
@@ -87,7 +89,7 @@ class Adapter:
     """Ordered mapping from canonical module name to `LoRAFactors`, plus extras and configuration. Opens lazily.
 
     ``label`` says where it came from, for messages; ``config`` is the adapter configuration as PEFT writes it;
-    ``warnings`` are texts collected while reading.
+    ``warnings`` and ``notes`` are texts collected while reading: to warn of, and for the report only.
     """
 
     label: str
@@ -97,6 +99,7 @@ class Adapter:
     source: TensorSource
     metadata: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.modules)

@@ -1,0 +1,252 @@
+"""Open adapters: PEFT folders, and state dicts in memory. PEFT itself is never imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora_kernels.adapters.model import Adapter, TensorSource, TensorSpec
+from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.adapters.peft import read_layout
+from fedlora_kernels.adapters.safetensors import SafetensorsFile, parse_json
+from fedlora_kernels.adapters.validation import Limits
+from fedlora_kernels.errors import FedLoRAError, FormatError, InputError
+
+__all__ = ["ReadOptions", "SafetensorsFile", "StateDict", "open_adapter"]
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+CONFIG_CAP = 1 << 20
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How adapters are read; checked on creation.
+
+    Args:
+        config: configuration for sources without one of their own.
+        adapter_name: which adapter, where the keys carry several adapter names.
+        rank_from: "config" refuses a rank in the configuration that differs from the tensors'; "tensor" takes theirs.
+        extras: tensors that are no factors: "strict" refuses unknown ones and sets that differ among clients, "ignore" drops
+            them with a warning, "owners" averages over those who have one, "first" takes the first client's.
+        missing: modules that some clients lack: "error", "renormalize" (mean over owners) or "zero".
+        limits: size caps.
+        adalora, drop_state, init, init_factors: not in this version; InputError when set.
+    """
+
+    config: Mapping[str, Any] | None = None
+    adapter_name: str | None = None
+    rank_from: str = "config"
+    extras: str = "strict"
+    missing: str = "error"
+    adalora: str | None = None
+    drop_state: bool = False
+    init: str | None = None
+    init_factors: Any = None
+    limits: Limits = dataclasses.field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        _one_of("rank_from", self.rank_from, ("config", "tensor"))
+        _one_of("extras", self.extras, ("strict", "ignore", "owners", "first"))
+        _one_of("missing", self.missing, ("error", "renormalize", "zero"))
+        for name in ("adalora", "drop_state", "init", "init_factors"):
+            if getattr(self, name) not in (None, False):
+                raise InputError(f"ReadOptions({name}=...) is not in this version; leave it out")
+        if self.config is not None and not isinstance(self.config, Mapping) and not hasattr(self.config, "to_dict"):
+            raise InputError(f"ReadOptions: config is a {type(self.config).__name__}; a mapping needed")
+        if self.adapter_name is not None and (not isinstance(self.adapter_name, str) or not self.adapter_name):
+            raise InputError(f"ReadOptions: adapter_name is {printable(self.adapter_name)!r}; a name needed")
+        if not isinstance(self.limits, Limits):
+            raise InputError(f"ReadOptions: limits is a {type(self.limits).__name__}; Limits(...) needed")
+
+
+class StateDict:
+    """Tensors in memory as a source: torch tensors on any device, or NumPy arrays."""
+
+    def __init__(self, state: Mapping[str, Any], where: str = "state dict") -> None:
+        self._state = dict(state)
+        self.tensors: dict[str, TensorSpec] = {}
+        for key, value in self._state.items():
+            if not isinstance(key, str) or not isinstance(value, Tensor | np.ndarray):
+                kind = type(value).__name__
+                raise FormatError(f"{where}: entry {printable(key)!r} is a {kind}; a tensor or NumPy array needed")
+            self.tensors[key] = TensorSpec(key, tuple(value.shape), _dtype(value, key, where))
+
+    def read(self, key: str, out: Tensor | None = None) -> Tensor:
+        """Return the tensor itself, detached; a copy in ``out`` (same shape and dtype) if given. Never write into it."""
+        value = self._state[key]
+        spec = self.tensors[key]
+        tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value)).reshape(spec.shape)
+        if out is None:
+            return tensor
+        if tuple(out.shape) != spec.shape or out.dtype != spec.dtype:
+            raise ValueError(f"out must be a {spec.dtype} tensor of shape {spec.shape}")
+        return out.copy_(tensor)
+
+    def close(self) -> None:
+        """Nothing to release: the tensors belong to the caller."""
+
+
+def open_adapter(source: Any, options: ReadOptions | None = None, *, name: str | None = None) -> Adapter:
+    """Open an adapter: headers and configuration are read and checked, tensors stay where they are.
+
+    Args:
+        source: path of a PEFT folder, an Adapter (returned as it is), a (state_dict, config) pair, or a bare state dict with
+            ``options.config``. A config is a mapping or an object with ``to_dict()``.
+        options: how to read.
+        name: the client's name for messages; without it they name the source.
+
+    Raises FormatError where files, configuration or keys cannot be read as a LoRA adapter, UnsupportedVariantError for known
+    variants whose update is not ``scale * B @ A``. Texts worth a warning are collected in ``Adapter.warnings``.
+    """
+    options = options or ReadOptions()
+    if isinstance(source, Adapter):
+        return source
+    if isinstance(source, str | os.PathLike):
+        label = os.fspath(source)
+        with _named(name):
+            tensors, config = _open_folder(Path(source), options)
+        metadata = dict(getattr(tensors, "metadata", {}))
+    else:
+        label, metadata = "state dict", {}
+        with _named(name):
+            tensors, config = _open_memory(source, options)
+    who = f"client {printable(name)!r}" if name is not None else f"adapter {printable(label)!r}"
+    try:
+        layout = read_layout(
+            tensors.tensors,
+            config,
+            who,
+            adapter_name=options.adapter_name,
+            rank_from=options.rank_from,
+            extras=options.extras,
+        )
+    except BaseException:
+        tensors.close()
+        raise
+    return Adapter(label, layout.modules, layout.extras, config, tensors, metadata, layout.warnings, layout.notes)
+
+
+@contextmanager
+def _named(name: str | None) -> Iterator[None]:
+    """Put the client's name in front of errors that name only the file."""
+    try:
+        yield
+    except FedLoRAError as error:
+        if name is None:
+            raise
+        raise type(error)(f"client {printable(name)!r}: {error}") from None
+
+
+def _open_memory(source: Any, options: ReadOptions) -> tuple[TensorSource, dict[str, Any]]:
+    state, config = source if isinstance(source, tuple | list) and len(source) == 2 else (source, options.config)
+    if not isinstance(state, Mapping):
+        kind = type(source).__name__
+        raise InputError(f"an adapter is a path, an Adapter or a (state_dict, config) pair; {kind} found")
+    if config is None:
+        raise FormatError("a state dict without a configuration; pass (state_dict, config), or config= in ReadOptions")
+    return StateDict(state), _plain_config(config)
+
+
+def _open_folder(folder: Path, options: ReadOptions) -> tuple[TensorSource, dict[str, Any]]:
+    where = printable(folder)
+    try:
+        entries = sorted(entry.name for entry in os.scandir(folder))
+    except NotADirectoryError:
+        raise FormatError(f"{where}: a file; the folder with {CONFIG_NAME} and {WEIGHTS_NAME} needed") from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if CONFIG_NAME in entries:
+        config = _read_config(folder / CONFIG_NAME)
+    elif options.config is not None:
+        config = _plain_config(options.config)
+    else:
+        raise FormatError(f"{where}: no {CONFIG_NAME}{_hint(folder, entries)}")
+    if WEIGHTS_NAME in entries:
+        return SafetensorsFile(folder / WEIGHTS_NAME), config
+    if PICKLE_NAME in entries:
+        return _read_pickle(folder / PICKLE_NAME), config
+    raise FormatError(f"{where}: neither {WEIGHTS_NAME} nor {PICKLE_NAME}; one of them needed")
+
+
+def _hint(folder: Path, entries: list[str]) -> str:
+    inside = [entry for entry in entries if (folder / entry / CONFIG_NAME).is_file()]
+    if len(inside) == 1:
+        return f"; the sub-folder {printable(inside[0])!r} has one. Give {printable(folder / inside[0])} instead"
+    return "; a PEFT adapter folder needed"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    where = printable(path)
+    try:
+        with path.open("rb") as file:
+            text = file.read(CONFIG_CAP + 1)
+    except OSError as error:
+        raise FormatError(f"{where}: cannot be read: {error.strerror}") from None
+    if len(text) > CONFIG_CAP:
+        raise FormatError(f"{where}: more than {CONFIG_CAP} bytes; a configuration is smaller")
+    return parse_json(text, where)
+
+
+def _read_pickle(path: Path) -> StateDict:
+    where = printable(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load passes on whatever a broken or hostile pickle provokes
+        raise FormatError(
+            f"{where}: cannot be loaded with weights_only=True ({type(error).__name__}); re-save it as safetensors"
+        ) from None
+    if not isinstance(state, Mapping):
+        raise FormatError(f"{where}: holds a {type(state).__name__}; a state dict needed")
+    return StateDict(state, where)
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    value = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(value, Mapping):
+        raise InputError(f"config is a {type(config).__name__}; a mapping needed")
+    return {str(key): _plain(entry) for key, entry in value.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON would hold: a live configuration has sets, enumerations and dataclasses."""
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(entry) for entry in value)
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _dtype(value: Tensor | np.ndarray, key: str, where: str) -> torch.dtype:
+    if isinstance(value, Tensor):
+        return value.dtype
+    try:
+        return torch.from_numpy(np.empty(0, value.dtype)).dtype
+    except TypeError:
+        raise FormatError(
+            f"{where}: tensor {printable(key)!r} is a NumPy array of {value.dtype}; float64, float32 or float16 needed"
+        ) from None
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"ReadOptions: {name} is {printable(value)!r}; one of {', '.join(known)} needed")

@@ -1,0 +1,397 @@
+"""Do these clients fit each other? Checks that need only headers and configurations, all failures reported together."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
+from fedlora_kernels.adapters.names import path_name, printable
+from fedlora_kernels.errors import FedLoRAError, InputError, LimitError, MismatchError
+
+__all__ = ["ClientCheck", "Failure", "Limits", "Policy", "path_name", "printable", "validate_clients"]
+
+MOST_LINES = 20
+EQUAL_FIELDS = ("fan_in_fan_out", "bias", "lora_bias", "layer_replication")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Size caps on untrusted input; raise one with ``ReadOptions(limits=Limits(...))``.
+
+    Ranks are columns, sizes bytes, ``output_elements`` counts numbers in one factor of the output.
+    """
+
+    rank_per_client: int = 4096
+    stacked_rank: int = 16384
+    clients: int = 65536
+    output_elements: int = 1 << 31
+    bytes_per_client: int = 32 << 30
+    bytes_total: int = 4 << 40
+    name_length: int = 1024
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if type(value) is not int or value < 1:
+                raise InputError(f"Limits: {item.name} is {printable(value)}; an integer of at least 1 needed")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What happens to a client that fails a check (docs/formats.md, "Policies"); checked on creation.
+
+    Args:
+        kind: "strict" stops, "drop" leaves the client out, "clip" drops and scales updates down to a norm bound.
+        max_update_norm: bound of the Frobenius norm of an update: a number, "median" of the clients' norms, or None.
+        per: whether norms are taken over the whole "model" or per "module".
+        min_clients: fewest clients that must remain.
+        min_weight: smallest share of the total weight that must remain, 0 to 1.
+    """
+
+    kind: str = "strict"
+    max_update_norm: float | str | None = None
+    per: str = "model"
+    min_clients: int = 1
+    min_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        norm = self.max_update_norm
+        checks = (
+            ("kind", self.kind in ("strict", "drop", "clip"), "strict, drop or clip"),
+            ("max_update_norm", norm is None or norm == "median" or _positive(norm), "a positive number or 'median'"),
+            ("per", self.per in ("model", "module"), "model or module"),
+            ("min_clients", type(self.min_clients) is int and self.min_clients >= 1, "an integer of at least 1"),
+            ("min_weight", _share(self.min_weight), "a number from 0 to 1"),
+        )
+        for name, good, needed in checks:
+            if not good:
+                raise InputError(f"Policy: {name} is {printable(getattr(self, name))!r}; {needed} needed")
+
+    @classmethod
+    def of(cls, value: Policy | str) -> Policy:
+        """Return a Policy as it is; a string means ``Policy(kind)``."""
+        if isinstance(value, str):
+            return cls(value)
+        if isinstance(value, cls):
+            return value
+        raise InputError(f"policy is a {type(value).__name__}; a name or Policy(...) needed")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One finding: the whole message is ``client 'c3', module 'x': <found>; <needed>. <what to do>``."""
+
+    client: str
+    where: str
+    error: type[FedLoRAError]
+    text: str
+
+    def __str__(self) -> str:
+        where = f", {self.where}" if self.where else ""
+        return f"client {printable(self.client)!r}{where}: {self.text}"
+
+
+@dataclass(frozen=True)
+class ClientCheck:
+    """What the checks found.
+
+    ``modules`` maps each module of the output, in order, to the spec of the first client that agrees with most;
+    ``extras`` likewise for tensors that are no factors. ``failures`` are per client; ``warnings`` are texts.
+    """
+
+    modules: Mapping[str, ModuleSpec]
+    extras: Mapping[str, ExtraSpec]
+    failures: tuple[Failure, ...] = ()
+    warnings: tuple[str, ...] = ()
+    order: tuple[str, ...] = field(default=())
+
+    @property
+    def failed(self) -> dict[str, list[Failure]]:
+        """Failures by client, in the caller's order."""
+        by_client: dict[str, list[Failure]] = {}
+        for failure in self.failures:
+            by_client.setdefault(failure.client, []).append(failure)
+        return by_client
+
+    def raise_first(self) -> None:
+        """Raise the first failure's class with all failures in the text (at most 20 lines); return if there is none."""
+        if self.failures:
+            raise self.failures[0].error(failure_text(self.failures))
+
+
+def failure_text(failures: Iterable[Failure]) -> str:
+    """Join failures line by line, at most 20 lines, the last one counting the rest."""
+    lines = [str(failure) for failure in failures]
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES - 1 :] = [f"... and {len(lines) - MOST_LINES + 1} more"]
+    return "\n".join(lines)
+
+
+def validate_clients(
+    adapters: Mapping[str, Adapter],
+    *,
+    missing: str = "error",
+    extras: str = "strict",
+    limits: Limits | None = None,
+) -> ClientCheck:
+    """Check clients against each other by their headers: same modules, shapes, kinds, extra tensors, configuration, caps.
+
+    What most clients have is the reference; ties go to the earlier client. With ``missing`` "renormalize" or "zero" the
+    modules are the union in order of first appearance. Nothing is raised for a client's fault: the caller decides on
+    ``failures``. Raises InputError without clients and LimitError for caps on all clients together.
+    """
+    limits = limits or Limits()
+    if not adapters:
+        raise InputError("no clients; at least one needed")
+    if len(adapters) > limits.clients:
+        raise _over("clients", len(adapters), limits)
+    failures: list[Failure] = []
+    warnings = _duplicates(adapters) + _bases(adapters)
+    _check_limits(adapters, limits, failures)
+    _check_fields(adapters, extras, failures)
+    modules = _check_modules(adapters, missing, failures)
+    _check_stack(adapters, modules, limits)
+    found = _check_extras(adapters, modules, missing, extras, failures, warnings)
+    position = {name: i for i, name in enumerate(adapters)}
+    failures.sort(key=lambda failure: position[failure.client])
+    return ClientCheck(modules, found, tuple(failures), tuple(warnings), tuple(adapters))
+
+
+def _check_limits(adapters: Mapping[str, Adapter], limits: Limits, failures: list[Failure]) -> None:
+    total = 0
+    for client, adapter in adapters.items():
+        total += adapter.nbytes
+        if adapter.nbytes > limits.bytes_per_client:
+            failures.append(Failure(client, "", LimitError, str(_over("bytes_per_client", adapter.nbytes, limits))))
+        for name, module in adapter.modules.items():
+            if module.rank > limits.rank_per_client:
+                text = str(_over("rank_per_client", module.rank, limits))
+                failures.append(Failure(client, _at(name), LimitError, text))
+        for name in (*adapter.modules, *adapter.extras):
+            if len(name) > limits.name_length:
+                text = str(_over("name_length", len(name), limits))
+                failures.append(Failure(client, _at(name), LimitError, text))
+    if total > limits.bytes_total:
+        raise _over("bytes_total", total, limits)
+
+
+def _check_stack(adapters: Mapping[str, Adapter], modules: Mapping[str, ModuleSpec], limits: Limits) -> None:
+    for name, module in modules.items():
+        stacked = sum(adapter.modules[name].rank for adapter in adapters.values() if name in adapter.modules)
+        if stacked > limits.stacked_rank:
+            raise LimitError(f"module {printable(name)!r}: {_over('stacked_rank', stacked, limits)}")
+        elements = max(module.m, module.n) * min(stacked, module.m, module.n)
+        if elements > limits.output_elements:
+            raise LimitError(f"module {printable(name)!r}: {_over('output_elements', elements, limits)}")
+
+
+def _over(cap: str, found: int, limits: Limits) -> LimitError:
+    words = cap.replace("_", " ")
+    return LimitError(
+        f"{words} is {found}; at most {getattr(limits, cap)}. Raise it with ReadOptions(limits=Limits({cap}={found}))"
+    )
+
+
+def _check_fields(adapters: Mapping[str, Adapter], extras: str, failures: list[Failure]) -> None:
+    names = (*EQUAL_FIELDS, "modules_to_save") if extras == "strict" else EQUAL_FIELDS
+    for name in names:
+        values = {client: _field(adapter.config, name) for client, adapter in adapters.items()}
+        _, holder, reference = _majority(values)
+        for client, value in values.items():
+            if value != reference:
+                text = (
+                    f"{name} is {printable(value)} but {reference} in client {printable(holder)!r}; equal values needed"
+                )
+                failures.append(Failure(client, "configuration", MismatchError, text))
+
+
+def _field(config: Mapping[str, Any], name: str) -> str:
+    value = config.get(name) or False
+    if name == "bias" and value == "none":
+        value = False
+    if name == "modules_to_save" and isinstance(value, list | tuple):
+        value = sorted(value)
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _check_modules(adapters: Mapping[str, Adapter], missing: str, failures: list[Failure]) -> dict[str, ModuleSpec]:
+    names = _reference_names(adapters, missing == "error", lambda adapter: adapter.modules)
+    disjoint = _check_disjoint(adapters, missing == "error", names, failures)
+    modules: dict[str, ModuleSpec] = {}
+    for name in names:
+        owners = {client: adapter.modules[name] for client, adapter in adapters.items() if name in adapter.modules}
+        modules[name], holder, shape = _majority(owners, lambda spec: (spec.kind, spec.m, spec.n))
+        for client, spec in owners.items():
+            if (spec.kind, spec.m, spec.n) != shape:
+                text = (
+                    f"{_shape(spec)} but {_shape(modules[name])} in client {printable(holder)!r}; equal shapes needed"
+                )
+                failures.append(Failure(client, _at(name), MismatchError, text))
+    if missing == "error":
+        _check_missing(adapters, names, disjoint, failures)
+    return modules
+
+
+def _check_missing(
+    adapters: Mapping[str, Adapter], names: list[str], disjoint: set[str], failures: list[Failure]
+) -> None:
+    known = set(names)
+    for client, adapter in adapters.items():
+        if client in disjoint:
+            continue
+        for name in names:
+            if name not in adapter.modules:
+                text = "missing here, present in most clients; the same modules needed. Allow it with missing='renormalize'"
+                failures.append(Failure(client, _at(name), MismatchError, text))
+        for name in adapter.modules:
+            if name not in known:
+                text = "present here, missing in most clients; the same modules needed. Allow it with missing='renormalize'"
+                failures.append(Failure(client, _at(name), MismatchError, text))
+
+
+def _check_disjoint(
+    adapters: Mapping[str, Adapter], majority: bool, names: list[str], failures: list[Failure]
+) -> set[str]:
+    """Clients that share no module with the others: nearly always another prefix."""
+    owners = Counter(name for adapter in adapters.values() for name in adapter.modules)
+    known = set(names)
+    disjoint: set[str] = set()
+    for client, adapter in adapters.items():
+        shared = any(name in known and (majority or owners[name] > 1) for name in adapter.modules)
+        if not shared and len(adapters) > 1:
+            other = next(c for c in adapters if c != client and (not majority or known & adapters[c].modules.keys()))
+            if not majority and other in disjoint and len(adapters) > 2:
+                other = next((c for c in adapters if c != client and c not in disjoint), other)
+            mine, theirs = next(iter(adapter.modules)), next(iter(adapters[other].modules))
+            text = (
+                f"no module in common with client {printable(other)!r}: {printable(mine)!r} here, {printable(theirs)!r} there; "
+                "the same names needed. Check the key prefixes"
+            )
+            failures.append(Failure(client, "", MismatchError, text))
+            disjoint.add(client)
+    return disjoint
+
+
+def _check_extras(
+    adapters: Mapping[str, Adapter],
+    modules: Mapping[str, ModuleSpec],
+    missing: str,
+    rule: str,
+    failures: list[Failure],
+    warnings: list[str],
+) -> dict[str, ExtraSpec]:
+    first = next(iter(adapters.values()))
+    if rule == "first":
+        return dict(first.extras)
+
+    def expected(adapter: Adapter, spec: ExtraSpec) -> bool:
+        """A bias of a module that a client may lack is not asked of it."""
+        return missing == "error" or spec.module is None or spec.module in adapter.modules
+
+    found: dict[str, ExtraSpec] = {}
+    for name in _union(adapters, lambda adapter: adapter.extras):
+        owners = {client: adapter.extras[name] for client, adapter in adapters.items() if name in adapter.extras}
+        spec, holder, shape = _majority(owners, lambda extra: (extra.rule, extra.tensor.shape))
+        if spec.module is not None and spec.module not in modules:
+            continue
+        lacking = [c for c, adapter in adapters.items() if c not in owners and expected(adapter, spec)]
+        if lacking and rule == "ignore":
+            warnings.append(
+                f"tensor {printable(name)!r} is missing in client {printable(lacking[0])!r} and was dropped"
+            )
+            continue
+        if lacking and rule == "strict":
+            few = len(owners) <= len(lacking) and next(iter(adapters)) not in owners
+            for client in owners if few else lacking:
+                text = _lacking_text(present=few)
+                failures.append(Failure(client, _tensor(name), MismatchError, text))
+            if few:
+                continue
+        found[name] = spec
+        for client, extra in owners.items():
+            if (extra.rule, extra.tensor.shape) != shape:
+                text = (
+                    f"shape {extra.tensor.shape} but {spec.tensor.shape} in client {printable(holder)!r}; equal shapes needed "
+                    "(vocabulary sizes?)"
+                )
+                failures.append(Failure(client, _tensor(name), MismatchError, text))
+    return found
+
+
+def _lacking_text(present: bool) -> str:
+    found = "present here, missing in other clients" if present else "missing here, present in other clients"
+    return f"{found}; the same extra tensors needed. Allow it with extras='owners'"
+
+
+def _reference_names(
+    adapters: Mapping[str, Adapter], majority: bool, names: Callable[[Adapter], Mapping[str, Any]]
+) -> list[str]:
+    if not majority:
+        return _union(adapters, names)
+    first, _, _ = _majority({client: names(adapter) for client, adapter in adapters.items()}, frozenset)
+    return list(first)
+
+
+def _union(adapters: Mapping[str, Adapter], names: Callable[[Adapter], Iterable[str]]) -> list[str]:
+    return list(dict.fromkeys(name for adapter in adapters.values() for name in names(adapter)))
+
+
+def _majority(values: Mapping[str, T], key: Callable[[T], Any] = lambda value: value) -> tuple[T, str, Any]:
+    """First value whose key is the most common one (ties: the earliest), its holder, and that key."""
+    keys = {holder: key(value) for holder, value in values.items()}
+    common = Counter(keys.values()).most_common(1)[0][0]
+    holder = next(holder for holder in keys if keys[holder] == common)
+    return values[holder], holder, common
+
+
+def _duplicates(adapters: Mapping[str, Adapter]) -> list[str]:
+    seen: dict[Any, str] = {}
+    texts = []
+    for client, adapter in adapters.items():
+        path = getattr(adapter.source, "path", None)
+        other = seen.setdefault(path or id(adapter.source), client)
+        if other != client:
+            texts.append(
+                f"clients {printable(other)!r} and {printable(client)!r} are the same adapter; it counts twice"
+            )
+    return texts
+
+
+def _bases(adapters: Mapping[str, Adapter]) -> list[str]:
+    names = {client: adapter.config.get("base_model_name_or_path") for client, adapter in adapters.items()}
+    given = {client: name for client, name in names.items() if isinstance(name, str) and name}
+    if len(set(given.values())) < 2:
+        return []
+    (client, name), (other, second) = next(
+        (pair, item) for pair in [next(iter(given.items()))] for item in given.items() if item[1] != pair[1]
+    )
+    return [
+        f"base_model_name_or_path differs: {printable(name)!r} in client {printable(client)!r}, {printable(second)!r} in client "
+        f"{printable(other)!r}; the same base model is assumed"
+    ]
+
+
+def _shape(spec: ModuleSpec) -> str:
+    return f"{spec.m} x {spec.n}" if spec.kind == "linear" else f"{spec.kind} {spec.m} x {spec.n}"
+
+
+def _at(name: str) -> str:
+    return f"module {printable(name)!r}"
+
+
+def _tensor(name: str) -> str:
+    return f"tensor {printable(name)!r}"
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

@@ -1,0 +1,112 @@
+"""Adapter variants and initialisations that are refused by name (docs/formats.md, "Variants refused by name")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.errors import FormatError, UnsupportedVariantError
+
+__all__ = ["check_variant", "refuse_key", "refuse_variant"]
+
+MERGE = "Merge it into the base model first, or train plain LoRA"
+CONVERT = "Convert it to LoRA first (peft.tuners.lora.conversion.convert_to_lora)"
+LATER = "This version does not read it; leave these modules out of the adapter"
+
+PEFT_TYPES = {"LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "ADALORA": "AdaLoRA"}
+CONFIG_MARKERS = {
+    "use_dora": ("DoRA", MERGE),
+    "kasa_config": ("KaSA", MERGE),
+    "use_qalora": ("QALoRA", MERGE),
+    "use_bdlora": ("BD-LoRA", MERGE),
+    "alora_invocation_tokens": ("aLoRA", "It is active on some tokens only; train plain LoRA"),
+    "arrow_config": ("Arrow", "It routes between adapters; aggregate those instead"),
+    "monteclora_config": ("MonteCLoRA", "Its factors are sampled; train plain LoRA"),
+    "velora_config": ("VeLoRA", "This version does not drop its extra state; train plain LoRA"),
+    "target_parameters": ("target_parameters (mixture of experts)", LATER),
+    "trainable_token_indices": ("trainable tokens", LATER),
+    "ensure_weight_tying": ("tied embeddings", LATER),
+}
+KEY_MARKERS = {
+    "lora_magnitude_vector": ("DoRA", MERGE),
+    "lora_diag": ("KaSA", MERGE),
+    "lora_E": ("AdaLoRA", "This version does not fold it; train plain LoRA"),
+    "lora_ranknum": ("AdaLoRA", "This version does not fold it; train plain LoRA"),
+    "lora_arrow": ("Arrow", "It routes between adapters; aggregate those instead"),
+    "lora_monteclora_sampler": ("MonteCLoRA", "Its factors are sampled; train plain LoRA"),
+    "lora_velora_embed": ("VeLoRA", "This version does not drop its extra state; train plain LoRA"),
+    "lora_embedding_A": ("an embedding pair", LATER),
+    "lora_embedding_B": ("an embedding pair", LATER),
+    "trainable_tokens_delta": ("trainable tokens", LATER),
+    "lora_down": ("the kohya format", "This version reads PEFT folders; convert it first"),
+    "lora_up": ("the kohya format", "This version reads PEFT folders; convert it first"),
+    "lora_mid": ("a Tucker decomposition of kohya", CONVERT),
+    "dora_scale": ("DoRA", MERGE),
+}
+KEY_PREFIXES = {
+    "hada_": ("LoHa", CONVERT),
+    "lokr_": ("LoKr", CONVERT),
+    "oft_": ("OFT", CONVERT),
+    "boft_": ("BOFT", CONVERT),
+    "ia3_": ("IA3", CONVERT),
+    "vera_": ("VeRA", CONVERT),
+}
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def check_variant(config: Mapping[str, Any], who: str) -> None:
+    """Refuse a configuration that asks for another update than ``scale * B @ A``, naming the variant."""
+    kind = config.get("peft_type")
+    if not isinstance(kind, str):
+        raise FormatError(
+            f"{who}: peft_type is {printable(kind)}; 'LORA' needed. Is this the configuration of an adapter?"
+        )
+    if kind.upper() != "LORA":
+        variant = PEFT_TYPES.get(kind.upper(), printable(kind))
+        remedy = "This version does not fold it; train plain LoRA" if kind.upper() == "ADALORA" else CONVERT
+        refuse_variant(variant, f"peft_type {printable(kind)}", remedy, who)
+    for marker, (variant, remedy) in CONFIG_MARKERS.items():
+        if config.get(marker):
+            refuse_variant(variant, marker, remedy, who)
+    _check_init(config.get("init_lora_weights", True), who)
+
+
+def refuse_key(segments: list[str], key: str, who: str) -> None:
+    """Refuse a tensor whose key belongs to a known variant; return for any other."""
+    for segment in segments:
+        if segment in KEY_MARKERS:
+            refuse_variant(*_marked(KEY_MARKERS[segment], key), who)
+        for prefix, known in KEY_PREFIXES.items():
+            if segment.startswith(prefix):
+                refuse_variant(*_marked(known, key), who)
+
+
+def refuse_variant(variant: str, marker: str, remedy: str, who: str) -> None:
+    """Raise UnsupportedVariantError in the one form of all refusals."""
+    text = f"adapter uses {variant} ({marker}); its update is not s*B*A, so it cannot be aggregated here. {remedy}"
+    if remedy == LATER:
+        text = f"adapter uses {variant} ({marker}); only Linear and Conv1D pairs can be aggregated here. {remedy}"
+    raise UnsupportedVariantError(f"{who}: {text}")
+
+
+def _marked(known: tuple[str, str], key: str) -> tuple[str, str, str]:
+    variant, remedy = known
+    return variant, printable(key), remedy
+
+
+def _check_init(init: Any, who: str) -> None:
+    if init is None or isinstance(init, bool) or init in PLAIN_INITS:
+        return
+    name = printable(init)
+    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
+        raise UnsupportedVariantError(
+            f"{who}: adapter was initialised by init_lora_weights={name!r}, which changes the base weights; the stored factors "
+            "belong to a residual base, so their sum fits no base model. This version has no choice for it; convert each "
+            "client to plain LoRA first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    raise UnsupportedVariantError(
+        f"{who}: init_lora_weights={name!r} is not known here; it may change the base weights. "
+        f"Known: true, false, {', '.join(PLAIN_INITS)}"
+    )
