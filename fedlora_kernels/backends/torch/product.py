@@ -1,0 +1,221 @@
+"""Truncated SVD of a sum of low-rank products that is never formed (docs/numerics.md, The truncated-SVD pipeline)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.backends.contract import Factors, Info, Note, RawProduct, RuleSpec
+from fedlora_kernels.backends.torch.backtransform import write_left, write_right
+from fedlora_kernels.backends.torch.certificate import Certificate, Spectrum, certify
+from fedlora_kernels.backends.torch.cholesky import pivoted_cholesky
+from fedlora_kernels.backends.torch.chunks import (
+    U64,
+    WORKSPACE,
+    exponent,
+    finite,
+    load_exponent,
+    pow2,
+    scale_pow2,
+    slices,
+)
+from fedlora_kernels.backends.torch.gram import gram
+from fedlora_kernels.backends.torch.householder import Decomposition, Problem, dense, orthogonalised, row_bound
+from fedlora_kernels.backends.torch.svd import column_signs, svd
+
+__all__ = ["product_svd"]
+
+Powers = tuple[float, float]
+
+_POWERS: dict[str, Powers] = {"usv": (0.0, 0.0), "left": (1.0, 0.0), "balanced": (0.5, 0.5)}
+"""Powers of the singular values that the left and right factor carry."""
+
+
+def product_svd(groups: Sequence[Factors], rule: RuleSpec, output: str, dtype: torch.dtype) -> list[RawProduct]:
+    """Truncated SVD of each ``sum_k w_k B_k A_k``; see `Backend.product_svd`."""
+    return [_product_svd(group, rule, output, dtype) for group in groups]
+
+
+def _product_svd(group: Factors, rule: RuleSpec, output: str, dtype: torch.dtype) -> RawProduct:
+    device = group.B[0].device if group.B else torch.device("cpu")
+    raw = _zeros(group, dtype, device)
+    m, n, R = group.m, group.n, group.width
+    if not (m and n and R):
+        raw.notes.fill_(Note.ZERO)
+        return raw
+    is_dense = 2 * min(m, n) <= R
+    for part in slices(group.batch, 1 if is_dense else 8 * 8 * R * R, WORKSPACE):
+        stack = _load_weights(group, part, device)
+        route = _dense_route if is_dense else _gram_route
+        route(stack, rule, _POWERS[output], _rows(raw, part))
+    return raw
+
+
+def _zeros(group: Factors, dtype: torch.dtype, device: torch.device) -> RawProduct:
+    N, p = group.batch, group.p_max
+    values = [torch.zeros(N, dtype=torch.float64, device=device) for _ in range(6)]
+    counts = [torch.zeros(N, dtype=torch.int64, device=device) for _ in range(2)]
+    codes = [torch.zeros(N, dtype=torch.int32, device=device) for _ in range(3)]
+    energy, error, error_bound, rho, sigma_err, energy_abs = values
+    return RawProduct(
+        left=torch.zeros(N, group.m, p, dtype=dtype, device=device),
+        S=torch.zeros(N, p, dtype=torch.float64, device=device),
+        right=torch.zeros(N, p, group.n, dtype=dtype, device=device),
+        rank=counts[0],
+        energy=energy,
+        error=error,
+        error_bound=error_bound,
+        rho=rho.fill_(torch.inf),
+        sigma_err=sigma_err.fill_(torch.inf),
+        energy_abs=energy_abs,
+        numerical_rank=counts[1],
+        passes=codes[0].fill_(1),
+        info=codes[1],
+        notes=codes[2],
+    )
+
+
+def _load_weights(group: Factors, part: slice, device: torch.device) -> Problem:
+    """The problems of one slice; e is the even exponent that brings blocks and weights into range."""
+    B, A = [block[part] for block in group.B], [block[part].mT for block in group.A]
+    weights = group.weights[part].to(device)
+    e_B, e_A, e_w = load_exponent(B), load_exponent(A), exponent(weights.abs().amax(-1))
+    e_w = e_w + (e_B + e_A + e_w) % 2
+    ranks = torch.tensor([block.shape[-1] for block in B], device=device)
+    om = scale_pow2(weights, -e_w).repeat_interleave(ranks, -1, output_size=group.width)
+    return Problem(B, A, om, e_B, e_A, e_B + e_A + e_w)
+
+
+class _Core(NamedTuple):
+    """The R x R half of the pipeline: coefficients K of ``U = B K_B``, ``V = A^T K_A`` before any scaling by S."""
+
+    K_B: Tensor
+    K_A: Tensor
+    d: Tensor
+    spectrum: Spectrum
+    bad: Tensor
+    info: Tensor
+
+
+def _gram_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct) -> None:
+    core = _core(stack, min(raw.left.shape[1], raw.right.shape[2]))
+    certificate = certify(core.spectrum, rule)
+    rho_max = 16 if raw.left.dtype == torch.float64 else 1e4
+    doubtful = (certificate.rho > rho_max) | ~(core.spectrum.energy > 0)
+    again = (doubtful & (core.spectrum.energy_abs > 0) & ~core.bad).nonzero().flatten().tolist()
+    if len(again) < core.bad.shape[0]:
+        K_B = _scaled(core.K_B, core.spectrum, certificate.rank, powers[0], -1.0, raw)
+        K_A = _scaled(core.K_A, core.spectrum, certificate.rank, powers[1], -1.0, raw)
+        signs = write_left(stack.B, stack.e_left, K_B, raw.left)
+        write_right(stack.A, stack.e_right, K_A * signs[:, None, :], raw.right)
+    _store(core.spectrum, certificate, core.info, raw)
+    for i in again:
+        here = _rows(raw, slice(i, i + 1))
+        found = orthogonalised(_only(stack, i), core.d[i : i + 1], core.spectrum.row(i))
+        _write(found, rule, powers, here)
+        here.notes.bitwise_or_(Note.TWO_PASS)
+    _mark_nonfinite(raw, core.bad)
+
+
+def _core(stack: Problem, q: int) -> _Core:
+    """Lines 1 to 6: Grams, weights, balancing, bounds, Cholesky, core SVD."""
+    om = stack.om
+    grams = torch.stack([gram(stack.B, stack.e_left), gram(stack.A, stack.e_right)])
+    grams[1] *= om[:, :, None] * om[:, None, :]
+    diag = grams.diagonal(dim1=-2, dim2=-1)
+    bad = ~torch.isfinite(diag).all(-1).all(0)
+    live = (diag > 0).all(0) & ~bad[:, None]
+    grams.masked_fill_(~(live[:, :, None] & live[:, None, :]), 0.0)
+    e_B, e_A = exponent(diag)
+    shift = torch.round((e_A - e_B) / 4)
+    d = torch.stack([pow2(shift), pow2(-shift)])
+    grams *= d[:, :, :, None]
+    grams *= d[:, :, None, :]
+
+    product = grams[0] * grams[1]
+    norm = (row_bound(grams[0]) * row_bound(grams[1])).sqrt()
+    energy, energy_abs = product.sum((-2, -1)), product.abs().sum((-2, -1))
+    width = live.sum(-1)
+
+    L_B, L_A = pivoted_cholesky(grams.flatten(0, 1), width.repeat(2)).view_as(grams)
+    U, S, Vh, info = svd(L_B.mT @ L_A)
+    k = min(q, S.shape[-1])
+    spectrum = Spectrum(
+        S=S[:, :k],
+        energy=energy,
+        energy_abs=energy_abs,
+        floor=4 * width * U64 * norm,
+        norm=norm,
+        e=stack.e,
+        passes=1,
+        width=om.shape[-1],
+    )
+    K_B = d[0, :, :, None] * (L_A @ Vh[:, :k].mT)
+    K_A = (om * d[1])[:, :, None] * (L_B @ U[..., :k])
+    return _Core(K_B, K_A, d[0], spectrum, bad, info)
+
+
+def _scaled(X: Tensor, spectrum: Spectrum, rank: Tensor, power: float, already: float, raw: RawProduct) -> Tensor:
+    """Columns of X (N, rows, k) times ``S^(power + already) 2^(e power)``, zero from the rank on, at most p_max of them."""
+    S = spectrum.S[:, : raw.S.shape[-1]]
+    kept = torch.arange(S.shape[-1], device=S.device) < rank[:, None]
+    factor = torch.where(kept, S ** (power + already), 0.0)
+    return scale_pow2(X[..., : S.shape[-1]] * factor[:, None, :], (spectrum.e * power).long())
+
+
+def _dense_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct) -> None:
+    good = torch.stack([finite(block) for block in (*stack.B, *stack.A)]).all(0)
+    for i in good.nonzero().flatten().tolist():
+        here = _rows(raw, slice(i, i + 1))
+        _write(dense(_only(stack, i)), rule, powers, here)
+        here.notes.bitwise_or_(Note.DENSE)
+    _mark_nonfinite(raw, ~good)
+
+
+def _write(found: Decomposition, rule: RuleSpec, powers: Powers, raw: RawProduct) -> None:
+    """Write one problem whose singular vectors are at hand."""
+    certificate = certify(found.spectrum, rule)
+    U = _scaled(found.U, found.spectrum, certificate.rank, powers[0], 0.0, raw)
+    V = _scaled(found.V, found.spectrum, certificate.rank, powers[1], 0.0, raw)
+    signs = column_signs(U)[:, None, :]
+    raw.left.zero_()[..., : U.shape[-1]] = U * signs
+    raw.right.zero_()[:, : V.shape[-1]] = (V * signs).mT
+    _store(found.spectrum, certificate, found.info, raw)
+
+
+def _store(spectrum: Spectrum, certificate: Certificate, info: Tensor, raw: RawProduct) -> None:
+    S = spectrum.S[:, : raw.S.shape[-1]]
+    kept = torch.arange(S.shape[-1], device=S.device) < certificate.rank[:, None]
+    raw.S[:, : S.shape[-1]] = scale_pow2(torch.where(kept, S, 0.0), spectrum.e)
+    raw.energy.copy_(scale_pow2(spectrum.energy, 2 * spectrum.e))
+    raw.energy_abs.copy_(scale_pow2(spectrum.energy_abs, 2 * spectrum.e))
+    raw.passes.fill_(spectrum.passes)
+    for name, value in certificate._asdict().items():
+        getattr(raw, name).copy_(value)
+    overflow = _has_inf(raw.left) | _has_inf(raw.right) | torch.isinf(raw.S).any(-1)
+    raw.info.copy_(info | Info.OVERFLOW * overflow)
+
+
+def _has_inf(x: Tensor) -> Tensor:
+    """Whether each of the N matrices holds an Inf, without a temporary of its size."""
+    return torch.isinf(x.amax((-2, -1))) | torch.isinf(x.amin((-2, -1)))
+
+
+def _mark_nonfinite(raw: RawProduct, bad: Tensor) -> None:
+    for field in raw:
+        fill = torch.nan if field.dtype.is_floating_point else 0
+        field.masked_fill_(bad.reshape(-1, *[1] * (field.ndim - 1)), fill)
+    raw.info.masked_fill_(bad, Info.NONFINITE)
+
+
+def _only(stack: Problem, i: int) -> Problem:
+    one = slice(i, i + 1)
+    B, A = [block[one] for block in stack.B], [block[one] for block in stack.A]
+    return Problem(B, A, stack.om[one], stack.e_left[one], stack.e_right[one], stack.e[one])
+
+
+def _rows(raw: RawProduct, part: slice) -> RawProduct:
+    return RawProduct(*(field[part] for field in raw))
