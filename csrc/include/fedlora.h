@@ -1,0 +1,82 @@
+/* The C ABI of the native libraries: the only header that both sides share.
+ *
+ * Conventions
+ *   - Every array is handed over as a descriptor, `fedlora_block`: all fields are int64, strides count elements and
+ *     may be zero or negative. One descriptor stands for `batch` equally shaped matrices that lie `batch_stride`
+ *     elements apart, so a dense call needs one descriptor and a ragged batch one per shape; entry i of every table of
+ *     a call belongs to group i.
+ *   - Ops return a FEDLORA_* status. Trouble with single matrices is no status: it is written to `info`, per matrix.
+ *   - Scratch memory belongs to the caller: ask the `_workspace` function first. Its content does not matter.
+ *   - The stream comes last; the CPU library ignores it.
+ *   - No result depends on the batch, the slot of a matrix in it, the number of threads or former calls, bit for bit.
+ *
+ * Python computes the stamp `fedlora_abi()` from the bytes of this file and refuses a library built from other bytes.
+ */
+#ifndef FEDLORA_H
+#define FEDLORA_H
+
+#include <stdint.h>
+
+#define FEDLORA_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct fedlora_block {
+    int64_t data; /* address of element (0, 0) of the first matrix */
+    int64_t rows;
+    int64_t cols;
+    int64_t row_stride;
+    int64_t col_stride;
+    int64_t dtype; /* FEDLORA_FLOAT32, ... */
+    int64_t batch;
+    int64_t batch_stride;
+} fedlora_block;
+
+enum { FEDLORA_FLOAT32 = 0, FEDLORA_FLOAT64 = 1, FEDLORA_INT32 = 2 };
+
+/* Status of a call. */
+enum {
+    FEDLORA_OK = 0,
+    FEDLORA_BAD_SHAPE = 1,     /* descriptors of one group do not fit each other, or a size is not served */
+    FEDLORA_BAD_DTYPE = 2,     /* a dtype that the op does not take, or several in one group */
+    FEDLORA_BAD_WORKSPACE = 3, /* fewer bytes than the workspace query answers */
+    FEDLORA_BAD_ARGUMENT = 4   /* a null table, a negative count, fewer than one thread */
+};
+
+/* Per matrix: info is trouble, notes are facts (docs/numerics.md, special inputs). */
+enum { FEDLORA_INFO_NONFINITE = 1, FEDLORA_INFO_NOT_CONVERGED = 2, FEDLORA_INFO_OVERFLOW = 4 };
+enum { FEDLORA_NOTE_ZERO = 1 };
+
+/* Largest dimension that fedlora_core_svd serves on the CPU. */
+enum { FEDLORA_CORE_SVD_MAX = 32 };
+
+/* Stamp of this header; see above. */
+FEDLORA_API uint64_t fedlora_abi(void);
+
+/* Instruction set that the library picked on this machine, e.g. "x86-64-v4". */
+FEDLORA_API const char *fedlora_isa(void);
+
+/* Bytes of scratch that fedlora_core_svd needs for the groups C[0..groups) with so many threads. */
+FEDLORA_API int fedlora_core_svd_workspace(const fedlora_block *C, int64_t groups, int64_t threads, int64_t *bytes);
+
+/* C = U diag(S) Vh for every matrix of every group, k = min(p, q), S descending, U and Vh complete.
+ *
+ *   C      p x q, float32 or float64, read only          U     p x k, as C
+ *   S      1 x k, as C                                   Vh    k x q, as C
+ *   info   1 x 1, int32                                  notes 1 x 1, int32
+ *
+ * max_sweeps is the guard of the Jacobi iteration; 0 takes the default (60). A matrix with NaN or Inf answers NaN.
+ * Signs of singular vectors are deterministic but follow no rule.
+ */
+FEDLORA_API int fedlora_core_svd(const fedlora_block *C, const fedlora_block *U, const fedlora_block *S,
+                                 const fedlora_block *Vh, const fedlora_block *info, const fedlora_block *notes,
+                                 int64_t groups, int64_t max_sweeps, void *workspace, int64_t workspace_bytes,
+                                 int64_t threads, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

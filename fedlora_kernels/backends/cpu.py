@@ -1,0 +1,235 @@
+"""The native CPU library, `libfedlora_cpu.so`: loading it, and calling it through its C ABI (csrc/include/fedlora.h).
+
+The library is loaded at first use and after torch, so that both share one OpenMP runtime. A library that is missing or
+was built from another header leaves the backend unavailable, with the reason; importing this module never fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.backends.contract import RawSVD
+from fedlora_kernels.errors import BackendError
+
+__all__ = ["BACKEND", "CpuBackend", "abi_stamp"]
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_LIBRARY = _PACKAGE / "_lib" / "libfedlora_cpu.so"
+_HEADERS = tuple(root / "include" / "fedlora.h" for root in (_PACKAGE / "_csrc", _PACKAGE.parent / "csrc"))
+_REBUILD = "rebuild it with `pip install --force-reinstall fedlora-kernels`, in a checkout `python setup.py build_ext --inplace`"
+
+_LARGEST = 32
+_DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.int32: 2}
+_WORKING_DTYPE = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+_STATUS_TEXT = {
+    1: "descriptors do not fit each other, or a size is not served",
+    2: "a dtype that the op does not take",
+    3: "the workspace is too small",
+    4: "a bad argument",
+}
+
+
+class _Block(ctypes.Structure):
+    """`fedlora_block`: one descriptor for a batch of equally shaped matrices."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("data", "rows", "cols", "row_stride", "col_stride", "dtype", "batch", "batch_stride")
+    ]
+
+
+class CpuBackend:
+    """SIMD kernels, one small matrix per vector lane; results do not depend on batch, slot or threads, bit for bit."""
+
+    name = "cpu"
+    bitwise = True
+
+    def __init__(self, library: Path = _LIBRARY, headers: Sequence[Path] = _HEADERS) -> None:
+        self._path = library
+        self._headers = tuple(headers)
+        self._lock = threading.Lock()
+        self._library: ctypes.CDLL | None = None
+        self._reason = ""
+
+    def available(self) -> tuple[bool, str]:
+        """Whether the library is here and fits this package, and which instruction set it runs (or why not)."""
+        library = self._load()
+        if library is None:
+            return False, self._reason
+        return True, f"{self._path.name}, {library.fedlora_isa().decode()}, {_thread_count()} threads"
+
+    def serves(self, op: str, dtype: torch.dtype, device: torch.device, sizes: Mapping[str, int]) -> tuple[bool, str]:
+        """Only `core_svd`, on the CPU, with no dimension above 32."""
+        if op != "core_svd":
+            return False, f"the cpu library has no {op}"
+        if device.type != "cpu":
+            return False, f"the tensors are on {device}"
+        if dtype not in _WORKING_DTYPE:
+            return False, f"no kernel for {dtype}"
+        largest = max(sizes.get("p", 0), sizes.get("q", 0))
+        if largest > _LARGEST:
+            return False, f"a dimension of {largest} is above {_LARGEST}"
+        return self.available()
+
+    def core_svd(self, groups: Sequence[Tensor], *, max_sweeps: int = 0) -> list[RawSVD]:
+        """SVD of each matrix of ``(N, p, q)``, p and q at most 32, by one-sided Jacobi (docs/numerics.md, core SVD).
+
+        Args:
+            groups: CPU tensors ``(N, p, q)`` of any strides; float64, float32, float16 or bfloat16.
+            max_sweeps: guard of the iteration; 0 takes the library's own.
+
+        Returns:
+            One record per group in the input dtype, half inputs in float32. Info NONFINITE (outputs NaN),
+            NOT_CONVERGED and OVERFLOW per matrix; note ZERO for a zero matrix.
+
+        Raises:
+            BackendError: the library is absent, or refuses the tensors.
+        """
+        library = self._load()
+        if library is None:
+            raise BackendError(f"backend 'cpu', core_svd: {self._reason}")
+        inputs = [_working_copy(group) for group in groups]
+        results = [_empty_svd(group) for group in inputs]
+        tables = [_table(inputs)]
+        for field in ("U", "S", "Vh", "info", "notes"):
+            tables.append(_table([_as_matrices(getattr(result, field)) for result in results]))
+        threads = _thread_count()
+        needed = ctypes.c_int64()
+        _check(library.fedlora_core_svd_workspace(tables[0], len(inputs), threads, ctypes.byref(needed)))
+        workspace = torch.empty(needed.value, dtype=torch.uint8)
+        _check(
+            library.fedlora_core_svd(
+                *tables, len(inputs), max_sweeps, workspace.data_ptr(), workspace.numel(), threads, None
+            )
+        )
+        return results
+
+    def _load(self) -> ctypes.CDLL | None:
+        with self._lock:
+            if self._library is None and not self._reason:
+                try:
+                    self._library = _open(self._path, self._headers)
+                except BackendError as error:
+                    self._reason = str(error)
+            return self._library
+
+
+def abi_stamp(header: Path) -> int:
+    """The number that `fedlora_abi()` of a library built from this header answers."""
+    return int.from_bytes(hashlib.sha256(header.read_bytes()).digest()[:8], "big")
+
+
+def _open(path: Path, headers: Sequence[Path]) -> ctypes.CDLL:
+    """The library with its argument types declared; BackendError where it is missing, broken or of another ABI."""
+    if not path.is_file():
+        raise BackendError(f"{path} is missing: it was not built, or not for this platform; to have it, {_REBUILD}")
+    header = next((header for header in headers if header.is_file()), None)
+    if header is None:
+        raise BackendError(f"fedlora.h is missing beside the package, so {path} cannot be trusted; {_REBUILD}")
+    try:
+        library = ctypes.CDLL(str(path))
+        library.fedlora_abi.restype = ctypes.c_uint64
+        stamp = library.fedlora_abi()
+    except (OSError, AttributeError) as error:
+        raise BackendError(f"{path} cannot be loaded ({error}); {_REBUILD}") from error
+    if stamp != abi_stamp(header):
+        raise BackendError(
+            f"{path} has ABI {stamp:016x}, but this package needs {abi_stamp(header):016x}: it is stale; {_REBUILD}"
+        )
+    _declare(library)
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    table, count, address = ctypes.POINTER(_Block), ctypes.c_int64, ctypes.c_void_p
+    library.fedlora_isa.restype = ctypes.c_char_p
+    library.fedlora_core_svd_workspace.argtypes = [table, count, count, ctypes.POINTER(ctypes.c_int64)]
+    library.fedlora_core_svd.argtypes = [*[table] * 6, count, count, address, count, count, address]
+
+
+def _working_copy(group: Tensor) -> Tensor:
+    """The input as the library takes it: itself, or in float32 if it is a half."""
+    if group.dim() != 3 or group.dtype not in _WORKING_DTYPE or group.device.type != "cpu":
+        raise BackendError(
+            f"backend 'cpu', core_svd: found {group.dtype} {tuple(group.shape)} on {group.device}; "
+            "needs (N, p, q) on the CPU in float64, float32, float16 or bfloat16"
+        )
+    if max(group.shape[1:]) > _LARGEST:
+        raise BackendError(
+            f"backend 'cpu', core_svd: found matrices {tuple(group.shape[1:])}; serves dimensions up to {_LARGEST}. "
+            "Use backend='auto'"
+        )
+    return group.detach().to(_WORKING_DTYPE[group.dtype])
+
+
+def _empty_svd(C: Tensor) -> RawSVD:
+    N, p, q = C.shape
+    k = min(p, q)
+    return RawSVD(
+        U=torch.empty(N, p, k, dtype=C.dtype),
+        S=torch.empty(N, k, dtype=C.dtype),
+        Vh=torch.empty(N, k, q, dtype=C.dtype),
+        info=torch.zeros(N, dtype=torch.int32),
+        notes=torch.zeros(N, dtype=torch.int32),
+    )
+
+
+def _as_matrices(t: Tensor) -> Tensor:
+    """(N,) and (N, k) as (N, 1, 1) and (N, 1, k)."""
+    return t if t.dim() == 3 else t.reshape(t.shape[0], 1, -1 if t.numel() else (*t.shape, 1)[1])
+
+
+def _table(groups: Sequence[Tensor]) -> ctypes.Array[_Block]:
+    table = (_Block * max(len(groups), 1))()
+    for i, t in enumerate(groups):
+        batch_stride, row_stride, col_stride = t.stride()
+        table[i] = _Block(
+            t.data_ptr(), t.shape[1], t.shape[2], row_stride, col_stride, _DTYPE_CODE[t.dtype], t.shape[0], batch_stride
+        )
+    return table
+
+
+def _check(status: int) -> None:
+    if status:
+        raise BackendError(f"backend 'cpu', core_svd: the library refused the call: {_STATUS_TEXT.get(status, status)}")
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    # A child that opens a parallel region of two threads after its parent had one hangs in the OpenMP runtime.
+    global _forked  # noqa: PLW0603
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _thread_count() -> int:
+    """FEDLORA_NUM_THREADS, else torch's; 1 in a forked child."""
+    if _forked:
+        return 1
+    setting = os.environ.get("FEDLORA_NUM_THREADS", "").strip()
+    if not setting:
+        return torch.get_num_threads()
+    if not setting.isdigit() or int(setting) < 1:
+        raise BackendError(f"FEDLORA_NUM_THREADS={setting!r}: needs a whole number of at least 1; correct or unset it")
+    return int(setting)
+
+
+BACKEND = CpuBackend()
