@@ -42,7 +42,8 @@ class Group:
 
     ``B[k]`` is (N, m, r_k) and ``A[k]`` is (N, r_k, n) in the client's stored dtype; r_k = 0 where a client lacks the
     modules. ``scale`` and ``weight`` are (N, K) host float64: scale is s_k (clipping multiplies it), weight is w_k after
-    policy and normalisation, 0 for absent. ``clients`` are positions in the caller's order. ``dtype`` is that of the answer.
+    policy and normalisation. A client that lacks the modules has weight 0 under missing="renormalize" and keeps its w_k
+    under missing="zero". ``clients`` are positions in the caller's order. ``dtype`` is that of the answer.
     """
 
     modules: tuple[str, ...]
@@ -83,7 +84,8 @@ class Census:
     """The whole model as `decide` sees it: L modules, K clients, never a factor.
 
     ``gram`` is (L, K, K) float64, <D_i, D_j> per module with scales folded in and no weights; ``finite`` (L, K) bool;
-    ``ranks`` (L, K); ``weight`` (K,) float64 as the caller gave it, normalised; ``shapes`` (L, 2).
+    ``ranks`` (L, K); ``weight`` (K,) float64 as the caller gave it, normalised; ``shapes`` (L, 2). The K clients are those of
+    ``Group.clients``, in the same order, after the policy.
     """
 
     modules: tuple[str, ...]
@@ -111,9 +113,10 @@ class Outcome:
     """What a method made of a group.
 
     Common pair: ``B`` (N, m, P), ``A`` (N, P, n), cut per module to ``rank`` (N,); None where the method has none.
-    ``error`` and ``error_bound`` (N,) float64: |D - B A|_F / |D|_F. ``notes`` (N,) int. ``residual`` is a pair of the same
-    form with its own ranks. ``state`` maps names to tensors with leading dimension N. ``personal`` maps a position in
-    ``Group.clients`` to a pair (B, A).
+    ``error`` and ``error_bound`` (N,) float64: |D - B A|_F / |D|_F. ``notes`` (N,) int, facts; ``info`` (N,) int, trouble
+    (None: none), on which the engine raises. ``energy`` (N,) float64: |D|_F^2, where no spectrum says it. ``residual`` is a
+    pair of the same form with its own ranks. ``state`` maps names to tensors with leading dimension N. ``personal`` maps a
+    position in ``Group.clients`` to a pair (B, A).
     """
 
     B: Tensor | None
@@ -122,6 +125,8 @@ class Outcome:
     error: Tensor
     error_bound: Tensor
     notes: Tensor
+    info: Tensor | None = None
+    energy: Tensor | None = None
     spectrum: Spectrum | None = None
     residual: tuple[Tensor, Tensor, Tensor] | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
@@ -130,7 +135,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods. Subclasses are frozen dataclasses; their fields are their options, checked in ``__post_init__``."""
+    """Base of all methods. Subclasses are frozen dataclasses; their fields are their options, checked in ``__post_init__``.
+
+    ``product_only``: factors enter through ``s_k B_k A_k`` alone, so a client of scale 0 need not be read.
+    """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
@@ -143,6 +151,7 @@ class Method:
     needs_round: ClassVar[bool] = False
     uses_weights: ClassVar[bool] = True
     takes_rule: ClassVar[bool] = False
+    product_only: ClassVar[bool] = False
     needs_decision: ClassVar[bool] = False
     gives: ClassVar[tuple[str, ...]] = ("common",)
 

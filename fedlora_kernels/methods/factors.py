@@ -1,0 +1,147 @@
+"""What methods share: the blocks that carry something, the cast to the output dtype, means of factors and their drift."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.backends.contract import Info, Note
+from fedlora_kernels.errors import MismatchError
+from fedlora_kernels.linalg import update_gram
+from fedlora_kernels.methods.contract import Group, Outcome
+
+__all__ = ["cast", "drift", "mean_outcome", "owned", "padded_mean", "require_equal_ranks", "zero_outcome"]
+
+U64 = 2.0**-53
+
+
+def owned(group: Group, weight: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Blocks B, A of the clients that own the modules and their ``w_k s_k`` (N, K'), float64 on the host.
+
+    ``weight`` (N, K) replaces the weights of the group.
+    """
+    keep = [k for k, rank in enumerate(group.ranks) if rank > 0]
+    folded = (group.weight if weight is None else weight) * group.scale
+    return [group.B[k] for k in keep], [group.A[k] for k in keep], folded[:, keep]
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round ``x`` (N, ...) to ``dtype``; the second answer (N,) marks finite matrices that the dtype cannot hold."""
+    rounded = x.to(dtype)
+    lost = torch.isfinite(x) & ~torch.isfinite(rounded)
+    return rounded, lost.flatten(1).any(1).cpu()
+
+
+def zero_outcome(group: Group) -> Outcome:
+    """The answer for modules to which nobody contributes: p = 1, B = 0, A = e_1."""
+    device = group.B[0].device if group.B else torch.device("cpu")
+    B = torch.zeros(group.batch, group.m, 1, dtype=group.dtype, device=device)
+    A = torch.zeros(group.batch, 1, group.n, dtype=group.dtype, device=device)
+    A[:, 0, 0] = 1.0
+    zero = torch.zeros(group.batch, dtype=torch.float64)
+    rank = torch.ones(group.batch, dtype=torch.int64)
+    notes = torch.full((group.batch,), int(Note.ZERO), dtype=torch.int32)
+    return Outcome(B=B, A=A, rank=rank, error=zero, error_bound=zero, notes=notes, energy=zero)
+
+
+def require_equal_ranks(group: Group, method: str) -> None:
+    """Raise MismatchError where the owners of the modules have trained different ranks."""
+    ranks = sorted({rank for rank in group.ranks if rank > 0})
+    if len(ranks) > 1:
+        listing = ", ".join(map(str, ranks))
+        raise MismatchError(
+            f"module {group.modules[0]!r}: ranks {listing}; method {method!r} needs one rank for all clients. "
+            "Use florist, flora, zero_pad or hetlora, which take mixed ranks"
+        )
+
+
+def padded_mean(group: Group, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Means ``sum_k p_k s_k [B_k | 0]`` and ``sum_k p_k [A_k ; 0]`` in float64, padded to the largest rank.
+
+    ``weight`` is p, (N, K). Sums run in client order, one client's block in float64 at a time.
+    """
+    r = max(group.ranks)
+    device = group.B[0].device
+    B = torch.zeros(group.batch, group.m, r, dtype=torch.float64, device=device)
+    A = torch.zeros(group.batch, r, group.n, dtype=torch.float64, device=device)
+    on_A = weight.to(device)[:, :, None, None]
+    on_B = (weight * group.scale).to(device)[:, :, None, None]
+    for k, rank in enumerate(group.ranks):
+        B[:, :, :rank] += group.B[k].to(torch.float64) * on_B[:, k]
+        A[:, :rank] += group.A[k].to(torch.float64) * on_A[:, k]
+    return B, A
+
+
+def mean_outcome(group: Group, weight: Tensor) -> Outcome:
+    """Outcome of a method that answers the padded factor means with weights ``weight`` (N, K), with its exact drift."""
+    mean_B, mean_A = padded_mean(group, weight)
+    B, lost_B = cast(mean_B, group.dtype)
+    A, lost_A = cast(mean_A, group.dtype)
+    finite = (torch.isfinite(mean_B).flatten(1).all(1) & torch.isfinite(mean_A).flatten(1).all(1)).cpu()
+    zero = ((mean_B == 0).flatten(1).all(1) | (mean_A == 0).flatten(1).all(1)).cpu()
+    info = (~finite) * int(Info.NONFINITE) + (lost_B | lost_A) * int(Info.OVERFLOW)
+    error, bound, energy = drift(group, weight, mean_B, mean_A)
+    return Outcome(
+        B=B,
+        A=A,
+        rank=torch.full((group.batch,), B.shape[-1], dtype=torch.int64),
+        error=error,
+        error_bound=bound,
+        notes=(zero * int(Note.ZERO)).to(torch.int32),
+        info=info.to(torch.int32),
+        energy=energy,
+    )
+
+
+def drift(group: Group, weight: Tensor, mean_B: Tensor, mean_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Relative distance ``|D - Bbar Abar|_F / |D|_F`` of factor means, an upper bound of it, and ``|D|_F^2``; (N,) float64.
+
+    Without cancellation, with centred blocks (docs/algorithms.md, FedIT): for means taken with weights p of sum P,
+    ``D - Bbar Abar = sum p_k (B_k - Bbar)(A_k - Abar) + sum (w_k - p_k) B_k A_k + (1 - P) Bbar Abar``.
+    Each squared norm comes from float64 Grams with an absolute error of at most 18 u64 (sum of the terms' norms)^2; the bound
+    holds that and the rounding of the means to the output dtype. D = 0 with a pair that is not zero: both are infinite.
+    """
+    scale = group.scale.to(mean_B.device)[:, :, None, None]
+    lefts, rights, coefficients = [], [], []
+    for k, rank in enumerate(group.ranks):
+        left, right = -mean_B, -mean_A
+        left[:, :, :rank] += group.B[k].to(torch.float64) * scale[:, k]
+        right[:, :rank] += group.A[k].to(torch.float64)
+        lefts.append(left)
+        rights.append(right)
+        coefficients.append(weight[:, k])
+    for k, rank in enumerate(group.ranks):
+        if rank > 0 and bool((group.weight[:, k] != weight[:, k]).any()):
+            lefts.append(group.B[k].to(torch.float64))
+            rights.append(group.A[k].to(torch.float64))
+            coefficients.append((group.weight[:, k] - weight[:, k]) * group.scale[:, k])
+    if bool(((rest := 1.0 - weight.sum(1)).abs() > len(group.ranks) * U64).any()):
+        lefts.append(mean_B)
+        rights.append(mean_A)
+        coefficients.append(rest)
+    gap, gap_error = _squared_norm(lefts, rights, torch.stack(coefficients, 1), group.backend)
+    B, A, folded = owned(group)
+    energy, energy_error = _squared_norm(B, A, folded, group.backend)
+    rounding = 2.0 * torch.finfo(group.dtype).eps * _norms(mean_B) * _norms(mean_A)
+    upper = (gap + gap_error).sqrt() + rounding
+    error = _ratio(gap.sqrt(), energy.sqrt())
+    return error, torch.maximum(error, _ratio(upper, (energy - energy_error).clamp(min=0.0).sqrt())), energy
+
+
+def _squared_norm(B: Sequence[Tensor], A: Sequence[Tensor], weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """``|sum_k w_k B_k A_k|_F^2`` (N,) and a bound of its absolute error."""
+    gram = update_gram(list(B), list(A), weights=weight, check=False, backend=backend).cpu()
+    terms = torch.stack([_norms(b) * _norms(a) for b, a in zip(B, A, strict=True)], 1) * weight.abs()
+    return gram.sum((1, 2)).clamp(min=0.0), 18.0 * U64 * terms.sum(1) ** 2
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Frobenius norm of each matrix of (N, p, q), (N,) float64 on the host."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64).cpu()
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """``part / whole`` with 0 / 0 = 0."""
+    return torch.where(part == 0.0, torch.zeros_like(part), part / whole)

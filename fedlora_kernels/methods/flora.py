@@ -1,0 +1,69 @@
+"""FLoRA: the stack of all factors, exact and of rank R (arXiv 2409.05976)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from fedlora_kernels.backends.contract import Info, Note
+from fedlora_kernels.linalg import update_gram
+from fedlora_kernels.methods.contract import Group, Method, Outcome, register
+from fedlora_kernels.methods.factors import cast, owned, zero_outcome
+
+__all__ = ["FLoRA"]
+
+
+@register
+@dataclass(frozen=True)
+class FLoRA(Method):
+    """``B = [s_1 B_1 | ... | s_K B_K]`` and ``A = [w_1 A_1 ; ... ; w_K A_K]``: the product is D, the rank the sum of all ranks."""
+
+    name: ClassVar[str] = "flora"
+    summary: ClassVar[str] = "stack of all factors"
+    exact: ClassVar[str] = "yes"
+    broadcast: ClassVar[str] = "the stack"
+    download: ClassVar[str] = "R(m+n)"
+    product_only: ClassVar[bool] = True
+
+    def combine(self, group: Group, plan: Any, previous: Mapping[str, Any] | None) -> Outcome:
+        """Stack one group. ``error`` is 0: only the rounding to the output dtype stands in the bound."""
+        B, A, folded = owned(group)
+        if not B:
+            return zero_outcome(group)
+        keep = [k for k, rank in enumerate(group.ranks) if rank > 0]
+        device = B[0].device
+        R = sum(block.shape[-1] for block in B)
+        left = torch.empty(group.batch, group.m, R, dtype=group.dtype, device=device)
+        right = torch.empty(group.batch, R, group.n, dtype=group.dtype, device=device)
+        lost = torch.zeros(group.batch, dtype=torch.bool)
+        finite = torch.ones(group.batch, dtype=torch.bool)
+        size = torch.zeros(group.batch, dtype=torch.float64)
+        start = 0
+        for position, k in enumerate(keep):
+            stop = start + B[position].shape[-1]
+            b = B[position].to(torch.float64) * group.scale[:, k].to(device)[:, None, None]
+            a = A[position].to(torch.float64) * group.weight[:, k].to(device)[:, None, None]
+            size += (
+                torch.linalg.vector_norm(b.flatten(1), dim=1) * torch.linalg.vector_norm(a.flatten(1), dim=1)
+            ).cpu()
+            left[:, :, start:stop], lost_b = cast(b, group.dtype)
+            right[:, start:stop], lost_a = cast(a, group.dtype)
+            lost |= lost_b | lost_a
+            finite &= torch.isfinite(size)
+            start = stop
+        energy = update_gram(B, A, weights=folded, check=False, backend=group.backend).cpu().sum((1, 2)).clamp(min=0.0)
+        rounding = 2.0 * torch.finfo(group.dtype).eps * size
+        info = (~finite) * int(Info.NONFINITE) + lost * int(Info.OVERFLOW)
+        return Outcome(
+            B=left,
+            A=right,
+            rank=torch.full((group.batch,), R, dtype=torch.int64),
+            error=torch.zeros(group.batch, dtype=torch.float64),
+            error_bound=torch.where(size == 0.0, size, rounding / energy.sqrt()),
+            notes=((size == 0.0) * int(Note.ZERO)).to(torch.int32),
+            info=info.to(torch.int32),
+            energy=energy,
+        )

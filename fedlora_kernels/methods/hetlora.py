@@ -1,0 +1,48 @@
+"""HetLoRA: zero-padding with weights by the norm of each client's whole update (arXiv 2401.06432)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from fedlora_kernels.methods.contract import Census, Group, Method, Outcome, register
+from fedlora_kernels.methods.factors import mean_outcome
+
+__all__ = ["HetLoRA"]
+
+
+@register
+@dataclass(frozen=True)
+class HetLoRA(Method):
+    """Factor means with ``p_k = |D_k| / sum_j |D_j|``, norms over all modules together; all norms zero: the sample weights.
+
+    A client receives the first r_k rows and columns.
+    """
+
+    name: ClassVar[str] = "hetlora"
+    summary: ClassVar[str] = "zero-padded factor means weighted by update norms"
+    exact: ClassVar[str] = "no"
+    broadcast: ClassVar[str] = "prefix of the weighted padded mean"
+    download: ClassVar[str] = "r_k(m+n)"
+    needs_decision: ClassVar[bool] = True
+
+    def decide(self, stats: Mapping[str, np.ndarray], census: Census) -> np.ndarray:
+        """Weight p_k of each client, (K,)."""
+        norms = np.sqrt(np.maximum(np.einsum("lkk->k", census.gram), 0.0))
+        total = norms.sum()
+        share: np.ndarray = norms / total if total > 0.0 else census.weight
+        return share
+
+    def combine(self, group: Group, plan: Any, previous: Mapping[str, Any] | None) -> Outcome:
+        """Combine one group with the weights of ``plan``, over the owners where missing modules renormalise."""
+        share = torch.from_numpy(plan) * (group.weight != 0.0)
+        total = share.sum(1, keepdim=True)
+        return mean_outcome(group, torch.where(total > 0.0, share / total, group.weight))
+
+    def client_rank(self, client_rank: int, rank: int) -> int:
+        """A client receives its own rank."""
+        return min(client_rank, rank)

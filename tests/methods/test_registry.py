@@ -1,0 +1,62 @@
+"""The registry of methods: names, options, errors."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+import fedlora_kernels.methods
+from fedlora_kernels.errors import InputError
+from fedlora_kernels.linalg.rules import Energy
+from fedlora_kernels.methods import contract
+from fedlora_kernels.methods.contract import Method, make_method, method_class, method_names, register
+
+OURS = ["florist", "fedit", "zero_pad", "flora", "hetlora"]
+
+
+def test_importing_the_package_registers_its_methods():
+    assert set(OURS) <= set(method_names())
+    assert fedlora_kernels.methods.florist.Florist is method_class("florist")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_method_describes_itself(name):
+    cls = method_class(name)
+    assert cls.name == name
+    assert all((cls.summary, cls.exact, cls.broadcast, cls.download))
+    assert dataclasses.is_dataclass(cls)
+    assert cls.__dataclass_params__.frozen
+    assert cls.__doc__
+
+
+def test_unknown_method_lists_the_known_ones():
+    with pytest.raises(InputError, match=r"'florst'.*florist.*zero_pad"):
+        method_class("florst")
+
+
+def test_unknown_option_lists_the_known_ones():
+    with pytest.raises(InputError, match=r"'florist'.*'tau'.*rule, output"):
+        make_method("florist", {"tau": 0.9})
+    with pytest.raises(InputError, match="known options: none"):
+        make_method("fedit", {"tau": 0.9})
+
+
+@pytest.mark.parametrize("name", ["fedit", "zero_pad", "flora", "hetlora"])
+def test_a_rule_is_refused_where_the_rank_is_no_choice(name):
+    with pytest.raises(InputError, match="rule"):
+        make_method(name, {}, Energy(0.9))
+
+
+def test_a_name_is_taken_once(monkeypatch):
+    monkeypatch.setattr(contract, "_REGISTRY", dict(contract._REGISTRY))
+
+    @register
+    @dataclass(frozen=True)
+    class Mine(Method):
+        name: ClassVar[str] = "mine"
+        strength: float = 2.0
+
+    assert make_method("mine", {"strength": 3.0}).options() == {"strength": 3.0}
+    with pytest.raises(ValueError, match="'mine'"):
+        register(Mine)
