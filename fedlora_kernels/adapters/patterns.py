@@ -1,7 +1,7 @@
 """`rank_pattern` and `alpha_pattern`: which entry applies to a module, decided in bounded time.
 
-Patterns come from untrusted clients. Keys of plain characters are compared directly; any other pattern must be a regular
-expression without the constructs that make matching exponential (docs/formats.md, "Scale").
+Patterns come from untrusted clients. Keys without operators are compared directly; any other pattern must be a regular expression
+without the constructs that make matching exponential (docs/formats.md, "Scale").
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def compile_pattern(key: str, what: str) -> re.Pattern[str]:
 
 
 def _plain(key: str) -> Matcher | None:
-    """Matcher of a key of plain characters, optionally anchored by ``^``; a dot matches any one character."""
+    """Matcher of a key without operators, optionally anchored by ``^``; a dot matches any one character, an escape itself."""
     anchored = key.startswith("^")
     text = key[anchored:]
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
+    if not _PLAIN.fullmatch(text):
         return None
-    pieces = text.split(".")
+    pieces = [_ESCAPE.sub(r"\1", piece) for piece in _DOT.split(text)]
     offsets = _offsets(pieces)
-    length, last = len(text), pieces[-1]
+    length, last = sum(map(len, pieces)) + len(pieces) - 1, pieces[-1]
 
     def matches(name: str) -> bool:
         begin = len(name) - length
@@ -96,6 +96,11 @@ def _plain(key: str) -> Matcher | None:
         return all(name.startswith(piece, begin + offset) for piece, offset in zip(pieces, offsets, strict=True))
 
     return matches
+
+
+_PLAIN = re.compile(r"(?:[^\\^$*+?{}\[\]()|]|\\[^A-Za-z0-9])+")
+_DOT = re.compile(r"(?<!\\)\.")
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
 def _offsets(pieces: Iterable[str]) -> list[int]:

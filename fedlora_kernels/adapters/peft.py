@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,9 +70,14 @@ class LoRAConfig:
 
     def saves(self, name: str) -> bool:
         """Whether the tensor ``name`` belongs to one of ``modules_to_save``."""
+        return self.covers(self.modules_to_save, name)
+
+    @staticmethod
+    def covers(modules: Sequence[str], name: str) -> bool:
+        """Whether the tensor ``name`` lies in one of ``modules``: PEFT takes every module whose path ends like that."""
         segments = name.split(".")
         paths = [".".join(segments[: i + 1]) for i in range(len(segments) - 1)]
-        return any(path.endswith(module) for path in paths for module in self.modules_to_save)
+        return any(path.endswith(module) for path in paths for module in modules)
 
     def _flag(self, key: str) -> bool:
         value = self.raw.get(key, False)

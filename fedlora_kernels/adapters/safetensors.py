@@ -12,7 +12,7 @@ import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = ["SafetensorsFile", "SafetensorsWriter", "disc_errors", "parse_json"]
 
 HEADER_CAP = 100_000_000
 CHUNK = 1 << 30
+W = TypeVar("W", bound="SafetensorsWriter")
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -224,7 +225,7 @@ class SafetensorsWriter:
             os.close(self._fd)
             self._fd = -1
 
-    def __enter__(self) -> SafetensorsWriter:
+    def __enter__(self: W) -> W:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:

@@ -125,7 +125,7 @@ class ClientCheck:
             raise self.failures[0].error(failure_text(self.failures))
 
 
-def failure_text(failures: Iterable[Failure]) -> str:
+def failure_text(failures: Iterable[Failure | FedLoRAError]) -> str:
     """Join failures line by line, at most 20 lines, the last one counting the rest."""
     lines = [str(failure) for failure in failures]
     if len(lines) > MOST_LINES:

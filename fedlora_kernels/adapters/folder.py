@@ -1,0 +1,248 @@
+"""An output folder that appears complete or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.adapters.safetensors import disc_errors
+from fedlora_kernels.errors import InputError, RunError
+
+__all__ = ["OutputFolder", "check_out"]
+
+OUR_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "report.json",
+    "fedlora_state.safetensors",
+    "README.md",
+)
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+
+
+def check_out(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Return the absolute path of an output folder that can be written, before any work is done for it.
+
+    Raises InputError where it exists (unless ``overwrite`` and it holds only files written here), is a link or a file, or
+    where the folder around it cannot be written.
+    """
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise InputError(f"output {printable(text)!r} is not a path")
+    out = Path(os.path.abspath(text))
+    where = printable(out)
+    if not out.name:
+        raise InputError(f"output {where} is no folder that can be replaced; name a new one")
+    if out.is_symlink():
+        raise InputError(f"output {where} is a symbolic link; name the folder itself")
+    if os.path.lexists(out):
+        _check_replaceable(out, overwrite)
+    around = next(parent for parent in out.parents if os.path.lexists(parent))
+    if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK):
+        raise InputError(
+            f"output {where}: {printable(around)} is not a folder that can be written; choose another place"
+        )
+    return out
+
+
+class OutputFolder:
+    """Context manager: write into ``path``, then `commit` puts everything in place in one step.
+
+    ``path`` is a temporary folder beside the output, on the same file system; leaving the block without `commit` removes
+    it. A killed run leaves only that folder, never half an output; the next committed run for the same output sweeps it.
+    Raises InputError as `check_out`, RunError for failures of the disc.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], overwrite: bool = False) -> None:
+        self.out = check_out(out, overwrite)
+        self._overwrite = overwrite
+        self._stem = f".{self.out.name[:160]}.partial-"
+        self.path = self.out.with_name(f"{self._stem}{os.getpid()}-{secrets.token_hex(4)}")
+        self._lock = -1
+        self._committed = False
+
+    def __enter__(self) -> OutputFolder:
+        with disc_errors(self.out):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir()
+            try:
+                self._lock = _lock(self.path)
+            except OSError:
+                self.path.rmdir()
+                raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if not self._committed:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    def commit(self) -> None:
+        """Make everything durable and put it in place of the output; then remove the old one and what killed runs left."""
+        check_out(self.out, self._overwrite)
+        with disc_errors(self.path):
+            _sync_tree(self.path)
+        old = self._swap()
+        self._committed = True
+        with disc_errors(self.out.parent):
+            _sync(self.out.parent)
+        if old is not None:
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                raise RunError(
+                    f"{printable(self.out)} is complete, but the old one could not be deleted from {printable(old)}: "
+                    f"{error.strerror or error}; delete it by hand"
+                ) from error
+        self._sweep()
+
+    def _swap(self) -> Path | None:
+        """Put the new folder in place; return where the old one is now."""
+        with disc_errors(self.out):
+            if not self.out.exists():
+                os.rename(self.path, self.out)
+                return None
+            if _exchange(self.path, self.out):
+                return self.path
+        return self._swap_aside()
+
+    def _swap_aside(self) -> Path:
+        """Replace in two renames, where the system cannot exchange."""
+        aside = self.out.with_name(f".{self.out.name[:160]}.old-{os.getpid()}-{secrets.token_hex(4)}")
+        with disc_errors(self.out):
+            os.rename(self.out, aside)
+        try:
+            os.rename(self.path, self.out)
+        except OSError as error:
+            self._put_back(aside, error)
+        return aside
+
+    def _put_back(self, aside: Path, error: OSError) -> None:
+        text = f"{printable(self.out)} could not be replaced: {error.strerror or error}"
+        try:
+            os.rename(aside, self.out)
+        except OSError:
+            raise RunError(f"{text}; the old one is at {printable(aside)}") from error
+        raise RunError(f"{text}; the old one is in place again") from error
+
+    def _sweep(self) -> None:
+        """Remove what killed runs left: their process is gone and nobody holds the lock."""
+        pattern = re.compile(re.escape(self._stem) + r"([0-9]+)-[0-9a-f]{8}")
+        for entry in sorted(os.listdir(self.out.parent)):
+            match = pattern.fullmatch(entry)
+            if match and not _alive(int(match[1])):
+                _remove_stale(self.out.with_name(entry))
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    where = printable(out)
+    if not out.is_dir():
+        raise InputError(f"output {where} is a file; name a folder")
+    stranger = _stranger(out)
+    if stranger is not None:
+        raise InputError(
+            f"output {where} holds {printable(stranger)!r}, which was not written here; name another folder"
+        )
+    if not overwrite:
+        raise InputError(f"output {where} exists; replace it with overwrite (--overwrite), or name another folder")
+
+
+def _stranger(folder: Path, prefix: str = "") -> str | None:
+    """Return the first entry that is no file of ours, by its path within the output."""
+    for entry in sorted(os.scandir(folder), key=lambda item: item.name):
+        name = f"{prefix}{entry.name}"
+        found: str | None = None
+        if entry.is_dir(follow_symlinks=False):
+            if entry.name == "clients" and not prefix:
+                found = _stranger_among_clients(Path(entry.path))
+            else:
+                found = name if entry.name != "residual" else _stranger(Path(entry.path), f"{name}/")
+        elif entry.name not in OUR_FILES or not entry.is_file(follow_symlinks=False):
+            found = name
+        if found is not None:
+            return found
+    return None
+
+
+def _stranger_among_clients(folder: Path) -> str | None:
+    for entry in sorted(os.scandir(folder), key=lambda item: item.name):
+        name = f"clients/{entry.name}"
+        if not entry.is_dir(follow_symlinks=False):
+            return name
+        found = _stranger(Path(entry.path), f"{name}/")
+        if found is not None:
+            return found
+    return None
+
+
+def _exchange(new: Path, old: Path) -> bool:
+    """Exchange two folders in one step; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), os.fspath(old))
+
+
+def _lock(folder: Path) -> int:
+    """Hold a lock on the folder while we live, where the file system has locks."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
+
+
+def _remove_stale(folder: Path) -> None:
+    with suppress(OSError):
+        if stat.S_ISDIR(os.lstat(folder).st_mode):
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(fd)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

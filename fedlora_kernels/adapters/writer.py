@@ -1,0 +1,232 @@
+"""Write PEFT folders: streaming, atomically, with the scale in the factors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.adapters.config import peft_config
+from fedlora_kernels.adapters.folder import OutputFolder, check_out
+from fedlora_kernels.adapters.keys import PREFIX, factor_keys
+from fedlora_kernels.adapters.model import Adapter, ExtraSpec
+from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
+from fedlora_kernels.adapters.safetensors import SafetensorsWriter, disc_errors
+from fedlora_kernels.errors import InputError, OutputOverflowError, RunError
+from fedlora_kernels.rows import random_rows
+
+__all__ = [
+    "OutputFolder",
+    "PeftFileWriter",
+    "SafetensorsWriter",
+    "WriteOptions",
+    "check_out",
+    "disc_errors",
+    "pad_to_uniform",
+    "peft_config",
+    "save_adapter",
+    "verify_adapter",
+    "write_config",
+]
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """What an output adapter looks like; checked on creation.
+
+    Args:
+        target: "peft", or "vllm" (one rank, no extra tensors).
+        output: singular values on B ("left") or half on each factor ("balanced").
+        uniform_rank: pad all modules to the largest rank; None: only for targets other than peft.
+        fill: padding rows of A are "zero", or "random" so that they can be trained (columns of B stay zero).
+        drop_zero: leave modules out whose aggregate is zero.
+    """
+
+    target: str = "peft"
+    output: str = "left"
+    uniform_rank: bool | None = None
+    fill: str = "zero"
+    drop_zero: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target == "kohya":
+            raise InputError("WriteOptions: target 'kohya' is not in this version; write target 'peft'")
+        known: tuple[tuple[str, tuple[Any, ...]], ...] = (
+            ("target", ("peft", "vllm")),
+            ("output", ("left", "balanced")),
+            ("uniform_rank", (None, True, False)),
+            ("fill", ("zero", "random")),
+            ("drop_zero", (True, False)),
+        )
+        for name, values in known:
+            value = getattr(self, name)
+            if not any(value is allowed or (isinstance(allowed, str) and value == allowed) for allowed in values):
+                listing = ", ".join(str(allowed) for allowed in values)
+                raise InputError(f"WriteOptions: {name} is {printable(value)!r}; one of {listing} needed")
+        if self.target == "vllm" and self.uniform_rank is False:
+            raise InputError("WriteOptions: target 'vllm' needs one rank for all modules; leave uniform_rank out")
+
+    @property
+    def pads(self) -> bool:
+        """Whether all modules are padded to one rank."""
+        return self.target != "peft" if self.uniform_rank is None else self.uniform_rank
+
+    def check_extras(self, names: Iterable[str]) -> None:
+        """Raise InputError where the target cannot hold the extra tensors ``names``."""
+        first = next(iter(names), None)
+        if self.target == "vllm" and first is not None:
+            raise InputError(
+                f"target 'vllm' holds no extra tensors, but there is {printable(first)!r}; write target 'peft', or drop "
+                "them with extras='ignore' from adapters without modules_to_save and bias"
+            )
+
+
+class PeftFileWriter(SafetensorsWriter):
+    """An ``adapter_model.safetensors`` written module by module; see `SafetensorsWriter` for the arguments."""
+
+    @staticmethod
+    def entries(
+        modules: Mapping[str, tuple[int, int, int]], extras: Mapping[str, ExtraSpec], dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Announce modules, by name their (m, n, largest rank), and extras, all in one dtype."""
+        entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for name, (m, n, rank) in modules.items():
+            key_B, key_A = factor_keys(name)
+            entries[key_A] = (dtype, (rank, n))
+            entries[key_B] = (dtype, (m, rank))
+        entries.update({f"{PREFIX}{name}": (dtype, extra.tensor.shape) for name, extra in extras.items()})
+        return entries
+
+    def add_pair(self, name: str, B: Tensor, A: Tensor) -> None:
+        """Append the pair of module ``name``: B (m, p), A (p, n), scale in the factors."""
+        key_B, key_A = factor_keys(name)
+        self.add(key_A, A)
+        self.add(key_B, B)
+
+    def add_extra(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor that is no factor, under its canonical name."""
+        self.add(f"{PREFIX}{name}", tensor)
+
+
+def write_config(path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Write an ``adapter_config.json`` with sorted keys, as PEFT does. RunError for failures of the disc."""
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    with disc_errors(path), open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write an adapter as a PEFT folder, atomically, with the scale baked to 1.
+
+    The stored dtype is kept where all scales are 1 and all tensors of one dtype, else float32 (float64 if a tensor is).
+    Raises InputError as `check_out`, RunError for failures of the disc.
+    """
+    dtype = _saved_dtype(adapter)
+    ranks = {name: module.rank for name, module in adapter.modules.items()}
+    shapes = {name: (module.m, module.n, module.rank) for name, module in adapter.modules.items()}
+    config = peft_config([adapter], ranks, adapter.extras)
+    with OutputFolder(path, overwrite) as folder:
+        entries = PeftFileWriter.entries(shapes, adapter.extras, dtype)
+        with PeftFileWriter(folder.path / WEIGHTS_NAME, entries, adapter.metadata) as file:
+            for name in adapter:
+                pair = adapter[name]
+                file.add_pair(name, _scaled(pair.B, pair.scale, dtype, name), _scaled(pair.A, 1.0, dtype, name))
+            for name, extra in adapter.extras.items():
+                file.add_extra(name, _scaled(adapter.extra(name), _extra_scale(adapter, extra), dtype, name))
+        write_config(folder.path / CONFIG_NAME, config)
+        verify_adapter(folder.path, ranks)
+        folder.commit()
+
+
+def pad_to_uniform(
+    folder: str | os.PathLike[str],
+    rank: int | None = None,
+    fill: str = "zero",
+    *,
+    seed: int = 0,
+    round: int = 0,  # noqa: A002
+) -> int:
+    """Rewrite a folder written here so that all modules have one rank; return it. The update does not change.
+
+    Args:
+        folder: an output folder that is not yet in place.
+        rank: the common rank, at least the largest; None: the largest.
+        fill: "zero" or "random" rows of A (`random_rows`); columns of B are zero.
+        seed: key of the random rows.
+        round: key of the random rows, counted from 0.
+    """
+    folder = Path(folder)
+    adapter = open_adapter(folder)
+    largest = max(module.rank for module in adapter.modules.values())
+    rank = largest if rank is None else rank
+    if rank < largest:
+        raise InputError(f"{printable(folder)}: rank {rank} is below the largest rank {largest}; at least that needed")
+    target = folder / WEIGHTS_NAME
+    dtype = next(iter(adapter.modules.values())).A.dtype
+    shapes = {name: (module.m, module.n, rank) for name, module in adapter.modules.items()}
+    entries = PeftFileWriter.entries(shapes, adapter.extras, dtype)
+    padded = folder / f"{WEIGHTS_NAME}.padded"
+    try:
+        with PeftFileWriter(padded, entries, adapter.metadata) as file:
+            for name, module in adapter.modules.items():
+                pair = adapter[name]
+                B, A = pair.B.new_zeros(module.m, rank), pair.A.new_zeros(rank, module.n)
+                B[:, : module.rank] = pair.B
+                A[: module.rank] = pair.A
+                if fill == "random":
+                    A[module.rank :] = random_rows(seed, round, name, range(module.rank, rank), module.n).to(dtype)
+                file.add_pair(name, B, A)
+            for name in adapter.extras:
+                file.add_extra(name, adapter.extra(name))
+    finally:
+        adapter.close()
+    config = {key: value for key, value in adapter.config.items() if key not in ("rank_pattern", "alpha_pattern")}
+    write_config(folder / CONFIG_NAME, {**config, "r": rank, "lora_alpha": rank})
+    with disc_errors(target):
+        os.replace(padded, target)
+    verify_adapter(folder, dict.fromkeys(adapter.modules, rank))
+    return rank
+
+
+def verify_adapter(folder: str | os.PathLike[str], ranks: Mapping[str, int]) -> None:
+    """Read back what was written: the same modules, the ranks intended, every scale exactly 1. RunError otherwise."""
+    adapter = open_adapter(folder)
+    adapter.close()
+    found = {name: module.rank for name, module in adapter.modules.items()}
+    if found != dict(ranks):
+        raise RunError(f"{printable(folder)}: modules or ranks read back differ from those written")
+    wrong = next((module for module in adapter.modules.values() if module.scale != 1.0), None)
+    if wrong is not None:
+        raise RunError(
+            f"{printable(folder)}: module {printable(wrong.name)!r} reads back with scale {wrong.scale}, not 1"
+        )
+
+
+def _saved_dtype(adapter: Adapter) -> torch.dtype:
+    specs = [spec for module in adapter.modules.values() for spec in (module.B, module.A)]
+    dtypes = {spec.dtype for spec in specs} | {extra.tensor.dtype for extra in adapter.extras.values()}
+    if len(dtypes) == 1 and all(module.scale == 1.0 for module in adapter.modules.values()):
+        return dtypes.pop()
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _scaled(tensor: Tensor, scale: float, dtype: torch.dtype, name: str) -> Tensor:
+    if scale == 1.0:
+        return tensor.to(dtype)
+    scaled = (tensor.double() * scale).to(dtype)
+    if not torch.isfinite(scaled).all() and torch.isfinite(tensor).all():
+        raise OutputOverflowError(f"module {printable(name)!r}: times its scale {scale} it leaves the range of {dtype}")
+    return scaled
+
+
+def _extra_scale(adapter: Adapter, extra: ExtraSpec) -> float:
+    return adapter.modules[extra.module].scale if extra.rule == "lora_bias" and extra.module is not None else 1.0
