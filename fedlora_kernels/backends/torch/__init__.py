@@ -28,10 +28,10 @@ class TorchBackend:
     core_svd = staticmethod(core_svd)
     select_rank = staticmethod(select_rank)
     product_svd = staticmethod(product_svd)
+    update_gram = staticmethod(update_gram)
     procrustes_rotation = staticmethod(procrustes_rotation)
     rotate_factors = staticmethod(rotate_factors)
     align_factors = staticmethod(align_factors)
-    update_gram = staticmethod(update_gram)
 
     def available(self) -> tuple[bool, str]:
         """Always, with the version of torch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class Spectrum(NamedTuple):
 
     def row(self, i: int) -> Spectrum:
         """Answer the spectrum of update i alone."""
-        values = self._asdict().items()
-        return self._replace(**{name: value[i : i + 1] for name, value in values if isinstance(value, Tensor)})
+        fields: list[Any] = [x[i : i + 1] if isinstance(x, Tensor) else x for x in self]
+        return Spectrum(*fields)
 
 
 class Certificate(NamedTuple):

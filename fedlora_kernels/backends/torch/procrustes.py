@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedlora_kernels.backends.contract import Info, Note, RawRotation
 from fedlora_kernels.backends.torch.chunks import U64, exponent, load, scale_pow2, slices
+from fedlora_kernels.backends.torch.svd import svd
 
 __all__ = ["align_factors", "procrustes_rotation", "rotate_factors"]
 
@@ -73,7 +74,7 @@ class _Term(NamedTuple):
 def _rotation(terms: list[_Term], finite: Tensor, special: bool, blend: float) -> RawRotation:
     N, _, r = terms[0].source.shape
     M, size, e = _correlation(terms, finite)
-    U, s, Vh = torch.linalg.svd(M)
+    U, s, Vh, info = svd(M)
     threshold = 8 * r * U64 * size
     reflected = torch.linalg.det(U @ Vh) < 0
     one = torch.eye(r, dtype=torch.float64, device=M.device).expand(N, r, r)
@@ -82,14 +83,15 @@ def _rotation(terms: list[_Term], finite: Tensor, special: bool, blend: float) -
     else:
         Q = _polar(U, s, Vh, threshold, reflected & special, special)
         if blend < 1:
-            U_t, s_t, Vh_t = torch.linalg.svd((1 - blend) * one + blend * Q)
+            U_t, s_t, Vh_t, info_t = svd((1 - blend) * one + blend * Q)
+            info = info | info_t
             singular = torch.full_like(threshold, SINGULAR_BLEND)
             Q = _polar(U_t, s_t, Vh_t, singular, torch.zeros_like(reflected), special=False)
     unique, gap = _gap(s, threshold, reflected & special, special)
     unit_in = max(torch.finfo(x.dtype).eps / 2 for term in terms for x in (term.source, term.target))
     singular_values = scale_pow2(s, e[:, None])
     condition = torch.where(gap > 0, 2 * size / gap, torch.inf)
-    info = Info.NONFINITE * ~finite + Info.OVERFLOW * ~torch.isfinite(singular_values).all(-1)
+    info = info | Info.NONFINITE * ~finite | Info.OVERFLOW * ~torch.isfinite(singular_values).all(-1)
     notes = Note.ILL_CONDITIONED * (finite & (gap <= 16 * unit_in * size))
     return RawRotation(
         torch.where(finite[:, None, None], Q, torch.nan),
