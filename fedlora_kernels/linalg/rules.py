@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,15 +28,20 @@ __all__ = [
 ]
 
 
-def _require_real(rule: RankRule, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{type(rule).__name__}({value!r}): {name} must be a number")
-    return float(value)
+def _real(rule: RankRule, name: str) -> float:
+    """Return a field as a Python float and store it so, whatever real number type it came in."""
+    value = getattr(rule, name)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{type(rule).__name__}: {name} is {value!r}; a number is needed")
+    number = float(value)
+    object.__setattr__(rule, name, number)
+    return number
 
 
-def _require_count(rule: RankRule, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _count(rule: RankRule, name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
         raise ValueError(f"{type(rule).__name__}: {name} is {value!r}; an integer >= 1 is needed")
+    return int(value)
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,12 @@ class RankRule:
         if type(self) is RankRule:
             raise TypeError("RankRule is a base class; use Energy, Rank, Frobenius, ...")
         if self.cap is not None:
-            _require_count(self, "cap", self.cap)
+            object.__setattr__(self, "cap", _count(self, "cap", self.cap))
 
     def capped(self, k: int) -> Self:
         """Return this rule with its answer bounded by ``k`` (the tighter cap wins)."""
-        _require_count(self, "cap", k)
-        return dataclasses.replace(self, cap=k if self.cap is None else min(k, self.cap))
+        count = _count(self, "cap", k)
+        return dataclasses.replace(self, cap=count if self.cap is None else min(count, self.cap))
 
     def spec(self) -> RuleSpec:
         """Return the rule as plain numbers for a backend."""
@@ -68,9 +74,9 @@ class RankRule:
         return text if self.cap is None else f"{text}.capped({self.cap})"
 
 
-def _unit_interval(rule: RankRule, name: str, value: object) -> None:
-    number = _require_real(rule, name, value)
-    if not 0.0 < number <= 1.0:
+def _unit_interval(rule: RankRule, name: str) -> None:
+    value = _real(rule, name)
+    if not 0.0 < value <= 1.0:
         raise ValueError(f"{type(rule).__name__}: {name} is {value!r}; 0 < {name} <= 1 is needed")
 
 
@@ -82,11 +88,11 @@ class Energy(RankRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _unit_interval(self, "threshold", self.threshold)
+        _unit_interval(self, "threshold")
 
     def spec(self) -> RuleSpec:
         """Return the rule as plain numbers for a backend."""
-        return self._spec(RuleCode.ENERGY, float(self.threshold))
+        return self._spec(RuleCode.ENERGY, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,11 @@ class Frobenius(RankRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _unit_interval(self, "fraction", self.fraction)
+        _unit_interval(self, "fraction")
 
     def spec(self) -> RuleSpec:
         """Return the rule as plain numbers for a backend."""
-        return self._spec(RuleCode.ENERGY, float(self.fraction) ** 2)
+        return self._spec(RuleCode.ENERGY, self.fraction**2)
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class Rank(RankRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_count(self, "k", self.k)
+        object.__setattr__(self, "k", _count(self, "k", self.k))
 
     def spec(self) -> RuleSpec:
         """Return the rule as plain numbers for a backend."""
@@ -127,11 +133,11 @@ class SingularValueSum(RankRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _unit_interval(self, "threshold", self.threshold)
+        _unit_interval(self, "threshold")
 
     def spec(self) -> RuleSpec:
         """Return the rule as plain numbers for a backend."""
-        return self._spec(RuleCode.SV_SUM, float(self.threshold))
+        return self._spec(RuleCode.SV_SUM, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -142,13 +148,13 @@ class SingularValueRatio(RankRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = _require_real(self, "ratio", self.ratio)
+        number = _real(self, "ratio")
         if not 1.0 <= number < math.inf:
             raise ValueError(f"SingularValueRatio: ratio is {self.ratio!r}; 1 <= ratio < inf is needed")
 
     def spec(self) -> RuleSpec:
         """Return the rule as plain numbers for a backend."""
-        return self._spec(RuleCode.SV_RATIO, float(self.ratio))
+        return self._spec(RuleCode.SV_RATIO, self.ratio)
 
 
 @dataclass(frozen=True)
@@ -159,13 +165,13 @@ class Absolute(RankRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = _require_real(self, "cutoff", self.cutoff)
+        number = _real(self, "cutoff")
         if not 0.0 <= number < math.inf:
             raise ValueError(f"Absolute: cutoff is {self.cutoff!r}; 0 <= cutoff < inf is needed")
 
     def spec(self) -> RuleSpec:
         """Return the rule as plain numbers for a backend."""
-        return self._spec(RuleCode.ABSOLUTE, float(self.cutoff))
+        return self._spec(RuleCode.ABSOLUTE, self.cutoff)
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?")

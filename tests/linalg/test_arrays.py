@@ -79,7 +79,7 @@ def test_numpy_read_only_is_read_without_a_warning_or_a_copy():
         lambda x: np.broadcast_to(x[0], (4, 7)),
         lambda x: x.astype(">f8"),
         lambda x: np.rec.fromarrays([x.astype(np.int8), x], names="tag,x").x,
-        lambda x: np.asfortranarray(x),
+        np.asfortranarray,
         lambda x: x[:0],
         lambda x: x[None, :, None, :],
     ],
@@ -141,7 +141,7 @@ def test_other_dtypes_are_refused_by_name(array):
 
 @pytest.mark.parametrize("thing", [None, 3.0, "x", [1.0], (torch.ones(2),), {}, np.float64(3.0)], ids=repr)
 def test_things_that_are_no_arrays(thing):
-    with pytest.raises(TypeError, match="f: X is .*an array is needed"):
+    with pytest.raises(TypeError, match=r"f: X is .*an array is needed"):
         take(thing)
 
 

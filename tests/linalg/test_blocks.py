@@ -57,7 +57,8 @@ def test_a_dense_pair_is_one_block():
 
 
 @pytest.mark.parametrize(
-    ("ranks", "cap", "p_max"), [((2, 3), None, 5), ((2, 3), 4, 4), ((2, 3), 9, 5), ((6, 6), None, 7), ((6, 6), 3, 3), ((0,), None, 0)]
+    ("ranks", "cap", "p_max"),
+    [((2, 3), None, 5), ((2, 3), 4, 4), ((2, 3), 9, 5), ((6, 6), None, 7), ((6, 6), 3, 3), ((0,), None, 0)],
 )
 def test_padded_columns(ranks, cap, p_max):
     (problem,) = factors(*pair(ranks=ranks), cap=cap)
@@ -153,7 +154,9 @@ def error(kind, B, A, weights=None):
 def test_wrong_shapes_name_the_block_and_what_is_needed():
     B, A = pair(ranks=(2, 3, 1))
     assert error(MismatchError, [B[0], B[1][:6], B[2]], A) == "f: B[1] has shape (6, 3); (7, 3) is needed to fit B[0]"
-    assert error(MismatchError, B, [A[0], A[1], A[2][:, :9]]) == "f: A[2] has shape (1, 9); (1, 11) is needed to fit A[0]"
+    assert (
+        error(MismatchError, B, [A[0], A[1], A[2][:, :9]]) == "f: A[2] has shape (1, 9); (1, 11) is needed to fit A[0]"
+    )
     assert error(MismatchError, B, [A[0], A[0], A[2]]) == "f: A[1] has shape (2, 11); (3, 11) is needed to fit B[1]"
     assert "B has 3 client blocks and A has 2" in error(MismatchError, B, A[:2])
     assert error(MismatchError, B[0], A[1]) == "f: A has shape (3, 11); (2, 11) is needed to fit B"
@@ -169,7 +172,9 @@ def test_rank_one_blocks_are_never_broadcast():
 def test_leading_dimensions_are_never_broadcast():
     B, A = pair(batch=(2,))
     one, _ = pair(batch=(1,))
-    assert "B[1] has shape (1, 7, 3); leading dimensions (2,), those of B[0], are needed" in error(MismatchError, [B[0], one[1]], A)
+    assert "B[1] has shape (1, 7, 3); leading dimensions (2,), those of B[0], are needed" in error(
+        MismatchError, [B[0], one[1]], A
+    )
     assert "no leading dimensions" in error(MismatchError, [b[0] for b in B], A)
 
 
@@ -183,7 +188,9 @@ def test_ragged_errors_name_the_problem():
     B, A = pair()
     text = error(MismatchError, Ragged([B, B]), Ragged([A, [A[1], A[1]]]))
     assert text == "f: problem 1: A[0] has shape (3, 11); (2, 11) is needed to fit B[0]"
-    assert "f: problem 1: weights[0] is nan" in error(WeightError, Ragged([B, B]), Ragged([A, A]), Ragged([None, [np.nan, 1]]))
+    assert "f: problem 1: weights[0] is nan" in error(
+        WeightError, Ragged([B, B]), Ragged([A, A]), Ragged([None, [np.nan, 1]])
+    )
     assert "B is Ragged and A is not" in error(TypeError, Ragged([B]), A)
     assert "A is Ragged and B is not" in error(TypeError, B, Ragged([A]))
     assert "weights is Ragged and B is not" in error(TypeError, B, A, Ragged([None]))

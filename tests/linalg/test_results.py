@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from fedlora_kernels.errors import ConvergenceError, NonFiniteError, OutputOverflowError
-from fedlora_kernels.linalg.results import Certificate, Info, Note, ProductSVD, info_text, note_text, place, raise_for_info
+from fedlora_kernels.linalg.results import (
+    Certificate,
+    Info,
+    Note,
+    ProductSVD,
+    info_text,
+    note_text,
+    place,
+    raise_for_info,
+)
 
 
 def product(make, ranks=(2, 0, 3), energies=(20.0, 0.0, 14.0)):
@@ -52,7 +61,9 @@ def test_texts():
     assert info_text(0) == []
     assert len(info_text(int(Info.NONFINITE | Info.OVERFLOW))) == 2
     assert "balanced" in info_text(np.int32(4))[0]
-    assert note_text(torch.tensor(int(Note.CAPPED), dtype=torch.int32)) == ["a cap cut the rank that the rule asked for"]
+    assert note_text(torch.tensor(int(Note.CAPPED), dtype=torch.int32)) == [
+        "a cap cut the rank that the rule asked for"
+    ]
     assert len(note_text(127)) == len(Note)
     assert len(info_text(7)) == len(Info)
 
@@ -77,7 +88,8 @@ def codes(*values):
 
 
 @pytest.mark.parametrize(
-    ("info", "kind"), [(Info.NONFINITE, NonFiniteError), (Info.NOT_CONVERGED, ConvergenceError), (Info.OVERFLOW, OutputOverflowError)]
+    ("info", "kind"),
+    [(Info.NONFINITE, NonFiniteError), (Info.NOT_CONVERGED, ConvergenceError), (Info.OVERFLOW, OutputOverflowError)],
 )
 def test_trouble_names_the_matrix(info, kind):
     with pytest.raises(kind, match=r"^f: matrix \(1, 0\): .*(Remove|Use) ") as caught:

@@ -80,7 +80,7 @@ def test_shares_outside_their_range(make, value):
         make(value)
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.0, True, "3", None, float("nan"), np.float64(2)])
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "3", None, float("nan"), np.float64(2), np.True_])
 def test_ranks_outside_their_range(value):
     with pytest.raises(ValueError, match="integer >= 1"):
         Rank(value)
@@ -101,6 +101,14 @@ def test_ratios_outside_their_range(value):
 def test_cutoffs_outside_their_range(value):
     with pytest.raises(ValueError, match="Absolute"):
         Absolute(value)
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    assert Rank(np.int64(3)) == Rank(3)
+    assert type(Rank(np.int64(3)).capped(np.int32(2)).cap) is int
+    assert type(Rank(np.int64(3)).k) is int
+    assert type(Energy(np.float32(0.5)).threshold) is float
+    assert str(Energy(1)) == "Energy(1.0)"
 
 
 def test_rules_are_frozen_and_compare_by_value():
@@ -154,7 +162,9 @@ def test_sizes(text, size):
     Budget(text)
 
 
-@pytest.mark.parametrize("text", [0, -1, True, 1.5, None, "", "MB", "10 mb", "-1MB", "0MB", "1e9", "10 MB each", "0.1B"])
+@pytest.mark.parametrize(
+    "text", [0, -1, True, 1.5, None, "", "MB", "10 mb", "-1MB", "0MB", "1e9", "10 MB each", "0.1B"]
+)
 def test_sizes_that_make_no_sense(text):
     with pytest.raises(ValueError, match="size"):
         Budget(text)

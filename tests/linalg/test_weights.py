@@ -32,7 +32,9 @@ def test_shapes():
     assert host_weights("", None, (2, 5), 3).tolist() == [[1.0] * 3] * 10
     assert host_weights("", [1, 2, 3], (), 3).tolist() == [[1.0, 2.0, 3.0]]
     assert host_weights("", 4, (2,), 1).tolist() == [[4.0], [4.0]]
-    assert host_weights("", np.arange(12).reshape(2, 2, 3), (2, 2), 3).tolist() == np.arange(12.0).reshape(4, 3).tolist()
+    assert (
+        host_weights("", np.arange(12).reshape(2, 2, 3), (2, 2), 3).tolist() == np.arange(12.0).reshape(4, 3).tolist()
+    )
     assert host_weights("", None, (0,), 3).shape == (0, 3)
     assert host_weights("", np.ones((0, 3)), (0,), 3).shape == (0, 3)
 
@@ -67,7 +69,9 @@ def test_a_weight_that_is_not_finite_is_named(bad):
         host_weights("", [[1, 2], [bad, bad]], (2,), 2)
 
 
-@pytest.mark.parametrize("weights", [["a", "b"], [True, False], [1j, 2], [[1], [1, 2]], torch.tensor([True, False]), {}, [None, 1]])
+@pytest.mark.parametrize(
+    "weights", [["a", "b"], [True, False], [1j, 2], [[1], [1, 2]], torch.tensor([True, False]), {}, [None, 1]]
+)
 def test_things_that_are_no_weights(weights):
     with pytest.raises(WeightError):
         host_weights("", weights, (), 2)
