@@ -64,9 +64,22 @@ def _weighted_qr(X: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, int]:
     X = times_power(X, -largest)
     norm = exponent_of(torch.linalg.vector_norm(X, dim=0))
     X = times_power(X, -norm) * weights.sign()
-    Q, T = torch.linalg.qr(X)
+    Q, T = _householder(X)
     Q_s, R_s, rank = _echelon_qr(T)
     return Q @ Q_s, times_power(R_s, largest + norm) * weights.abs(), rank
+
+
+def _householder(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduced QR in row blocks merged by a QR of their factors: LAPACK's own error grows with the number of rows."""
+    m, R = X.shape
+    height = max(2 * R, 1024)
+    if m <= height:
+        Q, T = torch.linalg.qr(X)
+        return Q, T
+    leaves = [torch.linalg.qr(rows) for rows in torch.split(X, height)]
+    top, T = _householder(torch.cat([leaf.R for leaf in leaves]))
+    tops = torch.split(top, [leaf.R.shape[0] for leaf in leaves])
+    return torch.cat([leaf.Q @ part for leaf, part in zip(leaves, tops, strict=True)]), T
 
 
 def _echelon_qr(F: Tensor) -> tuple[Tensor, Tensor, int]:

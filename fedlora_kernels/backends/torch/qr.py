@@ -115,7 +115,7 @@ def _householder(out: RawQR, blocks: list[Tensor], weights: Tensor, where: Tenso
     X = scale_pow2(X, -e[:, None, :])
     rest = exponent(torch.linalg.vector_norm(X, dim=-2)) + 1
     X = scale_pow2(X, -rest[:, None, :]) * weights.sign()[:, None, :]
-    Q, T = torch.linalg.qr(X, mode="r" if out.Q is None else "reduced")
+    Q, T = _tall_qr(X, want_q=out.Q is not None)
     diagonal = T.diagonal(dim1=-2, dim2=-1)
     sign = torch.where(diagonal < 0, -1.0, 1.0).to(T.dtype)
     T = T * sign[:, :, None]
@@ -133,6 +133,19 @@ def _householder(out: RawQR, blocks: list[Tensor], weights: Tensor, where: Tenso
     out.info[where] = (Info.NONFINITE * bad).to(torch.int32)
     if out.Q is not None:
         out.Q[where] = Q.to(out.Q.dtype)
+
+
+def _tall_qr(X: Tensor, want_q: bool) -> tuple[Tensor, Tensor]:
+    """Reduced QR in row blocks merged by a QR of their factors: LAPACK's own error grows with the number of rows."""
+    N, m, R = X.shape
+    height = max(2 * R, 1024)
+    if m <= height:
+        Q, T = torch.linalg.qr(X, mode="reduced" if want_q else "r")
+        return Q, T
+    leaves = torch.nn.functional.pad(X, (0, 0, 0, -m % height)).view(N, -1, height, R)
+    Q, T = torch.linalg.qr(leaves, mode="reduced" if want_q else "r")
+    top, T = _tall_qr(T.reshape(N, -1, R), want_q)
+    return ((Q @ top.view(N, -1, R, R)).view(N, -1, R)[:, :m] if want_q else top), T
 
 
 def _restored(R: Tensor, columns: _Columns) -> Tensor:

@@ -1,0 +1,80 @@
+"""What the tests of QR and Procrustes share: the table of backends and matrices with known properties."""
+
+import pytest
+import torch
+
+from fedlora_kernels import backends
+
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+DTYPES = list(UNIT)
+U64 = UNIT[torch.float64]
+
+
+def dtype_id(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def every_backend(op):
+    """Parametrise over all backends that have ``op``; those that cannot run here show up as skipped, with their reason."""
+    params = []
+    for name, (available, reason) in backends.status().items():
+        if not available:
+            params.append(pytest.param(None, id=name, marks=pytest.mark.skip(reason=reason)))
+        elif hasattr(backends.get(name), op):
+            params.append(pytest.param(Served(backends.get(name), op), id=name))
+    return pytest.mark.parametrize("backend", params)
+
+
+class Served:
+    """A backend whose operation is called only where it says that it serves it; else the test is skipped."""
+
+    def __init__(self, backend, op):
+        self.backend, self.op, self.bitwise, self.name = backend, op, backend.bitwise, backend.name
+
+    def __call__(self, *args, dtype=torch.float64, **sizes):
+        serves, reason = self.backend.serves(self.op, dtype, torch.device("cpu"), sizes)
+        if not serves:
+            pytest.skip(reason)
+        return getattr(self.backend, self.op)(*args)
+
+
+def generator(*seed):
+    return torch.Generator().manual_seed(hash(seed) % 2**31)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=generator(*shape, seed))
+
+
+def orthogonal(r, seed=0, det=None):
+    """Haar orthogonal r x r, of the given determinant if any."""
+    Q, R = torch.linalg.qr(normal(r, r, seed=seed))
+    Q = Q * R.diagonal().sign()
+    if det is not None and r and torch.linalg.det(Q) * det < 0:
+        Q[:, 0] = -Q[:, 0]
+    return Q
+
+
+def frame(m, r, seed=0):
+    """m x r with orthonormal columns."""
+    return torch.linalg.qr(normal(m, r, seed=seed))[0]
+
+
+def with_kappa(m, r, kappa, seed=0):
+    """m x r with singular values falling geometrically from 1 to 1/kappa."""
+    k = min(m, r)
+    values = torch.logspace(0, -torch.log10(torch.tensor(kappa)).item(), k, dtype=torch.float64)
+    return frame(m, k, seed) * values @ frame(r, k, seed + 1).T
+
+
+def rotation2(angle):
+    c, s = torch.cos(torch.tensor(angle, dtype=torch.float64)), torch.sin(torch.tensor(angle, dtype=torch.float64))
+    return torch.stack([torch.stack([c, -s]), torch.stack([s, c])])
+
+
+def same_bits(a, b):
+    """Equal to the bit, signs of zero and NaNs included."""
+    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
+    return (
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+    )
