@@ -33,7 +33,9 @@ def env_tables(report: Mapping[str, Any]) -> RenderableType:
     for name, value in lines.items():
         if value:
             grid.add_row(text(name, "bold"), text(value))
-    rows = table("Backends, in the order of auto", "backend", "", "why", "self-test", ">error", ">limit", "operations")
+    rows = table(
+        "Backends, in the order of auto", "backend", "", "why", "self-test", ">error", ">limit", "ran", "left out"
+    )
     for backend in report["backends"]:
         on, passed = backend["on"], backend["passed"]
         rows.add_row(
@@ -44,5 +46,6 @@ def env_tables(report: Mapping[str, Any]) -> RenderableType:
             text(f"{backend['error']:.1e}" if on else "-"),
             text(f"{backend['limit']:.0e}" if on else "-"),
             text(", ".join(backend["tested"]) if on else ""),
+            text("; ".join(reason.split(":")[0] for reason in backend["left_out"]) if on else ""),
         )
     return Group(grid, rows)

@@ -17,6 +17,9 @@ __all__ = ["inspect_tables"]
 COSINE_COLUMNS = 12
 """More adapters than this make a matrix that no terminal holds; then only the extremes are shown."""
 
+FINDINGS = 30
+"""Lines about what looks wrong before the rest is left to the JSON report."""
+
 
 def inspect_tables(report: Mapping[str, Any]) -> RenderableType:
     """Return the tables of an inspection: adapters, spectra, cosines, findings."""
@@ -25,11 +28,17 @@ def inspect_tables(report: Mapping[str, Any]) -> RenderableType:
     parts += [_spectra(adapter) for adapter in adapters]
     if len(adapters) > 1:
         parts.append(_cosines([adapter["name"] for adapter in adapters], report["cosines"]))
-    findings = table("What looks wrong", "")
-    for finding in report["findings"]:
-        findings.add_row(text(finding, "yellow"))
-    parts.append(findings if report["findings"] else text("Nothing looks wrong.", "green"))
+    parts += _findings(report["findings"])
     return Group(*parts)
+
+
+def _findings(findings: Sequence[str]) -> list[RenderableType]:
+    if not findings:
+        return [text(""), text("Nothing looks wrong.", "green")]
+    lines = [text(""), text("What looks wrong", "bold"), *(text(f"- {line}", "yellow") for line in findings[:FINDINGS])]
+    if len(findings) > FINDINGS:
+        lines.append(text(f"- and {len(findings) - FINDINGS} more; --report FILE.json holds all"))
+    return list(lines)
 
 
 def _adapters(adapters: Sequence[Mapping[str, Any]]) -> Table:

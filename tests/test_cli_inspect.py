@@ -1,0 +1,134 @@
+"""fedlora inspect: figures against dense updates, and every suspicion raised by one adapter made to deserve it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from make_adapters import SHAPES, dense, first, make_adapter, make_clients, poison
+
+from fedlora_kernels.cli import main
+from fedlora_kernels.errors import FormatError
+from fedlora_kernels.inspection import effective_rank, inspect_adapters
+
+
+def test_norms_cosines_and_spectra_are_those_of_the_dense_updates(tmp_path):
+    paths = make_clients(tmp_path)
+    report = inspect_adapters(paths)
+    updates = [dense(path) for path in paths]
+    flat = [torch.cat([update[name].flatten() for name in SHAPES]) for update in updates]
+    for adapter, update, vector in zip(report["adapters"], updates, flat, strict=True):
+        assert adapter["norm"] == pytest.approx(float(vector.norm()), rel=1e-6)
+        for row in adapter["modules"]:
+            expected = torch.linalg.svdvals(update[row["name"]])[: row["rank"]]
+            assert row["singular_values"] == pytest.approx(expected.tolist(), rel=1e-6)
+            assert row["norm"] == pytest.approx(float(expected.norm()), rel=1e-6)
+            shares = expected.square() / expected.square().sum()
+            assert row["effective_rank"] == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-6)
+            kept = shares.cumsum(0)
+            assert row["rank_90"] == int((kept < 0.90).sum()) + 1
+            assert row["rank_99"] == int((kept < 0.99).sum()) + 1
+    expected = np.array([[float(a @ b / (a.norm() * b.norm())) for b in flat] for a in flat])
+    assert np.allclose(report["cosines"], expected, atol=1e-7)
+    assert report["findings"] == []
+
+
+def test_effective_rank():
+    assert effective_rank(torch.tensor([2.0, 2.0, 2.0])) == pytest.approx(3.0)
+    assert effective_rank(torch.tensor([5.0, 0.0])) == pytest.approx(1.0)
+    assert effective_rank(torch.zeros(4)) == 0.0
+    assert effective_rank(torch.empty(0)) == 0.0
+
+
+def halve(tensors):
+    """The same update from other factors: a gauge."""
+    for key in tensors:
+        tensors[key] *= 4.0 if ".lora_A." in key else 0.25
+
+
+def fresh(tensors):
+    for key in tensors:
+        if ".lora_B." in key:
+            tensors[key] = torch.zeros_like(tensors[key])
+
+
+def one_zero(tensors):
+    tensors[first(tensors, "lora_B")].zero_()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"change": poison("lora_A", math.inf)}, ["'x', module 'model.layers.0.self_attn.q_proj', lora_A[1, 2]: NaN or Inf"]),
+        ({"alpha": 0}, ["'x'", "lora_alpha is 0"]),
+        ({"change": fresh}, ["'x': every update is zero"]),
+        ({"change": one_zero}, ["'x': the update is zero in module 'model.layers.0.self_attn.q_proj'"]),
+        ({"base_model_name_or_path": "other/model"}, ["base models differ: base/model, other/model"]),
+        ({"alpha": 8000}, ["'x': its norm is", "times the median"]),
+        ({"seed": 0, "change": halve}, ["'c0' and 'x' are near duplicates"]),
+        ({"shapes": {**SHAPES, "model.layers.0.self_attn.q_proj": (37, 29)}}, ["'model.layers.0.self_attn.q_proj'", "shapes differ"]),
+        ({"shapes": dict(list(SHAPES.items())[1:])}, ["'x' lacks module 'model.layers.0.self_attn.q_proj'"]),
+    ],
+)  # fmt: skip
+def test_what_looks_wrong_is_said(tmp_path, options, said):
+    paths = make_clients(tmp_path)
+    findings = inspect_adapters([*paths, str(make_adapter(tmp_path / "x", **{"seed": 7, **options}))])["findings"]
+    assert any(all(text in finding for text in said) for finding in findings), findings
+
+
+def test_a_gauge_of_every_client_changes_nothing(tmp_path):
+    plain = inspect_adapters(make_clients(tmp_path / "plain"))
+    turned = inspect_adapters(make_clients(tmp_path / "turned", change=halve))
+    assert np.allclose(plain["cosines"], turned["cosines"], atol=1e-12)
+    assert [a["norm"] for a in plain["adapters"]] == pytest.approx([a["norm"] for a in turned["adapters"]], rel=1e-12)
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    paths = [str(make_adapter(tmp_path / site / "adapter", seed=k)) for k, site in enumerate("ab")]
+    names = [adapter["name"] for adapter in inspect_adapters([*paths, paths[0]])["adapters"]]
+    assert names == ["adapter", "adapter_2", "adapter_3"]
+
+
+def test_files_are_closed_when_one_cannot_be_read(tmp_path):
+    paths = make_clients(tmp_path)
+    (tmp_path / "c2" / "adapter_config.json").write_text("{")
+    with pytest.raises(FormatError, match="c2"):
+        inspect_adapters(paths)
+
+
+def test_command_shows_tables_and_writes_the_report(tmp_path, capsys):
+    paths = make_clients(tmp_path)
+    report = tmp_path / "r.json"
+    assert main(["inspect", *paths[:2], f"third={paths[2]}", "--report", str(report)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for text in ("third", "37 x 23", "Cosines", "Nothing looks wrong", "base/model"):
+        assert text in captured.out
+    content = json.loads(report.read_text())
+    assert [adapter["name"] for adapter in content["adapters"]] == ["c0", "c1", "third"]
+    assert content["schema"] == 1
+
+
+def test_nan_never_reaches_the_report(tmp_path, capsys):
+    path = str(make_adapter(tmp_path / "x", change=poison()))
+    report = tmp_path / "r.json"
+    assert main(["inspect", path, "--quiet", "--report", str(report)]) == 0
+    assert capsys.readouterr().out == ""
+    assert "NaN" not in report.read_text().replace("NaN or Inf", "")
+    assert json.loads(report.read_text())["adapters"][0]["norm"] is None
+
+
+def test_many_modules_are_summed_up_by_layer_type(tmp_path, capsys):
+    shapes = {f"model.layers.{i}.q_proj": (7, 5) for i in range(41)}
+    assert main(["inspect", str(make_adapter(tmp_path / "x", shapes=shapes, rank=2))]) == 0
+    assert "model.layers.*.q_proj (41, medians)" in capsys.readouterr().out
+
+
+def test_a_missing_folder_is_one_line(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "absent")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("fedlora: error: ")
+    assert "absent" in captured.err
