@@ -13,7 +13,7 @@ struct Lane<float> {
     typedef int32_t I __attribute__((vector_size(FEDLORA_VECTOR_BYTES)));
     static constexpr int mantissa = 23, bias = 127;
     static constexpr Int rsqrt_magic = 0x5f375a86;
-    static constexpr float roundoff = 0x1p-24f, flush = 0x1p-96f;
+    static constexpr float roundoff = 0x1p-24f, flush = 0x1p-96f, smallest = 0x1p-126f;
 };
 
 template <>
@@ -23,7 +23,7 @@ struct Lane<double> {
     typedef int64_t I __attribute__((vector_size(FEDLORA_VECTOR_BYTES)));
     static constexpr int mantissa = 52, bias = 1023;
     static constexpr Int rsqrt_magic = 0x5fe6eb50c7b537a9;
-    static constexpr double roundoff = 0x1p-53, flush = 0x1p-960;
+    static constexpr double roundoff = 0x1p-53, flush = 0x1p-960, smallest = 0x1p-1022;
 };
 
 // The operations that GCC's vector arithmetic does not spell well: masks and square roots.

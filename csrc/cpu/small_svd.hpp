@@ -39,8 +39,8 @@ class JacobiSvd {
         return (int64_t)sizeof(P) * (shape.cols + (shape.cols & 1)) * (shape.rows + shape.cols);
     }
 
-    // Element (i, c) of X in one lane; rows from `rows` on are J.
-    T &at(int lane, int i, int c) { return ((T *)(data_ + c * length_ + i))[lane]; }
+    // Element (i, c) of X in all lanes; rows from `rows` on are J.
+    T *at(int i, int c) { return (T *)(data_ + c * length_ + i); }
 
     void clear() {
         for (int i = 0; i < even_ * length_; ++i) data_[i] = broadcast<W>(T(0));
@@ -56,18 +56,17 @@ class JacobiSvd {
                 largest = max(abs(column(c)[i]), largest);
                 probe = probe + (column(c)[i] - column(c)[i]);
             }
-        P first, second, one = broadcast<W>(T(1));
+        P first, second;
         for (int l = 0; l < lanes; ++l) {
             finite_[l] = lane(probe, l) == 0;
             zero_[l] = lane(largest, l) == 0;
             exponent_[l] = finite_[l] && !zero_[l] ? exponent_of(lane(largest, l)) : 0;
-            lane(first, l) = power_of_two(-(exponent_[l] / 2));
+            lane(first, l) = finite_[l] ? power_of_two(-(exponent_[l] / 2)) : T(0);
             lane(second, l) = power_of_two(-(exponent_[l] - exponent_[l] / 2));
-            lane(one, l) = finite_[l] ? T(1) : T(0);
         }
-        const M keep = greater(one, zero);
+        const M finite = greater(first, zero);
         for (int c = 0; c < cols_; ++c)
-            for (int i = 0; i < rows_; ++i) column(c)[i] = select(keep, column(c)[i] * first * second, zero);
+            for (int i = 0; i < rows_; ++i) column(c)[i] = select(finite, column(c)[i] * first * second, zero);
     }
 
     void iterate(int max_sweeps) {
@@ -81,7 +80,8 @@ class JacobiSvd {
         begin_sweep();
     }
 
-    // Unit columns in X and J, singular values of the scaled matrix in `value`.
+    // Unit columns in X and J, their singular values, and the places of the columns by falling value; equal values keep
+    // their order.
     void finish() {
         const P zero = broadcast<W>(T(0)), one = broadcast<W>(T(1));
         for (int c = 0; c < cols_; ++c) {
@@ -92,16 +92,19 @@ class JacobiSvd {
             for (int i = 0; i < cols_; ++i) j[i] = j[i] / j_norm;
             value_[c] = x_norm / j_norm;
         }
+        for (int c = 0; c < cols_; ++c) {
+            place_[c] = zero;
+            for (int o = 0; o < c; ++o) place_[c] = place_[c] + select(greater(value_[c], value_[o]), zero, one);
+            for (int o = c + 1; o < cols_; ++o) place_[c] = place_[c] + select(greater(value_[o], value_[c]), one, zero);
+        }
+        rotated_flag_ = select(rotated_, one, zero);
     }
 
-    T value(int l, int c) { return lane(value_[c], l); }
+    T value(int l, int c) const { return lane(value_[c], l); }
+    int place(int l, int c) const { return (int)lane(place_[c], l); }
     bool finite(int l) const { return finite_[l]; }
     bool zero(int l) const { return zero_[l]; }
-    bool converged(int l) {
-        const P one = broadcast<W>(T(1)), none = broadcast<W>(T(0));
-        P flag = select(rotated_, one, none);
-        return lane(flag, l) == 0;
-    }
+    bool converged(int l) const { return lane(rotated_flag_, l) == 0; }
     T unscale(T x, int l) const {
         return x * power_of_two(exponent_[l] / 2) * power_of_two(exponent_[l] - exponent_[l] / 2);
     }
@@ -115,13 +118,23 @@ class JacobiSvd {
 
     P *column(int c) { return data_ + c * length_; }
     static T &lane(P &p, int l) { return ((T *)&p)[l]; }
+    static T lane(const P &p, int l) { return ((const T *)&p)[l]; }
 
+    // e with x in [2^(e-1), 2^e), for a finite x > 0, subnormal or not.
     static int exponent_of(T x) {
-        int e;
-        __builtin_frexp((double)x, &e);
-        return e;
+        const bool subnormal = x < Lane<T>::smallest;
+        const T normal = subnormal ? x * power_of_two(Lane<T>::mantissa) : x;
+        typename Lane<T>::Int bits;
+        __builtin_memcpy(&bits, &normal, sizeof bits);
+        return (int)(bits >> Lane<T>::mantissa) - Lane<T>::bias + 1 - (subnormal ? Lane<T>::mantissa : 0);
     }
-    static T power_of_two(int e) { return (T)__builtin_ldexp(1.0, e); }
+    // For exponents of normal numbers.
+    static T power_of_two(int e) {
+        const typename Lane<T>::Int bits = (typename Lane<T>::Int)(e + Lane<T>::bias) << Lane<T>::mantissa;
+        T x;
+        __builtin_memcpy(&x, &bits, sizeof x);
+        return x;
+    }
 
     static P dot(const P *x, const P *y, int n) {
         P even = broadcast<W>(T(0)), odd = even;
@@ -201,6 +214,7 @@ class JacobiSvd {
         P *x1 = column(cx), *x2 = column(cx + 1), *y1 = column(cy), *y2 = column(cy + 1);
         const P zero = broadcast<W>(T(0));
         P g11 = zero, g12 = zero, g21 = zero, g22 = zero, gx = zero, gy = zero;
+#pragma GCC unroll 2
         for (int i = 0; i < rows_; ++i) {
             g11 = g11 + x1[i] * y1[i];
             g12 = g12 + x1[i] * y2[i];
@@ -214,6 +228,7 @@ class JacobiSvd {
         const P h21 = (g21 + r1.second * gx) - r2.first * (gy + r1.second * g12);
         const Rotation r3 = plan(cx, cy + 1, h12), r4 = plan(cx + 1, cy, h21);
         if (!any((r1.where | r2.where) | (r3.where | r4.where))) return;
+#pragma GCC unroll 2
         for (int i = 0; i < length_; ++i) {
             P a = x1[i], b = x2[i], c = y1[i], d = y2[i];
             apply(r1, a, c);
@@ -230,7 +245,7 @@ class JacobiSvd {
     const int rows_, cols_, even_, length_;
     P *const data_;
     const P tolerance_;  // squared
-    P norm_[kMax + 1], weight_[kMax + 1], value_[kMax + 1];
+    P norm_[kMax + 1], weight_[kMax + 1], value_[kMax], place_[kMax], rotated_flag_;
     M rotated_;
     int exponent_[lanes];
     bool finite_[lanes], zero_[lanes];
@@ -275,45 +290,65 @@ void complete(const View<T> &u, int rows, int rank, int cols) {
     }
 }
 
-// Column numbers by falling value; equal values keep their order.
-template <class Solver>
-void sort_columns(Solver &solver, int lane, int cols, int *order) {
-    for (int c = 0; c < cols; ++c) {
-        const auto value = solver.value(lane, c);
-        int at = c;
-        for (; at > 0 && solver.value(lane, order[at - 1]) < value; --at) order[at] = order[at - 1];
-        order[at] = c;
+// Matrices first .. first + count - 1 of the group into the lanes; the other lanes stay zero.
+template <class T, int W>
+void load(JacobiSvd<T, W> &solver, const Shape &shape, const SvdGroup &group, int64_t first, int count) {
+    const View<const T> C(group.C, first, shape.wide);
+    for (int i = 0; i < shape.rows; ++i)
+        for (int c = 0; c < shape.cols; ++c) {
+            const T *from = &C(i, c);
+            T *to = solver.at(i, c);
+            for (int l = 0; l < count; ++l) to[l] = from[l * group.C.batch_stride];
+        }
+}
+
+// `length` elements of column c of X (from = 0) or of J (from = rows), each lane's to its own place.
+template <class T, int W>
+void store_column(JacobiSvd<T, W> &solver, int from, int c, int length, const View<T> &to, int64_t batch_stride, int count) {
+    for (int l = 0; l < count; ++l) {
+        const T *source = solver.at(from, c) + l;
+        T *target = to.data + l * batch_stride + solver.place(l, c) * to.col;
+        for (int i = 0; i < length; ++i) target[i * to.row] = source[i * solver.lanes];
     }
 }
 
+template <class T>
+void fill(const View<T> &to, int rows, int cols, T value) {
+    for (int i = 0; i < rows; ++i)
+        for (int c = 0; c < cols; ++c) to(i, c) = value;
+}
+
+// What is left of one matrix once its vectors are stored: S, the codes, and the vectors that the iteration cannot give.
 template <class T, int W>
-void write(JacobiSvd<T, W> &solver, int lane, const Shape &shape, const SvdGroup &group, int64_t index) {
-    const View<T> left(shape.wide ? group.Vh : group.U, index, shape.wide);   // the side of X
-    const View<T> right(shape.wide ? group.U : group.Vh, index, !shape.wide);  // the side of J
+void store_rest(JacobiSvd<T, W> &solver, int l, const Shape &shape, const SvdGroup &group, int64_t index) {
+    const View<T> left(shape.wide ? group.Vh : group.U, index, shape.wide);
+    const View<T> right(shape.wide ? group.U : group.Vh, index, !shape.wide);
     const View<T> S(group.S, index, false);
     int32_t &info = View<int32_t>(group.info, index, false)(0, 0);
     int32_t &notes = View<int32_t>(group.notes, index, false)(0, 0);
-    const T nan = (T)__builtin_nan("");
-    const bool finite = solver.finite(lane);
-    info = finite ? 0 : FEDLORA_INFO_NONFINITE;
-    notes = finite && solver.zero(lane) ? FEDLORA_NOTE_ZERO : 0;
-    if (!solver.converged(lane)) info |= FEDLORA_INFO_NOT_CONVERGED;
-
-    int order[kMax], rank = 0;
-    sort_columns(solver, lane, shape.cols, order);
-    for (int c = 0; c < shape.cols; ++c) {
-        const int from = order[c];
-        const T scaled = solver.value(lane, from), value = solver.unscale(scaled, lane);
-        rank += scaled > 0;
-        if (__builtin_isinf(value)) info |= FEDLORA_INFO_OVERFLOW;
-        S(0, c) = finite ? value : nan;
-        for (int i = 0; i < shape.rows; ++i) left(i, c) = finite ? solver.at(lane, i, from) : nan;
-        for (int i = 0; i < shape.cols; ++i) right(i, c) = finite ? solver.at(lane, shape.rows + i, from) : nan;
+    if (!solver.finite(l)) {
+        const T nan = (T)__builtin_nan("");
+        fill(left, shape.rows, shape.cols, nan);
+        fill(right, shape.cols, shape.cols, nan);
+        fill(S, 1, shape.cols, nan);
+        info = FEDLORA_INFO_NONFINITE;
+        notes = 0;
+        return;
     }
-    if (finite && rank < shape.cols) complete(left, shape.rows, rank, shape.cols);
+    int rank = 0;
+    bool overflow = false;
+    for (int c = 0; c < shape.cols; ++c) {
+        const T value = solver.unscale(solver.value(l, c), l);
+        rank += solver.value(l, c) > 0;
+        overflow |= __builtin_isinf(value) != 0;
+        S(0, solver.place(l, c)) = value;
+    }
+    info = (overflow ? FEDLORA_INFO_OVERFLOW : 0) | (solver.converged(l) ? 0 : FEDLORA_INFO_NOT_CONVERGED);
+    notes = solver.zero(l) ? FEDLORA_NOTE_ZERO : 0;
+    if (rank < shape.cols) complete(left, shape.rows, rank, shape.cols);
 }
 
-// Matrices first .. first + lanes - 1 of the group; missing ones at its end are zero.
+// One task: as many matrices as there are lanes, from `first` on.
 template <class T, int W>
 void solve(const SvdGroup &group, int64_t first, int max_sweeps, void *scratch) {
     const Shape shape(group.C);
@@ -321,15 +356,18 @@ void solve(const SvdGroup &group, int64_t first, int max_sweeps, void *scratch) 
     const int64_t left = group.C.batch - first;
     const int count = left < solver.lanes ? (int)left : solver.lanes;
     solver.clear();
-    for (int l = 0; l < count; ++l) {
-        const View<const T> C(group.C, first + l, shape.wide);
-        for (int c = 0; c < shape.cols; ++c)
-            for (int i = 0; i < shape.rows; ++i) solver.at(l, i, c) = C(i, c);
-    }
+    load(solver, shape, group, first, count);
     solver.scale();
     solver.iterate(max_sweeps > 0 ? max_sweeps : kDefaultSweeps);
     solver.finish();
-    for (int l = 0; l < count; ++l) write(solver, l, shape, group, first + l);
+
+    const fedlora_block &of_x = shape.wide ? group.Vh : group.U, &of_j = shape.wide ? group.U : group.Vh;
+    const View<T> x(of_x, first, shape.wide), j(of_j, first, !shape.wide);
+    for (int c = 0; c < shape.cols; ++c) {
+        store_column(solver, 0, c, shape.rows, x, of_x.batch_stride, count);
+        store_column(solver, shape.rows, c, shape.cols, j, of_j.batch_stride, count);
+    }
+    for (int l = 0; l < count; ++l) store_rest(solver, l, shape, group, first + l);
 }
 
 // Two packs side by side hide the latency of square roots and divisions where columns are short; where they are long,
