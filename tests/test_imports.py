@@ -16,7 +16,8 @@ FLOOR = {
     "backends": 1, "_lib": 1,
     "linalg": 2, "adapters": 2, "testing": 2,
     "methods": 3,
-    "slabs": 3.1, "clients": 3.1, "output": 3.1, "report": 3.2, "extras": 3.2, "engine": 3.3, "result": 3.4, "aggregate": 4,
+    "slabs": 3.1, "clients": 3.1, "output": 3.1, "report": 3.2, "extras": 3.2, "engine": 3.3, "result": 3.4,
+    "settings": 3.5, "run": 3.6, "aggregate": 4,
     "arguments": 4, "reporting": 5, "environment": 5, "inspection": 5, "request": 5,
     "demo": 6, "cli": 7, "__main__": 8, "__init__": 8,
 }  # fmt: skip

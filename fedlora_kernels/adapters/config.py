@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.patterns import PatternTable
@@ -12,6 +12,8 @@ from fedlora_kernels.adapters.peft import LoRAConfig
 from fedlora_kernels.errors import InputError
 
 __all__ = ["peft_config", "rank_patterns"]
+
+N = TypeVar("N", int, float)
 
 
 def peft_config(
@@ -62,7 +64,7 @@ def peft_config(
     return config
 
 
-def rank_patterns(ranks: Mapping[str, int], default: int) -> dict[str, int]:
+def rank_patterns(ranks: Mapping[str, N], default: N) -> dict[str, N]:
     """Entries for all modules whose rank is not ``default``: full paths, made exact where one would hit another module.
 
     No module is hit by an entry of another value, so the order of entries does not matter: PEFT sorts them on saving.

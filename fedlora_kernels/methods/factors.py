@@ -12,7 +12,16 @@ from fedlora_kernels.errors import MismatchError
 from fedlora_kernels.linalg import update_gram
 from fedlora_kernels.methods.contract import Group, Outcome
 
-__all__ = ["cast", "drift", "mean_outcome", "owned", "padded_mean", "require_equal_ranks", "zero_outcome"]
+__all__ = [
+    "cast",
+    "client_gram",
+    "drift",
+    "mean_outcome",
+    "owned",
+    "padded_mean",
+    "require_equal_ranks",
+    "zero_outcome",
+]
 
 U64 = 2.0**-53
 
@@ -25,6 +34,16 @@ def owned(group: Group, weight: Tensor | None = None) -> tuple[list[Tensor], lis
     keep = [k for k, rank in enumerate(group.ranks) if rank > 0]
     folded = (group.weight if weight is None else weight) * group.scale
     return [group.B[k] for k in keep], [group.A[k] for k in keep], folded[:, keep]
+
+
+def client_gram(group: Group) -> Tensor:
+    """Inner products of the clients' scaled updates, (N, K, K) float64 on the host; NaN for a client that is not finite."""
+    B, A, scale = owned(group, torch.ones_like(group.weight))
+    gram = torch.zeros(group.batch, len(group.B), len(group.B), dtype=torch.float64)
+    keep = torch.tensor([k for k, rank in enumerate(group.ranks) if rank > 0], dtype=torch.int64)
+    if B:
+        gram[:, keep[:, None], keep] = update_gram(B, A, weights=scale, check=False, backend=group.backend).cpu()
+    return gram
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -139,7 +158,8 @@ def _squared_norm(B: Sequence[Tensor], A: Sequence[Tensor], weight: Tensor, back
 
 def _norms(x: Tensor) -> Tensor:
     """Frobenius norm of each matrix of (N, p, q), (N,) float64 on the host."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64).cpu()
+    norm: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64)
+    return norm.cpu()
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

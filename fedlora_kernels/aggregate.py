@@ -1,0 +1,125 @@
+"""Aggregation of LoRA adapters: the one call that joins clients, a method, a policy and an output."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from fedlora_kernels import backends
+from fedlora_kernels.adapters.reader import ReadOptions
+from fedlora_kernels.adapters.validation import Policy
+from fedlora_kernels.adapters.writer import OutputFolder, WriteOptions, check_out
+from fedlora_kernels.clients import admit, open_clients
+from fedlora_kernels.engine import Progress
+from fedlora_kernels.errors import InputError
+from fedlora_kernels.linalg.rules import RankRule
+from fedlora_kernels.methods.contract import Method
+from fedlora_kernels.result import Result, State
+from fedlora_kernels.run import Run
+from fedlora_kernels.settings import Settings, count_of, device_of, dtype_of, memory_of, method_of, round_of
+
+__all__ = ["Policy", "ReadOptions", "Result", "State", "WriteOptions", "aggregate"]
+
+
+def aggregate(
+    clients: Sequence[Any] | Mapping[str, Any],
+    method: str | Method = "florist",
+    *,
+    weights: Sequence[float] | None = None,
+    normalize: bool = True,
+    rule: RankRule | None = None,
+    robust: Any = None,
+    previous: Any = None,
+    round: int | None = None,  # noqa: A002
+    client_state: Any = None,
+    policy: str | Policy = "strict",
+    read: ReadOptions | None = None,
+    write: WriteOptions | None = None,
+    out: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    memory: int | str | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    **method_options: Any,
+) -> Result:
+    """Combine the LoRA adapters of several clients into one.
+
+    Args:
+        clients: PEFT folders, Adapters or (state_dict, config) pairs, or a mapping from name to any of them. Their order
+            is kept; names default to folder names, made unique.
+        method: name of a method, or a Method; ``rule`` and ``method_options`` are its options.
+        weights: one per client, such as sample counts; None is uniform. A client of weight 0 counts as absent: its headers are
+            checked, its tensors never read.
+        normalize: divide the weights by their sum (then all are >= 0). False takes any finite reals as they are.
+        rule: rank rule of a method that chooses its rank, such as ``Energy(0.95)`` or ``Rank(16)``.
+        robust: not in this version.
+        previous: output folder, Adapter, Result or State of the round before; gives ``round``.
+        round: 0-based; None is the round of ``previous`` + 1, or 0.
+        client_state: not in this version.
+        policy: what happens to bad clients: "strict", "drop", "clip" or a `Policy`.
+        read: how clients are read, `ReadOptions`.
+        write: what the output looks like, `WriteOptions`.
+        out: folder to write, as a stream, atomically; None keeps the result in memory.
+        seed: key of random padding rows; nothing else is random.
+        backend: "auto" or a backend's name.
+        device: where to compute; None is the GPU where there is one and the backend can use it.
+        dtype: of the result; None is float32, or float64 if a client is float64.
+        memory: bytes for data in flight (1 GiB), an int or a text such as "512MiB". Two slabs of a quarter each are alive; a
+            single module larger than that is still read whole.
+        progress: called as ``progress(stage, done_bytes, total_bytes)``.
+        overwrite: replace an existing ``out`` that holds only files written here.
+        **method_options: options of the method.
+
+    Returns:
+        `Result` with the adapter (scale baked to 1), the report and what each client receives.
+
+    Raises:
+        InputError: anything wrong with arguments or clients; its subclasses FormatError, UnsupportedVariantError, MismatchError,
+            NonFiniteError, LimitError and WeightError say what, and name client, module and remedy.
+        RunError: ConvergenceError, BackendError, OutputOverflowError, or a disc that cannot be written.
+    """
+    started = time.perf_counter()
+    for name, value in (("robust", robust), ("client_state", client_state)):
+        if value is not None:
+            raise InputError(f"{name}= is not in this version; leave it out")
+    write = write or WriteOptions()
+    settings = Settings(
+        method=method_of(method, rule, write, method_options),
+        policy=Policy.of(policy),
+        read=read or ReadOptions(),
+        write=write,
+        normalize=normalize,
+        dtype=dtype_of(dtype),
+        device=device_of(device, backend),
+        backend=backend,
+        memory=memory_of(memory),
+        seed=count_of("seed", seed),
+        round=round_of(round, previous),
+        progress=progress or (lambda *_: None),
+    )
+    if backend != "auto":
+        backends.get(backend)
+    if out is not None:
+        check_out(out, overwrite)
+    with ExitStack() as stack:
+        roster = open_clients(clients, weights, normalize=normalize, read=settings.read)
+        for client in roster:
+            stack.callback(client.close)
+        seen = stack.enter_context(backends.record())
+        run = Run(settings, roster, admit(roster, settings.policy, settings.read))
+        folder = None if out is None else stack.enter_context(OutputFolder(out, overwrite))
+        adapter, report = run.execute(folder, seen, started)
+    for text in report["warnings"]:
+        warnings.warn(text, UserWarning, stacklevel=2)
+    state = State(settings.method.name, settings.round)
+    readable = {client.name: client.adapter for client in roster if client.adapter is not None}
+    return Result(adapter, report, state, clients=readable, method=settings.method)

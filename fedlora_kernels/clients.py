@@ -1,0 +1,214 @@
+"""The clients of an aggregation: opened, named, weighted."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedlora_kernels.adapters.model import Adapter
+from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.adapters.reader import ReadOptions, open_adapter
+from fedlora_kernels.adapters.validation import ClientCheck, Failure, Policy, failure_text, validate_clients
+from fedlora_kernels.errors import FedLoRAError, InputError, WeightError
+
+__all__ = ["Client", "admit", "drop", "normalised", "open_clients", "present"]
+
+
+@dataclass
+class Client:
+    """One client as the caller gave it; ``status`` is used, absent (weight 0), dropped or clipped."""
+
+    name: str
+    source: str
+    weight: float
+    adapter: Adapter | None = None
+    failures: list[Failure | FedLoRAError] = field(default_factory=list)
+    status: str = "used"
+    norm: float | None = None
+    factor: float = 1.0
+    owned: bool = False
+
+    @property
+    def reason(self) -> str | None:
+        """Why the client was dropped."""
+        return "; ".join(map(str, self.failures)) or None
+
+    @property
+    def opened(self) -> Adapter:
+        """The adapter of a client that could be opened."""
+        assert self.adapter is not None
+        return self.adapter
+
+    def close(self) -> None:
+        """Close the adapter if it was opened here."""
+        if self.owned and self.adapter is not None:
+            self.adapter.close()
+
+
+def open_clients(clients: Any, weights: Any, *, normalize: bool, read: ReadOptions) -> list[Client]:
+    """Open every client; one that cannot be read carries its failure.
+
+    Raises InputError for no clients or something that is no collection of clients, WeightError for wrong weights.
+    """
+    named = _named(clients)
+    values = _weights(weights, [name for name, _ in named], normalize)
+    opened: list[Client] = []
+    for (name, source), weight in zip(named, values, strict=True):
+        client = Client(name, _source_text(source), weight, status="used" if weight != 0.0 else "absent")
+        client.owned = not isinstance(source, Adapter)
+        try:
+            client.adapter = open_adapter(source, read, name=name)
+        except InputError as error:
+            client.failures.append(error)
+        except BaseException:
+            for done in opened:
+                done.close()
+            raise
+        opened.append(client)
+    return opened
+
+
+def _named(clients: Any) -> list[tuple[str, Any]]:
+    if isinstance(clients, Mapping):
+        pairs = [(str(name), source) for name, source in clients.items()]
+    elif isinstance(clients, (str, os.PathLike, Adapter)) or not isinstance(clients, Sequence):
+        found = type(clients).__name__
+        raise InputError(
+            f"clients is a {found}; a list of folders, adapters or (state_dict, config) pairs, or a mapping by name, needed"
+        )
+    else:
+        pairs = _unique([(_name(source, k), source) for k, source in enumerate(clients)])
+    if not pairs:
+        raise InputError("no clients; at least one needed")
+    return pairs
+
+
+def _name(source: Any, position: int) -> str:
+    if isinstance(source, Adapter):
+        source = source.label
+    if isinstance(source, (str, os.PathLike)):
+        return Path(os.path.abspath(os.fspath(source))).name or f"client_{position}"
+    return f"client_{position}"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    taken = {name for name, _ in pairs}
+    seen: set[str] = set()
+    result = []
+    for name, source in pairs:
+        unique, number = name, 2
+        while unique in seen or (unique != name and unique in taken):
+            unique, number = f"{name}_{number}", number + 1
+        seen.add(unique)
+        result.append((unique, source))
+    return result
+
+
+def _source_text(source: Any) -> str:
+    if isinstance(source, Adapter):
+        return source.label
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else "state dict"
+
+
+def _weights(weights: Any, names: Sequence[str], normalize: bool) -> list[float]:
+    """Return the weights as floats, 1 for each client where None. WeightError names the client and its weight."""
+    if weights is None:
+        return [1.0] * len(names)
+    if isinstance(weights, Tensor) or hasattr(weights, "tolist"):
+        weights = weights.tolist()
+    if isinstance(weights, (str, Mapping)) or not isinstance(weights, Sequence):
+        raise WeightError(
+            f"weights is a {type(weights).__name__}; a list of {len(names)} numbers, one per client, needed"
+        )
+    if len(weights) != len(names):
+        raise WeightError(f"{len(weights)} weights for {len(names)} clients; one per client needed, in the same order")
+    values = [_weight(value, name, normalize) for value, name in zip(weights, names, strict=True)]
+    if not any(values):
+        raise WeightError(f"weights are all 0; client {printable(names[0])!r} or another one needs a weight above 0")
+    return values
+
+
+def _weight(value: Any, name: str, normalize: bool) -> float:
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise WeightError(
+            f"client {printable(name)!r}: weight {value!r} is no number; a finite number needed"
+        ) from None
+    if not math.isfinite(number):
+        raise WeightError(f"client {printable(name)!r}: weight {number}; a finite number needed")
+    if normalize and number < 0.0:
+        raise WeightError(
+            f"client {printable(name)!r}: weight {number:g} is negative; at least 0 needed. normalize=False takes any sign"
+        )
+    return number
+
+
+def normalised(weights: Sequence[float], normalize: bool) -> list[float]:
+    """Weights divided by their sum; as they are without ``normalize``."""
+    if not normalize:
+        return list(weights)
+    # scaled first: a sum of weights near the largest float would overflow
+    top = max(weights)
+    total = math.fsum(weight / top for weight in weights)
+    return [weight / top / total for weight in weights]
+
+
+def present(roster: Sequence[Client]) -> list[Client]:
+    """The clients that take part, in order."""
+    return [client for client in roster if client.status in ("used", "clipped")]
+
+
+def admit(roster: Sequence[Client], policy: Policy, read: ReadOptions) -> ClientCheck:
+    """Check all headers against each other; return what the clients that take part have in common.
+
+    "strict" raises for all failures together, "drop" and "clip" leave the failing clients out.
+    """
+    warnings: dict[str, None] = {}
+    while True:
+        healthy = [client for client in roster if not client.failures]
+        check = _check(healthy, read) if healthy else None
+        if check is not None:
+            warnings.update(dict.fromkeys(check.warnings))
+            for client in healthy:
+                client.failures.extend(check.failed.get(client.name, []))
+        failing = [client for client in roster if client.failures and client.status != "dropped"]
+        if not failing:
+            break
+        drop(roster, failing, policy)
+    check = _check(present(roster), read)
+    warnings.update(dict.fromkeys(check.warnings))
+    return replace(check, warnings=tuple(warnings))
+
+
+def _check(clients: Sequence[Client], read: ReadOptions) -> ClientCheck:
+    adapters = {client.name: client.opened for client in clients}
+    return validate_clients(adapters, missing=read.missing, extras=read.extras, limits=read.limits)
+
+
+def drop(roster: Sequence[Client], failing: Sequence[Client], policy: Policy) -> None:
+    """Leave failing clients out, or raise: always under "strict", else if too few clients or too little weight remain."""
+    if policy.kind == "strict":
+        found = [failure for client in failing for failure in client.failures]
+        kind = found[0].error if isinstance(found[0], Failure) else type(found[0])
+        raise kind(failure_text(found))
+    for client in failing:
+        client.status = "dropped"
+    total = math.fsum(abs(client.weight) for client in roster)
+    left = present(roster)
+    share = math.fsum(abs(client.weight) for client in left) / total
+    needed = max(1, policy.min_clients)
+    if len(left) < needed or share < policy.min_weight:
+        reasons = failure_text([failure for client in roster for failure in client.failures])
+        raise InputError(
+            f"policy {policy.kind!r}: {len(left)} of {len(roster)} clients with {share:.3g} of the weight remain; at least {needed} "
+            f"and {policy.min_weight:g} needed. Repair the failing clients or lower min_clients or min_weight:\n{reasons}"
+        )

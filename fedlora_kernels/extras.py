@@ -1,0 +1,102 @@
+"""Tensors that are no factors: weighted means of absolute values, weighted sums of bias changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.clients import Client
+from fedlora_kernels.errors import FedLoRAError, InputError, NonFiniteError, OutputOverflowError, WeightError
+
+__all__ = ["combine_extra", "nonfinite", "scan_extras"]
+
+
+def combine_extra(
+    name: str,
+    clients: Sequence[Client],
+    weights: Sequence[float],
+    scales: Sequence[float] | None,
+    *,
+    rule: str,
+    missing: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, str]:
+    """Combine one extra over its owners in float64 and say by which rule.
+
+    Absolute values (``scales`` is None): the weighted mean over the owners, or the first owner's tensor with
+    ``rule="first"``. A bias change: ``sum_k w_k s_k b_k`` with these scales, over all clients with ``missing="zero"``, else with
+    the owners' weights made to sum to the whole.
+
+    Raises:
+        InputError: weights that do not sum to 1 and absolute values.
+        WeightError: owners whose weights sum to 0.
+        NonFiniteError: NaN or Inf, naming client and tensor.
+        OutputOverflowError: the result does not fit ``dtype``.
+    """
+    owners = [k for k, client in enumerate(clients) if name in client.opened.extras]
+    if scales is None and rule == "first":
+        return _cast(name, _read(clients[owners[0]], name), dtype), "first"
+    share = math.fsum(weights[k] for k in owners)
+    whole = math.fsum(weights)
+    if scales is None:
+        if abs(whole - 1.0) > 1e-9:
+            raise InputError(
+                f"tensor {printable(name)!r}: the weights sum to {whole:g}, and a mean of values needs 1. "
+                "Use normalize=True, or extras='first'"
+            )
+        whole = 1.0
+    if share == 0.0:
+        raise WeightError(f"tensor {printable(name)!r}: the weights of its owners sum to 0; a positive sum needed")
+    rescale = 1.0 if scales is not None and missing == "zero" else whole / share
+    total: Tensor | None = None
+    for k in owners:
+        factor = weights[k] * rescale * (1.0 if scales is None else scales[k])
+        value = _read(clients[k], name).to(torch.float64, copy=True).mul_(factor)
+        total = value if total is None else total.add_(value)
+    assert total is not None
+    return _cast(name, total, dtype), "mean" if scales is None else "sum"
+
+
+def _read(client: Client, name: str) -> Tensor:
+    value = client.opened.extra(name).cpu()
+    if (error := nonfinite(value, f"client {printable(client.name)!r}, tensor {printable(name)!r}")) is not None:
+        raise error
+    return value
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    result = value.to(dtype)
+    if not bool(torch.isfinite(result).all()):
+        size = float(value.abs().max())
+        raise OutputOverflowError(
+            f"tensor {printable(name)!r}: max|x| is {size:.4g}; {dtype} cannot hold it. Use bfloat16 or a wider dtype"
+        )
+    return result.contiguous()
+
+
+def nonfinite(value: Tensor, where: str) -> FedLoRAError | None:
+    """The error that names the first NaN or Inf of ``value``; None if there is none."""
+    bad = ~torch.isfinite(value)
+    if not bool(bad.any()):
+        return None
+    index = tuple(torch.nonzero(bad)[0].tolist())
+    found = float(value[index])
+    return NonFiniteError(
+        f"{where}: {found} at index {index}; finite numbers needed. Repair that client or leave it out"
+    )
+
+
+def scan_extras(clients: Sequence[Client], names: Sequence[str]) -> Iterator[tuple[Client, FedLoRAError]]:
+    """Yield every client whose extras hold NaN or Inf, with the error that says where."""
+    for client in clients:
+        for name in names:
+            if name in client.opened.extras:
+                try:
+                    _read(client, name)
+                except NonFiniteError as error:
+                    yield client, error
+                    break

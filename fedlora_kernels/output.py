@@ -1,0 +1,180 @@
+"""Where an aggregate goes: a PEFT folder written as a stream, or an adapter in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.adapters.keys import PREFIX, factor_keys
+from fedlora_kernels.adapters.model import Adapter, ExtraSpec
+from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
+from fedlora_kernels.adapters.writer import (
+    OutputFolder,
+    PeftFileWriter,
+    WriteOptions,
+    disc_errors,
+    pad_to_uniform,
+    verify_adapter,
+    write_config,
+)
+from fedlora_kernels.rows import random_rows
+
+__all__ = ["REPORT_NAME", "FolderOutput", "MemoryOutput", "Output", "Pair", "adapter_in_memory", "resize_pair"]
+
+REPORT_NAME = "report.json"
+Pair = tuple[str, Tensor, Tensor]
+
+
+class Output(Protocol):
+    """What the engine writes to: pairs in canonical order, extras, then `finish` and, on disc, `commit`."""
+
+    def add_pairs(self, pairs: Sequence[Pair]) -> None:
+        """Take pairs (name, B (m, p), A (p, n)), scale in the factors."""
+
+    def add_extra(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor that is no factor."""
+
+    def finish(self, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+        """Complete the tensors; nothing more is added."""
+
+    def commit(self, report: Mapping[str, Any]) -> Adapter:
+        """Put everything in place, report included, and return the adapter."""
+
+
+def resize_pair(
+    B: Tensor,
+    A: Tensor,
+    rank: int,
+    *,
+    seed: int,
+    round: int,  # noqa: A002
+    module: str,
+    fill: str = "random",
+) -> tuple[Tensor, Tensor]:
+    """Cut a pair to its first ``rank`` components, or pad it: zero columns of B beside random (or zero) rows of A.
+
+    Zeros in both factors would never get a gradient; the product does not change.
+    """
+    p = A.shape[0]
+    if rank <= p:
+        return B[:, :rank].clone(), A[:rank].clone()
+    wide, tall = B.new_zeros(B.shape[0], rank), A.new_zeros(rank, A.shape[1])
+    wide[:, :p] = B
+    tall[:p] = A
+    if fill == "random":
+        tall[p:] = random_rows(seed, round, module, range(p, rank), A.shape[1]).to(A.dtype)
+    return wide, tall
+
+
+def adapter_in_memory(
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    extras: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    label: str,
+    metadata: Mapping[str, str] | None = None,
+) -> Adapter:
+    """An adapter over tensors in memory, under the keys of a PEFT file."""
+    state: dict[str, Tensor] = {}
+    for name, (B, A) in pairs.items():
+        key_B, key_A = factor_keys(name)
+        state[key_A], state[key_B] = A, B
+    state.update({f"{PREFIX}{name}": tensor for name, tensor in extras.items()})
+    adapter = open_adapter((state, config), name=label)
+    return dataclasses.replace(adapter, label=label, metadata=dict(metadata or {}))
+
+
+class MemoryOutput:
+    """An adapter that stays in memory."""
+
+    def __init__(self, write: WriteOptions, seed: int, round: int, metadata: Mapping[str, str]) -> None:  # noqa: A002
+        self._write = write
+        self._seed, self._round = seed, round
+        self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        self._extras: dict[str, Tensor] = {}
+        self._config: Mapping[str, Any] = {}
+        self._metadata = {"format": "pt", **metadata}
+
+    def add_pairs(self, pairs: Sequence[Pair]) -> None:
+        """Keep the pairs."""
+        self._pairs.update({name: (B, A) for name, B, A in pairs})
+
+    def add_extra(self, name: str, tensor: Tensor) -> None:
+        """Keep the tensor."""
+        self._extras[name] = tensor
+
+    def finish(self, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+        """Pad to one rank if asked."""
+        self._config = config
+        self._metadata.update(metadata)
+        if self._write.pads:
+            for name, (B, A) in self._pairs.items():
+                self._pairs[name] = resize_pair(
+                    B, A, config["r"], seed=self._seed, round=self._round, module=name, fill=self._write.fill
+                )
+
+    def commit(self, report: Mapping[str, Any]) -> Adapter:
+        """Return the adapter."""
+        return adapter_in_memory(self._pairs, self._extras, self._config, label="aggregate", metadata=self._metadata)
+
+
+class FolderOutput:
+    """A PEFT folder built beside ``folder.out`` and put in place in one step; an error leaves nothing behind."""
+
+    def __init__(
+        self,
+        folder: OutputFolder,
+        shapes: Mapping[str, tuple[int, int, int]],
+        extras: Mapping[str, ExtraSpec],
+        dtype: torch.dtype,
+        metadata: Mapping[str, str],
+        write: WriteOptions,
+        seed: int,
+        round: int,  # noqa: A002
+    ) -> None:
+        self._folder, self._write, self._seed, self._round = folder, write, seed, round
+        entries = PeftFileWriter.entries(shapes, extras, dtype)
+        self._file = PeftFileWriter(Path(folder.path) / WEIGHTS_NAME, entries, metadata)
+        self._ranks: dict[str, int] = {}
+
+    def add_pairs(self, pairs: Sequence[Pair]) -> None:
+        """Append the pairs to the file."""
+        for name, B, A in pairs:
+            self._file.add_pair(name, B, A)
+            self._ranks[name] = A.shape[0]
+
+    def add_extra(self, name: str, tensor: Tensor) -> None:
+        """Append the tensor to the file."""
+        self._file.add_extra(name, tensor)
+
+    def finish(self, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+        """Fill in the header, pad to one rank if asked, and read everything back."""
+        path = Path(self._folder.path)
+        self._file.close(metadata)
+        write_config(path / CONFIG_NAME, config)
+        if self._write.pads:
+            pad_to_uniform(path, config["r"], self._write.fill, seed=self._seed, round=self._round)
+        else:
+            verify_adapter(path, self._ranks)
+
+    def commit(self, report: Mapping[str, Any]) -> Adapter:
+        """Write the report, put the folder in place and open it."""
+        target = Path(self._folder.path) / REPORT_NAME
+        with disc_errors(target), open(target, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._folder.commit()
+        return open_adapter(self._folder.out)
+
+    def abandon(self) -> None:
+        """Close the file; the folder's own context removes it."""
+        self._file.abandon()

@@ -1,0 +1,186 @@
+"""What an aggregation answers: the common adapter, what each client receives, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.adapters.config import peft_config, rank_patterns
+from fedlora_kernels.adapters.model import Adapter
+from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.errors import InputError, OutputOverflowError
+from fedlora_kernels.linalg import select_rank
+from fedlora_kernels.linalg.rules import Budget, Energy, RankRule
+from fedlora_kernels.methods.contract import Method
+from fedlora_kernels.output import adapter_in_memory, resize_pair
+from fedlora_kernels.report import certificates, cut_row, totals
+
+__all__ = ["Result", "State"]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a later round needs: the method, its 0-based round, and tensors by name (none for most methods)."""
+
+    method: str
+    round: int
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Answer of `aggregate`.
+
+    ``adapter`` is the common adapter with scale 1, in memory or opened from the output folder; ``report`` plain values of
+    schema 1; ``state`` what the next round needs; ``residual`` what a method leaves beside the pair, None for most.
+    """
+
+    adapter: Adapter
+    report: Mapping[str, Any]
+    state: State
+    residual: Adapter | None = None
+    clients: Mapping[str, Adapter] = field(default_factory=dict, repr=False)
+    method: Method = field(default_factory=Method, repr=False)
+
+    def for_client(self, key: str | int, *, rank: int | None = None, scale: str | float = "client") -> Adapter:
+        """Return what the method sends to a client, as an adapter in memory.
+
+        Args:
+            key: the client's name, or its position in the caller's order.
+            rank: cut every pair to this rank, or pad it (random rows of A, zero columns of B: the product stays, and the
+                padding can be trained). None is the method's own choice.
+            scale: "client" divides B, in float64, by the client's own scale of each module, and holds the modules that the
+                client has; 1.0 gives the baked form of all modules.
+
+        Raises InputError for an unknown client, a rank below 1 or a client whose scale is 0, OutputOverflowError where the
+        dtype cannot hold B divided by the scale.
+        """
+        name, client = self._client(key)
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise InputError(f"for_client: rank is {rank!r}; an integer of at least 1 needed")
+        if scale not in ("client", 1.0):
+            raise InputError(f"for_client: scale is {scale!r}; 'client' or 1.0 needed")
+        own = scale == "client"
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        scales: dict[str, float] = {}
+        for module in self.adapter:
+            spec = client.modules.get(module)
+            if own and spec is None:
+                continue
+            pair = self.adapter[module]
+            p = pair.A.shape[0]
+            wanted = rank if rank is not None else p if spec is None else self.method.client_rank(spec.rank, p)
+            B, A = resize_pair(pair.B, pair.A, wanted, seed=self.report["seed"], round=self.state.round, module=module)
+            scales[module] = spec.scale if own and spec is not None else 1.0
+            pairs[module] = (
+                _divided(B, scales[module], f"client {printable(name)!r}, module {printable(module)!r}"),
+                A,
+            )
+        if not pairs:
+            raise InputError(f"client {printable(name)!r} has none of the modules of the result; use scale=1.0")
+        extras = {
+            extra: _divided(
+                self.adapter.extra(extra), scales[spec.module], f"client {printable(name)!r}, {printable(extra)!r}"
+            )
+            if spec.rule == "lora_bias" and spec.module is not None
+            else self.adapter.extra(extra)
+            for extra, spec in self.adapter.extras.items()
+            if spec.rule != "lora_bias" or spec.module in pairs
+        }
+        config = self._config(client, {module: A.shape[0] for module, (_, A) in pairs.items()}, scales)
+        return adapter_in_memory(pairs, extras, config, label=name)
+
+    def _client(self, key: str | int) -> tuple[str, Adapter]:
+        names = list(self.clients)
+        if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < len(names):
+            key = names[key]
+        if not isinstance(key, str) or key not in self.clients:
+            raise InputError(
+                f"for_client: no client {printable(str(key))!r}; clients: {', '.join(map(printable, names[:20]))}"
+            )
+        return key, self.clients[key]
+
+    def _config(self, client: Adapter, ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str, Any]:
+        """The client's configuration with alphas that give back its own scales at the ranks handed out."""
+        config = peft_config([client], ranks, {name: self.adapter.extras[name] for name in self.adapter.extras})
+        alphas = {module: _plain(scales[module] * rank) for module, rank in ranks.items()}
+        first = next(iter(alphas.values()))
+        config["lora_alpha"] = first
+        patterns = rank_patterns(alphas, first)
+        config.pop("alpha_pattern", None)
+        return {**config, "alpha_pattern": patterns} if patterns else config
+
+    def at(self, rule: RankRule) -> Result:
+        """Return the result of another rank rule from the same decomposition, in memory.
+
+        Only for florist with ``Energy(1.0)``, whose pair holds every direction; InputError otherwise. The padding of
+        ``uniform_rank`` is cut away.
+        """
+        full = getattr(self.method, "rule", None)
+        if (
+            self.method.name != "florist"
+            or not isinstance(full, Energy)
+            or full.threshold < 1.0
+            or full.cap is not None
+        ):
+            raise InputError(
+                "at(rule) needs the whole spectrum: aggregate with method 'florist' and rule=Energy(1.0) first"
+            )
+        if not isinstance(rule, RankRule) or isinstance(rule, Budget):
+            raise InputError(f"at({rule}): a rank rule for one matrix needed, such as Energy(0.9) or Rank(16)")
+        rows = [self._cut(row, rule) for row in self.report["modules"]]
+        ranks = {row["name"]: row["rank"] for row in rows if row["name"] in self.adapter}
+        pairs = {}
+        for module, p in ranks.items():
+            pair = self.adapter[module]
+            pairs[module] = (pair.B[:, :p].clone(), pair.A[:p].clone())
+        extras = {name: self.adapter.extra(name) for name in self.adapter.extras}
+        config = peft_config([self.adapter], ranks, self.adapter.extras)
+        sizes = [(B.numel() + A.numel(), B.element_size()) for B, A in pairs.values()]
+        parameters, nbytes = sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
+        summary = totals(rows, self.report["totals"]["clients"], parameters, nbytes)
+        metadata = {**self.adapter.metadata, "fedlora.rule": str(rule), **certificates(summary)}
+        adapter = adapter_in_memory(pairs, extras, config, label=self.adapter.label, metadata=metadata)
+        report = {
+            **self.report,
+            "method": {**self.report["method"], "rule": str(rule)},
+            "modules": rows,
+            "totals": summary,
+        }
+        method = dataclasses.replace(self.method, rule=rule)  # type: ignore[call-arg]
+        return dataclasses.replace(self, adapter=adapter, report=report, method=method)
+
+    @staticmethod
+    def _cut(row: Mapping[str, Any], rule: RankRule) -> Mapping[str, Any]:
+        values = row["singular_values"]
+        if not values:  # a zero update keeps its rank of 1, or 0 where it was left out
+            return row
+        S = torch.tensor([values], dtype=torch.float64)
+        energy = torch.tensor([row["energy"]], dtype=torch.float64)
+        # every value listed is above the noise floor already
+        rank = select_rank(S, rule, total_energy=energy, floor=torch.zeros(1, dtype=torch.float64))
+        return cut_row(row, max(1, int(rank[0])))
+
+
+def _divided(x: Tensor, scale: float, where: str) -> Tensor:
+    if scale == 1.0:
+        return x
+    if scale == 0.0:
+        raise InputError(f"{where}: the client's scale is 0, so nothing that it loads has an effect; use scale=1.0")
+    result = (x.to(torch.float64) / scale).to(x.dtype)
+    if not bool(torch.isfinite(result).all()):
+        raise OutputOverflowError(
+            f"{where}: divided by the client's scale {scale:g} it leaves the range of {x.dtype}; use scale=1.0"
+        )
+    return result
+
+
+def _plain(value: float) -> float:
+    """The whole number next to ``value`` where only rounding separates them."""
+    nearest = round(value)
+    return nearest if nearest and abs(value - nearest) <= 4 * 2.0**-52 * abs(value) else value

@@ -1,0 +1,233 @@
+"""How factors stream past: modules cut into slabs, slabs read ahead by one thread, results taken away by another.
+
+Two slabs are alive at any time: the one being computed and the one being read. A slab holds groups of equally shaped
+modules, every client's factors side by side in one host buffer per client, into which the source reads directly.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.adapters.model import Adapter
+
+__all__ = ["Block", "Drain", "Loaded", "Plan", "Prefetch", "load_slab", "plan_slabs"]
+
+S = TypeVar("S")
+T = TypeVar("T")
+Shape = tuple[str, int, int, tuple[int, ...], tuple[torch.dtype, ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """N equally shaped modules to be read: ``ranks[k]`` is 0 where client k is not read, ``dtypes[2k:2k+2]`` are those of B, A."""
+
+    modules: tuple[str, ...]
+    kind: str
+    m: int
+    n: int
+    ranks: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors to read."""
+        pairs = zip(self.ranks, self.dtypes[::2], self.dtypes[1::2], strict=True)
+        each = sum(rank * (self.m * b.itemsize + self.n * a.itemsize) for rank, b, a in pairs)
+        return each * len(self.modules)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A plan with its factors: ``B[k]`` (N, m, r_k) and ``A[k]`` (N, r_k, n) on the host."""
+
+    plan: Plan
+    B: tuple[Tensor, ...]
+    A: tuple[Tensor, ...]
+
+
+@dataclass
+class Loaded:
+    """A slab in memory. `take` gives the blocks up one by one, so that each is freed as soon as it has been used."""
+
+    blocks: list[Block] = field(default_factory=list)
+    keep: bool = False
+
+    def take(self) -> Iterator[Block]:
+        """Yield the blocks in order; without ``keep`` the slab is empty afterwards."""
+        if self.keep:
+            yield from self.blocks
+            return
+        while self.blocks:
+            yield self.blocks.pop(0)
+
+
+def plan_slabs(
+    adapters: Sequence[Adapter],
+    modules: Sequence[str],
+    reads: Callable[[int, str], bool],
+    *,
+    limit: int,
+    chunk: int,
+    itemsize: int,
+) -> list[list[Plan]]:
+    """Cut ``modules`` into slabs of at most ``limit`` bytes (always at least one module), in order.
+
+    A slab counts its factors and an answer of the stacked rank in ``itemsize`` bytes. Inside a slab modules of one shape form
+    plans of at most ``chunk`` bytes of float64 factors, the measure of a backend's workspace. ``reads(k, module)`` says
+    whether client k is read there.
+    """
+    slabs: list[list[Plan]] = []
+    members: dict[Shape, list[str]] = {}
+    filled = 0
+    for name in modules:
+        shape = _shape(adapters, name, reads)
+        one = Plan((name,), *shape)
+        cost = one.nbytes + sum(one.ranks) * (one.m + one.n) * itemsize
+        if members and filled + cost > limit:
+            slabs.append(_plans(members, chunk))
+            members, filled = {}, 0
+        members.setdefault(shape, []).append(name)
+        filled += cost
+    if members:
+        slabs.append(_plans(members, chunk))
+    return slabs
+
+
+def _shape(adapters: Sequence[Adapter], name: str, reads: Callable[[int, str], bool]) -> Shape:
+    owner = next(adapter.modules[name] for adapter in adapters if name in adapter.modules)
+    ranks: list[int] = []
+    dtypes: list[torch.dtype] = []
+    for k, adapter in enumerate(adapters):
+        spec = adapter.modules.get(name)
+        if spec is not None and reads(k, name):
+            ranks.append(spec.rank)
+            dtypes += [spec.B.dtype, spec.A.dtype]
+        else:
+            ranks.append(0)
+            dtypes += [torch.float32, torch.float32]
+    return owner.kind, owner.m, owner.n, tuple(ranks), tuple(dtypes)
+
+
+def _plans(members: dict[Shape, list[str]], chunk: int) -> list[Plan]:
+    plans = []
+    for shape, names in members.items():
+        _, m, n, ranks, _ = shape
+        step = max(1, chunk // max(1, 8 * sum(ranks) * (m + n)))
+        plans += [Plan(tuple(names[i : i + step]), *shape) for i in range(0, len(names), step)]
+    return plans
+
+
+def load_slab(plans: Iterable[Plan], adapters: Sequence[Adapter], *, pin: bool = False) -> Loaded:
+    """Read one slab, each tensor directly into its place in the batch."""
+    return Loaded([_load_block(plan, adapters, pin) for plan in plans])
+
+
+def _load_block(plan: Plan, adapters: Sequence[Adapter], pin: bool) -> Block:
+    count = len(plan.modules)
+    Bs, As = [], []
+    for k, (adapter, rank) in enumerate(zip(adapters, plan.ranks, strict=True)):
+        B = torch.empty(count, plan.m, rank, dtype=plan.dtypes[2 * k], pin_memory=pin)
+        A = torch.empty(count, rank, plan.n, dtype=plan.dtypes[2 * k + 1], pin_memory=pin)
+        if rank:
+            for i, name in enumerate(plan.modules):
+                spec = adapter.modules[name]
+                adapter.source.read(spec.B.key, out=B[i])
+                adapter.source.read(spec.A.key, out=A[i])
+        Bs.append(B)
+        As.append(A)
+    return Block(plan, tuple(Bs), tuple(As))
+
+
+class Prefetch(Generic[S, T]):
+    """Iterate over ``load(item)`` for each item, one item ahead, in a thread. A context manager; errors of ``load`` surface here."""
+
+    def __init__(self, items: Iterable[S], load: Callable[[S], T]) -> None:
+        self._items = list(items)
+        self._load = load
+        self._ready: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+        self._slots = threading.Semaphore(2)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fedlora-reader", daemon=True)
+
+    def __enter__(self) -> Iterator[T]:
+        self._thread.start()
+        return self._loaded()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._slots.release()
+        self._thread.join()
+
+    def _run(self) -> None:
+        for item in self._items:
+            self._slots.acquire()
+            if self._stop.is_set():
+                return
+            try:
+                self._ready.put(self._load(item))
+            except BaseException as error:
+                self._ready.put(error)
+                return
+
+    def _loaded(self) -> Iterator[T]:
+        for _ in self._items:
+            loaded = self._ready.get()
+            if isinstance(loaded, BaseException):
+                raise loaded
+            yield loaded
+            del loaded
+            self._slots.release()
+
+
+class Drain(Generic[T]):
+    """Give items to ``sink`` in a thread, one at a time and in order. `put` waits for the item before; errors surface in it."""
+
+    def __init__(self, sink: Callable[[T], None]) -> None:
+        self._sink = sink
+        self._queue: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self._slot = threading.Semaphore(1)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="fedlora-writer", daemon=True)
+
+    def __enter__(self) -> Drain[T]:
+        self._thread.start()
+        return self
+
+    def put(self, item: T) -> None:
+        """Hand over one item (never None)."""
+        self._slot.acquire()
+        self._raise()
+        self._queue.put(item)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if error is None:
+            self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            try:
+                if self._error is None:
+                    self._sink(item)
+            except BaseException as error:
+                self._error = error
+            finally:
+                del item
+                self._slot.release()
