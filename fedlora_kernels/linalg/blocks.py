@@ -30,6 +30,7 @@ __all__ = [
     "largest",
     "matrix_problem",
     "merge",
+    "require_shape",
     "solve",
     "stack_problems",
     "unflatten",
@@ -147,6 +148,19 @@ def matrix_problem(caller: Caller, where: str, **arguments: Array) -> Problem[Ma
     return Problem(batch, (), dtype, {"N": math.prod(batch)}, (Part(None, (), Matrices(flat)),))
 
 
+def require_shape(
+    where: str, name: str, tensor: Tensor, core: tuple[int, int], like: str, batch: tuple[int, ...] | None = None
+) -> None:
+    """Raise MismatchError unless ``tensor`` is ``(..., *core)``, which it must be to fit the argument ``like``.
+
+    ``batch`` stands for the leading dimensions in the message if they were flattened since.
+    """
+    if tuple(tensor.shape[-2:]) != core:
+        leading = tuple(tensor.shape[:-2]) if batch is None else batch
+        found, needed = (*leading, *tensor.shape[-2:]), (*leading, *core)
+        raise MismatchError(f"{where}{name} has shape {found}; {needed} is needed to fit {like}")
+
+
 def _factor_problem(caller: Caller, where: str, B: Any, A: Any, weights: Any, *, cap: int | None) -> Problem[Factors]:
     dense = _is_block_list(B), _is_block_list(A)
     if dense[0] != dense[1]:
@@ -161,8 +175,8 @@ def _factor_problem(caller: Caller, where: str, B: Any, A: Any, weights: Any, *,
     m, n = blocks_B[0].shape[-2], blocks_A[0].shape[-1]
     for name_B, name_A, block_B, block_A in zip(names_B, names_A, blocks_B, blocks_A, strict=True):
         r = block_B.shape[-1]
-        _require_shape(where, name_B, block_B, (m, r), names_B[0])
-        _require_shape(where, name_A, block_A, (r, n), name_B if block_A.shape[-2] != r else names_A[0])
+        require_shape(where, name_B, block_B, (m, r), names_B[0])
+        require_shape(where, name_A, block_A, (r, n), name_B if block_A.shape[-2] != r else names_A[0])
     ranks = tuple(block.shape[-1] for block in blocks_B)
     p_max = min(m, n, sum(ranks), cap if cap is not None else m)
     flat_B = [_flatten(block, batch) for block in blocks_B]
@@ -186,7 +200,7 @@ def _stack_problem(caller: Caller, where: str, blocks: Any, weights: Any) -> Pro
     batch = _common_batch(where, names, taken)
     m = taken[0].shape[-2]
     for name, block in zip(names, taken, strict=True):
-        _require_shape(where, name, block, (m, block.shape[-1]), names[0])
+        require_shape(where, name, block, (m, block.shape[-1]), names[0])
     ranks = tuple(block.shape[-1] for block in taken)
     flat = [_flatten(block, batch) for block in taken]
 
@@ -300,12 +314,6 @@ def _common_batch(where: str, names: Sequence[str], tensors: Sequence[Tensor]) -
                 f"{where}{name} has shape {tuple(tensor.shape)}; {needed} are needed. Use expand to repeat one"
             )
     return batch
-
-
-def _require_shape(where: str, name: str, tensor: Tensor, core: tuple[int, int], like: str) -> None:
-    if tuple(tensor.shape[-2:]) != core:
-        needed = (*tensor.shape[:-2], *core)
-        raise MismatchError(f"{where}{name} has shape {tuple(tensor.shape)}; {needed} is needed to fit {like}")
 
 
 def _flatten(tensor: Tensor, batch: tuple[int, ...]) -> Tensor:

@@ -11,9 +11,18 @@ from torch import Tensor
 
 from fedlora_kernels import backends
 from fedlora_kernels.backends.contract import INFO_TEXT, Backend, Info, RawRotation
-from fedlora_kernels.errors import InputError, MismatchError, NonFiniteError, OutputOverflowError
+from fedlora_kernels.errors import InputError, NonFiniteError, OutputOverflowError
 from fedlora_kernels.linalg.arrays import Array, Caller, promote
-from fedlora_kernels.linalg.blocks import Matrices, Problem, Ragged, each_problem, largest, matrix_problem, unflatten
+from fedlora_kernels.linalg.blocks import (
+    Matrices,
+    Problem,
+    Ragged,
+    each_problem,
+    largest,
+    matrix_problem,
+    require_shape,
+    unflatten,
+)
 from fedlora_kernels.linalg.results import Rotation, place, raise_for_info
 
 __all__ = ["align_factors", "procrustes_rotation", "rotate_factors"]
@@ -57,7 +66,7 @@ def procrustes_rotation(
     for where, values in each_problem(caller.function, source=source, target=target):
         problem = matrix_problem(caller, where, source=values[0], target=values[1])
         rows, r = problem.parts[0].group.tensors[0].shape[-2:]
-        _require(where, "target", problem.parts[0].group.tensors[1], (rows, r), "source")
+        require_shape(where, "target", problem.parts[0].group.tensors[1], (rows, r), "source", problem.batch)
         problems.append(_sized(problem, m=rows, r=r))
     if not problems:
         return []
@@ -98,8 +107,8 @@ def rotate_factors(
     for where, values in each_problem(caller.function, B=B, A=A, Q=Q):
         problem = matrix_problem(caller, where, B=values[0], A=values[1], Q=values[2])
         factors = problem.parts[0].group.tensors
-        m, r, n = _pair_sizes(where, factors[0], factors[1])
-        _require(where, "Q", factors[2], (r, r), "B")
+        m, r, n = _pair_sizes(where, problem.batch, factors[0], factors[1])
+        require_shape(where, "Q", factors[2], (r, r), "B", problem.batch)
         problems.append(_sized(problem, m=m, r=r, n=n))
     if not problems:
         return []
@@ -164,10 +173,10 @@ def align_factors(
         present = {name: array for name, array in arrays.items() if array is not None}
         problem = matrix_problem(caller, where, **present)
         taken = dict(zip(present, problem.parts[0].group.tensors, strict=True))
-        m, r, n = _pair_sizes(where, taken["B"], taken["A"])
+        m, r, n = _pair_sizes(where, problem.batch, taken["B"], taken["A"])
         for name, core in (("reference B", (m, r)), ("reference A", (r, n))):
             if name in taken:
-                _require(where, name, taken[name], core, name[-1])
+                require_shape(where, name, taken[name], core, name[-1], problem.batch)
         problems.append(_sized(problem, m=m, r=r, n=n))
     if not problems:
         return []
@@ -230,17 +239,10 @@ def _sized(problem: Problem[Matrices], **sizes: int) -> Problem[Matrices]:
     return Problem(problem.batch, problem.ranks, problem.dtype, {**problem.sizes, **sizes}, problem.parts)
 
 
-def _pair_sizes(where: str, B: Tensor, A: Tensor) -> tuple[int, int, int]:
+def _pair_sizes(where: str, batch: tuple[int, ...], B: Tensor, A: Tensor) -> tuple[int, int, int]:
     m, r = B.shape[-2:]
-    _require(where, "A", A, (r, A.shape[-1]), "B")
+    require_shape(where, "A", A, (r, A.shape[-1]), "B", batch)
     return m, r, A.shape[-1]
-
-
-def _require(where: str, name: str, tensor: Tensor, core: tuple[int, ...], like: str) -> None:
-    if tuple(tensor.shape[-2:]) != core:
-        raise MismatchError(
-            f"{where}{name} holds matrices of shape {tuple(tensor.shape[-2:])}; {core} is needed to fit {like}"
-        )
 
 
 def _choose(caller: Caller, backend: str, problems: Sequence[Problem[Matrices]]) -> Backend:
