@@ -40,7 +40,8 @@ def spectrum(name: str, k: int, cond: float = 1e3, seed: int = 0) -> Tensor:
 def orthonormal(m: int, k: int, seed: int) -> Tensor:
     """Haar-distributed orthonormal columns (m, k) float64."""
     Q, R = torch.linalg.qr(torch.randn(m, k, dtype=torch.float64, generator=generator(seed)))
-    return Q * R.diagonal().sign()
+    columns: Tensor = Q * R.diagonal().sign()
+    return columns
 
 
 def prescribed(m: int, n: int, values: Tensor, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
