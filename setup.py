@@ -86,8 +86,12 @@ class BuildLibrary(build_ext):
             fresh.replace(out)
         except subprocess.CalledProcessError as error:
             if wanted("FEDLORA_BUILD_CPU") == "1":
-                sys.exit(f"fedlora_kernels: FEDLORA_BUILD_CPU=1, but the compiler failed with status {error.returncode}")
-            print("fedlora_kernels: the compiler failed; installing without the CPU library", file=sys.stderr, flush=True)
+                sys.exit(
+                    f"fedlora_kernels: FEDLORA_BUILD_CPU=1, but the compiler failed with status {error.returncode}"
+                )
+            print(
+                "fedlora_kernels: the compiler failed; installing without the CPU library", file=sys.stderr, flush=True
+            )
         finally:
             fresh.unlink(missing_ok=True)
 

@@ -62,10 +62,22 @@ int64_t scratch_per_thread(const fedlora_block *C, int64_t groups) {
     return (most + kAlignment - 1) / kAlignment * kAlignment;
 }
 
+int64_t tasks_of(const fedlora_block &C) {
+    const int64_t step = variant().matrices_per_task(C);
+    return is_empty(C) ? 0 : (C.batch + step - 1) / step;
+}
+
+// No more threads than tasks: a thread without work only costs its wake-up.
+int useful_threads(const fedlora_block *C, int64_t groups, int64_t threads) {
+    int64_t tasks = 0;
+    for (int64_t g = 0; g < groups; ++g) tasks += tasks_of(C[g]);
+    return (int)(tasks < threads ? tasks : threads);
+}
+
 // All tasks of one group, shared by the threads of the enclosing region; nobody waits at the end.
 void run_group(const SvdGroup &group, int max_sweeps, char *scratch) {
     const int64_t step = variant().matrices_per_task(group.C);
-    const int64_t tasks = (group.C.batch + step - 1) / step;
+    const int64_t tasks = tasks_of(group.C);
 #pragma omp for schedule(dynamic) nowait
     for (int64_t t = 0; t < tasks; ++t) variant().run(group, t * step, max_sweeps, scratch);
 }
@@ -98,11 +110,11 @@ int fedlora_core_svd(const fedlora_block *C, const fedlora_block *U, const fedlo
     if (!workspace || workspace_bytes < slice * threads + kAlignment) return FEDLORA_BAD_WORKSPACE;
     const uintptr_t address = ((uintptr_t)workspace + kAlignment - 1) / kAlignment * kAlignment;
 
-#pragma omp parallel num_threads((int)threads)
+#pragma omp parallel num_threads(useful_threads(C, groups, threads))
     {
         char *scratch = (char *)address + slice * omp_get_thread_num();
         for (int64_t g = 0; g < groups; ++g)
-            if (!is_empty(C[g])) run_group({C[g], U[g], S[g], Vh[g], info[g], notes[g]}, (int)max_sweeps, scratch);
+            run_group({C[g], U[g], S[g], Vh[g], info[g], notes[g]}, (int)max_sweeps, scratch);
     }
     return FEDLORA_OK;
 }

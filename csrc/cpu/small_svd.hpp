@@ -33,7 +33,7 @@ class JacobiSvd {
           even_(shape.cols + (shape.cols & 1)),
           length_(shape.rows + shape.cols),
           data_((P *)scratch),
-          tolerance_(broadcast<W>(T(shape.rows) * Lane<T>::roundoff * Lane<T>::roundoff)) {}
+          tolerance_(broadcast<W>(T(shape.rows + 10) * Lane<T>::roundoff * Lane<T>::roundoff)) {}
 
     static int64_t scratch_bytes(const Shape &shape) {
         return (int64_t)sizeof(P) * (shape.cols + (shape.cols & 1)) * (shape.rows + shape.cols);
@@ -174,7 +174,9 @@ class JacobiSvd {
     // The rotation that makes columns x and y orthogonal, given their stored product g; the longer one grows.
     //
     // Everything is divided by a power of two near |x|^2 + |y|^2, so that no square leaves the range; the threshold
-    // |g| > sqrt(rows) u |x| |y| is tested on the cosine for the same reason. A NaN never rotates.
+    // |g| > sqrt(rows + 10) u |x| |y| is tested on the cosine for the same reason. The 10 is for short columns: there the
+    // rounding of a rotation alone can exceed sqrt(rows) u, and one 2 x 2 matrix in a thousand would rotate for ever.
+    // A NaN never rotates.
     FEDLORA_INLINE Rotation plan(int x, int y, const P &g) {
         const P a = norm_[x], b = norm_[y], product = weight_[x] * weight_[y];
         const P cosine = g * rsqrt_estimate(a) * rsqrt_estimate(b);

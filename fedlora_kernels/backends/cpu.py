@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import RawSVD
-from fedlora_kernels.errors import BackendError
+from fedlora_kernels.errors import BackendError, InputError
 
 __all__ = ["BACKEND", "CpuBackend", "abi_stamp"]
 
@@ -27,6 +27,7 @@ _HEADERS = tuple(root / "include" / "fedlora.h" for root in (_PACKAGE / "_csrc",
 _REBUILD = "rebuild it with `pip install --force-reinstall fedlora-kernels`, in a checkout `python setup.py build_ext --inplace`"
 
 _LARGEST = 32
+_MOST_THREADS = 1024
 _DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.int32: 2}
 _WORKING_DTYPE = {
     torch.float64: torch.float64,
@@ -69,7 +70,7 @@ class CpuBackend:
         library = self._load()
         if library is None:
             return False, self._reason
-        return True, f"{self._path.name}, {library.fedlora_isa().decode()}, {_thread_count()} threads"
+        return True, f"{self._path.name}, {library.fedlora_isa().decode()}"
 
     def serves(self, op: str, dtype: torch.dtype, device: torch.device, sizes: Mapping[str, int]) -> tuple[bool, str]:
         """Only `core_svd`, on the CPU, with no dimension above 32."""
@@ -96,7 +97,8 @@ class CpuBackend:
             NOT_CONVERGED and OVERFLOW per matrix; note ZERO for a zero matrix.
 
         Raises:
-            BackendError: the library is absent, or refuses the tensors.
+            BackendError: the library is absent, or does not serve the tensors.
+            InputError: FEDLORA_NUM_THREADS is no number of threads.
         """
         library = self._load()
         if library is None:
@@ -105,7 +107,7 @@ class CpuBackend:
         results = [_empty_svd(group) for group in inputs]
         tables = [_table(inputs)]
         for field in ("U", "S", "Vh", "info", "notes"):
-            tables.append(_table([_as_matrices(getattr(result, field)) for result in results]))
+            tables.append(_table([_rows(getattr(result, field)) for result in results]))
         threads = _thread_count()
         needed = ctypes.c_int64()
         _check(library.fedlora_core_svd_workspace(tables[0], len(inputs), threads, ctypes.byref(needed)))
@@ -187,9 +189,11 @@ def _empty_svd(C: Tensor) -> RawSVD:
     )
 
 
-def _as_matrices(t: Tensor) -> Tensor:
-    """(N,) and (N, k) as (N, 1, 1) and (N, 1, k)."""
-    return t if t.dim() == 3 else t.reshape(t.shape[0], 1, -1 if t.numel() else (*t.shape, 1)[1])
+def _rows(t: Tensor) -> Tensor:
+    """(N, k) and (N,) as matrices of one row."""
+    if t.dim() == 1:
+        return t[:, None, None]
+    return t[:, None, :] if t.dim() == 2 else t
 
 
 def _table(groups: Sequence[Tensor]) -> ctypes.Array[_Block]:
@@ -227,8 +231,10 @@ def _thread_count() -> int:
     setting = os.environ.get("FEDLORA_NUM_THREADS", "").strip()
     if not setting:
         return torch.get_num_threads()
-    if not setting.isdigit() or int(setting) < 1:
-        raise BackendError(f"FEDLORA_NUM_THREADS={setting!r}: needs a whole number of at least 1; correct or unset it")
+    if not (setting.isascii() and setting.isdigit() and 1 <= int(setting) <= _MOST_THREADS):
+        raise InputError(
+            f"FEDLORA_NUM_THREADS={setting!r}: needs a whole number from 1 to {_MOST_THREADS}; correct or unset it"
+        )
     return int(setting)
 
 
