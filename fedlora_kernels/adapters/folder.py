@@ -70,7 +70,6 @@ class OutputFolder:
         self._stem = f".{self.out.name[:160]}.partial-"
         self.path = self.out.with_name(f"{self._stem}{os.getpid()}-{secrets.token_hex(4)}")
         self._lock = -1
-        self._committed = False
 
     def __enter__(self) -> OutputFolder:
         with disc_errors(self.out):
@@ -84,8 +83,8 @@ class OutputFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if not self._committed:
-            shutil.rmtree(self.path, ignore_errors=True)
+        # after an exchange this is the old output: an interrupt while it was being deleted must not leave the rest
+        shutil.rmtree(self.path, ignore_errors=True)
         self._unlock()
 
     def commit(self) -> None:
@@ -94,7 +93,6 @@ class OutputFolder:
         with disc_errors(self.path):
             _sync_tree(self.path)
         old = self._swap()
-        self._committed = True
         with disc_errors(self.out.parent):
             _sync(self.out.parent)
         if old is not None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from fedlora_kernels.adapters.model import Adapter, TensorSource, TensorSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.peft import read_layout
+from fedlora_kernels.adapters.policy import Limits
 from fedlora_kernels.adapters.safetensors import SafetensorsFile, parse_json
-from fedlora_kernels.adapters.validation import Limits
 from fedlora_kernels.errors import FedLoRAError, FormatError, InputError
 
 __all__ = ["ReadOptions", "SafetensorsFile", "StateDict", "open_adapter"]

@@ -1,0 +1,123 @@
+"""Variants whose update is not s B A, and kinds not aggregated here, are refused by name."""
+
+import pytest
+import torch
+from adapter_files import one
+
+from fedlora_kernels.adapters import open_adapter
+from fedlora_kernels.errors import FormatError, UnsupportedVariantError
+
+FIELDS = {
+    "use_dora": (True, "DoRA"),
+    "kasa_config": ({"beta": 1}, "KaSA"),
+    "use_qalora": (True, "QALoRA"),
+    "use_bdlora": ({"nblocks": 2}, "BD-LoRA"),
+    "alora_invocation_tokens": ([1, 2], "aLoRA"),
+    "arrow_config": ({"top_k": 2}, "Arrow"),
+    "monteclora_config": ({"n": 2}, "MonteCLoRA"),
+    "velora_config": ({"rank": 2}, "VeLoRA"),
+    "target_parameters": (["experts.gate_up_proj"], "target_parameters"),
+    "trainable_token_indices": ([1, 2], "trainable tokens"),
+    "ensure_weight_tying": (True, "tied embeddings"),
+}
+KEYS = {
+    "q.lora_magnitude_vector": "DoRA",
+    "q.lora_magnitude_vector.default.weight": "DoRA",
+    "q.lora_diag": "KaSA",
+    "q.lora_E": "AdaLoRA",
+    "q.lora_E.default": "AdaLoRA",
+    "q.lora_arrow": "Arrow",
+    "q.lora_monteclora_sampler.x": "MonteCLoRA",
+    "q.lora_velora_embed": "VeLoRA",
+    "emb.lora_embedding_A": "an embedding pair",
+    "emb.lora_embedding_B.default": "an embedding pair",
+    "emb.token_adapter.trainable_tokens_delta": "trainable tokens",
+    "lora_unet_q.lora_down.weight": "the kohya format",
+    "lora_unet_q.lora_up.weight": "the kohya format",
+    "q.lora_mid.weight": "a Tucker decomposition",
+    "q.dora_scale": "DoRA",
+    "q.hada_w1_a": "LoHa",
+    "q.lokr_w1": "LoKr",
+    "q.oft_r": "OFT",
+    "q.boft_R": "BOFT",
+    "q.ia3_l": "IA3",
+    "q.vera_lambda_b": "VeRA",
+    "experts.base_layer.lora_A.weight": "nested base layers",
+    "attn.base_layer.out_proj.lora_B.weight": "nested base layers",
+    "p.lora_A": "AdaLoRA or another form",
+    "p.lora_B.default": "AdaLoRA or another form",
+}
+TYPES = {
+    "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "OFT": "OFT", "BOFT": "BOFT", "IA3": "IA3",
+    "loha": "LoHa", "HRA": "HRA", "P_TUNING": "P_TUNING",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_configuration_markers_are_refused_by_name(field):
+    value, variant = FIELDS[field]
+    with pytest.raises(UnsupportedVariantError) as caught:
+        open_adapter(one(**{field: value}), name="c")
+    assert str(caught.value).startswith(f"client 'c': adapter uses {variant}")
+    assert f"({field})" in str(caught.value)
+    assert "can" in str(caught.value)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_markers_that_are_off_do_not_matter(field):
+    for off in (None, False, [], {}):
+        assert len(open_adapter(one(**{field: off}))) == 1
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_tensor_markers_are_refused_by_name(key):
+    tensors, settings = one()
+    tensors[key] = torch.ones(5)
+    with pytest.raises(UnsupportedVariantError) as caught:
+        open_adapter((tensors, settings), name="c")
+    assert str(caught.value).startswith(f"client 'c': adapter uses {KEYS[key]}")
+    assert f"({key}" in str(caught.value)
+
+
+@pytest.mark.parametrize("peft_type", TYPES)
+def test_other_peft_types_are_refused_by_name(peft_type):
+    with pytest.raises(UnsupportedVariantError, match=f"adapter uses {TYPES[peft_type]} \\(peft_type {peft_type}\\)"):
+        open_adapter(one(peft_type=peft_type))
+
+
+@pytest.mark.parametrize("peft_type", [None, 3, ["LORA"]])
+def test_a_configuration_without_a_peft_type_is_no_adapter(peft_type):
+    with pytest.raises(FormatError, match=r"peft_type is .*; 'LORA' needed"):
+        open_adapter(one(peft_type=peft_type))
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "variant"),
+    [
+        ((2, 7, 3), (5, 2, 1), "a Conv1d pair"),
+        ((2, 7, 3, 3), (5, 2, 1, 1), "a Conv2d pair"),
+        ((2, 7, 3, 3, 3), (5, 2, 1, 1, 1), "a Conv3d pair"),
+        ((2, 7, 3, 3), (6, 1, 1, 1), "a grouped convolution"),
+    ],
+)
+def test_convolutions_are_refused_by_name(A, B, variant):
+    tensors = {"conv.lora_A.weight": torch.ones(A), "conv.lora_B.weight": torch.ones(B)}
+    with pytest.raises(UnsupportedVariantError, match=f"module 'conv': adapter uses {variant}"):
+        open_adapter((tensors, {"peft_type": "LORA", "r": 2}))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq"])
+def test_initialisations_that_change_the_base_are_refused_naming_them_and_the_reason(init):
+    with pytest.raises(UnsupportedVariantError, match=f"init_lora_weights='{init}', which changes the base weights"):
+        open_adapter(one(init_lora_weights=init))
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_initialisations_that_leave_the_base_alone_are_read(init):
+    assert len(open_adapter(one(init_lora_weights=init))) == 1
+
+
+@pytest.mark.parametrize("init", ["newest", 3, ["pissa"]])
+def test_unknown_initialisations_are_refused(init):
+    with pytest.raises(UnsupportedVariantError, match="is not known here"):
+        open_adapter(one(init_lora_weights=init))
