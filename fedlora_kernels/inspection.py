@@ -20,6 +20,7 @@ from fedlora_kernels._version import __version__
 from fedlora_kernels.adapters.model import Adapter, LoRAFactors
 from fedlora_kernels.adapters.reader import ReadOptions
 from fedlora_kernels.clients import open_clients
+from fedlora_kernels.errors import FedLoRAError, InputError
 from fedlora_kernels.linalg import product_svd, update_gram
 from fedlora_kernels.linalg.rules import Energy
 
@@ -56,9 +57,9 @@ def inspect_adapters(
     clients = open_clients(adapters, None, normalize=True, read=read or ReadOptions())
     try:
         for client in clients:
-            if client.failures:
-                raise client.failures[0]
-        opened = {client.name: client.adapter for client in clients if client.adapter is not None}
+            for failure in client.failures:
+                raise failure if isinstance(failure, FedLoRAError) else InputError(str(failure))
+        opened = {client.name: client.opened for client in clients}
         return _report(opened, backend, progress or (lambda *_: None))
     finally:
         for client in clients:

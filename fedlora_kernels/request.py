@@ -1,0 +1,207 @@
+"""What the arguments ask of the engine: clients, weights, rule, method, policy, each checked before any data is read."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedlora_kernels import backends
+from fedlora_kernels.adapters.reader import ReadOptions
+from fedlora_kernels.adapters.validation import Policy
+from fedlora_kernels.adapters.writer import WriteOptions
+from fedlora_kernels.aggregate import aggregate
+from fedlora_kernels.arguments import RULE_FLAGS
+from fedlora_kernels.errors import InputError
+from fedlora_kernels.linalg import rules
+from fedlora_kernels.methods.contract import Method, make_method, method_class
+
+if TYPE_CHECKING:
+    from fedlora_kernels.aggregate import Result
+
+__all__ = ["aggregate_request", "check_backend", "named_paths", "read_options"]
+
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("0", "false", "no", "off")
+
+
+def aggregate_request(options: argparse.Namespace) -> Callable[[Callable[[str, int, int], None]], Result]:
+    """Return the engine call that ``fedlora aggregate`` asks for, waiting for its progress callback. Reads no tensor.
+
+    Raises InputError, or the ValueError of an option, naming the flag.
+    """
+    check_backend(options.backend)
+    _check_parent(options.out)
+    cls = method_class(options.method)
+    rule = _rule(options, cls)
+    settings = method_options(cls, options.set)
+    _named("--set", lambda: make_method(options.method, settings, rule))
+    call: dict[str, Any] = {
+        "weights": options.weights,
+        "normalize": options.normalize,
+        "rule": rule,
+        "previous": _previous(options.previous),
+        "round": options.round,
+        "policy": _policy(options),
+        "read": read_options(options, missing=options.missing, extras=options.extras),
+        "write": _write_options(options),
+        "out": options.out,
+        "overwrite": options.overwrite,
+        "seed": options.seed,
+        "backend": options.backend,
+        "device": None if options.device == "auto" else options.device,
+        "dtype": None if options.dtype is None else getattr(torch, options.dtype),
+        "memory": None if options.memory is None else _named("--memory", lambda: rules.parse_size(options.memory)),
+    }
+    clients = named_paths(options.clients)
+    return lambda progress: aggregate(clients, options.method, progress=progress, **call, **settings)
+
+
+def check_backend(name: str) -> None:
+    """Raise InputError if there is no such backend, BackendError if it cannot run here."""
+    if name != "auto":
+        backends.get(name)
+
+
+def named_paths(arguments: Sequence[str]) -> list[str] | dict[str, str]:
+    """Return the clients as given: a list of paths, or a mapping from name to path if any is written ``name=path``.
+
+    A path that exists as it stands is never split. InputError for a name given twice or an empty one.
+    """
+    split = [(None, text) if os.path.exists(text) or "=" not in text else text.split("=", 1) for text in arguments]
+    if all(name is None for name, _ in split):
+        return list(arguments)
+    named: dict[str, str] = {}
+    for name, path in split:
+        label = Path(os.path.abspath(path)).name if name is None else name
+        if not label or not path:
+            raise InputError(f"client {name}={path!r}: a name and a folder are needed; write name=folder")
+        if label in named:
+            raise InputError(f"client name {label!r} is given twice; names must differ. Write name=folder for each")
+        named[label] = path
+    return named
+
+
+def read_options(options: argparse.Namespace, **more: Any) -> ReadOptions:
+    """Return the reading options of a command."""
+    return ReadOptions(adapter_name=options.adapter_name, rank_from=options.rank_from, **more)
+
+
+def method_options(cls: type[Method], settings: Sequence[str]) -> dict[str, Any]:
+    """Return ``option=value`` texts as values of the types that the method's fields declare.
+
+    InputError names the option, what was found and what is needed.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.name != "rule"}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        name = name.replace("-", "_")
+        if not separator:
+            raise InputError(f"--set {setting}: write option=value")
+        if name == "rule" and cls.takes_rule:
+            raise InputError("--set rule: the rule has flags of its own: --energy, --rank, ...")
+        if name not in known:
+            listing = ", ".join(known) or "none"
+            raise InputError(f"--set {setting}: method {cls.name!r} has no option {name!r}; known options: {listing}")
+        if name in values:
+            raise InputError(f"--set {setting}: option {name!r} is given twice")
+        try:
+            values[name] = _typed(known[name], text)
+        except ValueError as error:
+            raise InputError(f"--set {setting}: {error}") from None
+    return values
+
+
+def _typed(hint: Any, text: str) -> Any:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _typed_union(parts, text)
+    if origin is typing.Literal:
+        for choice in parts:
+            if str(choice) == text:
+                return choice
+        raise ValueError(f"{text!r} is none of {', '.join(map(str, parts))}")
+    if origin is tuple:
+        return tuple(_typed(parts[0], part) for part in text.split(","))
+    if hint is bool:
+        if text.lower() not in _TRUE + _FALSE:
+            raise ValueError(f"{text!r} is neither true nor false")
+        return text.lower() in _TRUE
+    if hint is str:
+        return text
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is no {'integer' if hint is int else 'number'}") from None
+    raise ValueError("this option takes no plain value; use the Python call")
+
+
+def _typed_union(parts: Sequence[Any], text: str) -> Any:
+    if type(None) in parts and text.lower() == "none":
+        return None
+    # str reads anything, so it comes last
+    reasons = []
+    for part in sorted((part for part in parts if part is not type(None)), key=lambda part: part is str):
+        try:
+            return _typed(part, text)
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError("; ".join(reasons))
+
+
+def _rule(options: argparse.Namespace, cls: type[Method]) -> rules.RankRule | None:
+    given = {name: getattr(options, name) for name in RULE_FLAGS if getattr(options, name) is not None}
+    flags = ["--" + name.replace("_", "-") for name in given] + ["--max-rank"] * (options.max_rank is not None)
+    if not cls.takes_rule:
+        if flags:
+            raise InputError(f"{flags[0]}: method {cls.name!r} does not choose its rank by a rule; remove the flag")
+        return None
+    if not given:
+        rule: rules.RankRule = rules.Energy(0.9)
+    else:
+        ((name, value),) = given.items()
+        rule = _named(flags[0], lambda: getattr(rules, RULE_FLAGS[name][0])(value))
+    return rule if options.max_rank is None else rule.capped(options.max_rank)
+
+
+def _policy(options: argparse.Namespace) -> Policy:
+    if options.max_update_norm is not None and options.policy != "clip":
+        raise InputError(f"--max-update-norm: policy {options.policy!r} clips nothing; add --policy clip")
+    given = {name: getattr(options, name) for name in ("max_update_norm", "min_clients", "min_weight")}
+    return Policy(options.policy, **{name: value for name, value in given.items() if value is not None})
+
+
+def _write_options(options: argparse.Namespace) -> WriteOptions:
+    names = ("target", "output", "uniform_rank", "fill", "drop_zero")
+    return WriteOptions(**{name: getattr(options, name) for name in names})
+
+
+def _check_parent(out: str) -> None:
+    parent = Path(os.path.abspath(out)).parent
+    if not parent.is_dir():
+        found = "is no folder" if os.path.lexists(parent) else "does not exist"
+        raise InputError(f"--out {out}: {parent} {found}; create it or choose another place")
+
+
+def _previous(path: str | None) -> str | None:
+    if path is not None and not Path(path).is_dir():
+        raise InputError(f"--previous {path}: there is no such folder; give the OUT of an earlier round")
+    return path
+
+
+def _named(flag: str, make: Callable[[], Any]) -> Any:
+    """Return what ``make`` returns; put the flag before the text of its ValueError."""
+    try:
+        return make()
+    except ValueError as error:
+        raise InputError(f"{flag}: {error}") from None
