@@ -14,7 +14,13 @@ from fedlora_kernels.testing.factors import cancelling, full_gauge, gaussian, il
 
 backends = every_backend("product_svd")
 OUTPUTS = ("usv", "left", "balanced")
-RULES = {"all": ALL, "energy": energy(0.9), "tight": energy(0.999), "rank": RuleSpec(RuleCode.RANK, 3.0), "cap": energy(1.0, 4)}
+RULES = {
+    "all": ALL,
+    "energy": energy(0.9),
+    "tight": energy(0.999),
+    "rank": RuleSpec(RuleCode.RANK, 3.0),
+    "cap": energy(1.0, 4),
+}
 SHAPES = {
     "tall": (53, 37, (5, 3, 8)),
     "wide": (29, 61, (7, 7)),

@@ -133,7 +133,7 @@ def _factored(B: Tensor, A: Tensor, e: Tensor) -> _Decomposition:
 def _balance(B: Tensor, A: Tensor) -> Tensor:
     """Exponents of the powers of two that bring column j of B and row j of A to nearly equal norm."""
     e_B, e_A = exponent_of((B * B).sum(0)), exponent_of((A * A).sum(1))
-    return torch.round((e_A - e_B) / 4).long()
+    return torch.div(e_A - e_B + 2, 4, rounding_mode="floor")  # rounded, ties up
 
 
 def _dense(B: Tensor, A: Tensor, e: Tensor) -> _Decomposition:

@@ -130,7 +130,8 @@ def _core(stack: Problem, q: int) -> _Core:
     live = (diag > 0).all(0) & ~bad[:, None]
     grams.masked_fill_(~(live[:, :, None] & live[:, None, :]), 0.0)
     e_B, e_A = exponent(diag)
-    shift = torch.round((e_A - e_B) / 4)
+    # Ties go up, not to even: then scaling B by a power of four shifts every exponent alike and no bit changes.
+    shift = torch.div(e_A - e_B + 2, 4, rounding_mode="floor")
     d = torch.stack([pow2(shift), pow2(-shift)])
     grams *= d[:, :, :, None]
     grams *= d[:, :, None, :]
