@@ -62,15 +62,18 @@ def _build() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"fedlora {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, add, text in (
-        ("aggregate", _aggregate, "combine the adapters of several clients into one"),
-        ("inspect", _inspect, "ranks, spectra, norms and cosines of adapters, and what looks wrong"),
-        ("env", _env, "versions, backends, why each is on or off, a one-second self-test"),
-        ("demo", _demo, "federated LoRA on real text with a small model, end to end"),
-    ):
+    texts = {
+        "aggregate": "combine the adapters of several clients into one",
+        "inspect": "ranks, spectra, norms and cosines of adapters, and what looks wrong",
+        "env": "versions, backends, why each is on or off, a one-second self-test",
+        "demo": "federated LoRA on real text with a small model, end to end",
+    }
+    add = {"aggregate": _aggregate, "inspect": _inspect, "demo": _demo}
+    for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
         command.add_argument("--verbose", action="store_true", help="log every step; a failure shows its traceback")
-        add(command)
+        if name in add:
+            add[name](command)
     return parser
 
 
@@ -147,13 +150,10 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no table, no progress bar")
 
 
-def _env(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(quiet=False)
-
-
 def _demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="DIR", help="folder of the prepared data and model")
-    parser.set_defaults(quiet=False)
+    parser.add_argument("--data", metavar="DIR", help="folder that holds the text; default: .cache/demo")
+    parser.add_argument("--out", metavar="DIR", help="folder for adapters, table and picture; default: demo_output")
+    parser.add_argument("--cache", metavar="DIR", help="folder for trained adapters; default: .cache/demo")
 
 
 def _count(text: str) -> int:

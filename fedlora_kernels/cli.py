@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _ended_by_signal(), _tolerant_streams():
             return _run(arguments)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         return _fail("interrupted", 130, verbose)
     except BrokenPipeError:
@@ -115,13 +115,15 @@ def _env(_options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from fedlora_kernels import demo
+
+    folders = {name: getattr(options, name) for name in ("data", "out", "cache")}
     try:
-        from fedlora_kernels.demo import main as demo
+        return demo.run(**{name: folder for name, folder in folders.items() if folder is not None})
     except ModuleNotFoundError as error:
         raise InputError(
             f"the demo needs the package {error.name}, which is not installed. pip install 'fedlora-kernels[demo]'"
         ) from error
-    return int(demo(options.data))
 
 
 def _status(error: Exception) -> int:

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from fedlora_kernels import demo
 from fedlora_kernels.arguments import RULE_FLAGS, parse
+from fedlora_kernels.cli import main
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.linalg import rules
 
@@ -67,6 +69,26 @@ def test_refused_arguments_are_named(extra, named):
 def test_incomplete_command_lines_are_refused(argv):
     with pytest.raises(InputError, match="--help"):
         parse(argv)
+
+
+def test_the_demo_gets_the_folders_that_were_given(monkeypatch):
+    calls = []
+    monkeypatch.setattr(demo, "run", lambda **folders: calls.append(folders) or 0)
+    assert main(["demo"]) == 0
+    assert main(["demo", "--data", "d", "--out", "o", "--cache", "c"]) == 0
+    assert calls == [{}, {"data": "d", "out": "o", "cache": "c"}]
+
+
+def test_the_demo_names_the_package_that_is_missing(monkeypatch, capsys):
+    def run(**folders):
+        raise ModuleNotFoundError("No module named 'peft'", name="peft")
+
+    monkeypatch.setattr(demo, "run", run)
+    assert main(["demo"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "peft" in err
+    assert "fedlora-kernels[demo]" in err
 
 
 def test_parsing_loads_nothing_but_the_parser():
