@@ -74,11 +74,11 @@ class OutputFolder:
     def __enter__(self) -> OutputFolder:
         with disc_errors(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir()
             try:
+                self.path.mkdir()
                 self._lock = _lock(self.path)
-            except OSError:
-                self.path.rmdir()
+            except BaseException:
+                shutil.rmtree(self.path, ignore_errors=True)
                 raise
         return self
 
@@ -124,6 +124,9 @@ class OutputFolder:
             os.rename(self.path, self.out)
         except OSError as error:
             self._put_back(aside, error)
+        with suppress(OSError):
+            os.rename(aside, self.path)
+            return self.path
         return aside
 
     def _put_back(self, aside: Path, error: OSError) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fedlora_kernels.adapters.names import printable
@@ -21,37 +22,48 @@ MOST_ENTRIES = 4096
 MOST_UNBOUNDED = 3
 MOST_WAYS = 4096
 
-Matcher = Callable[[str], bool]
-
 
 class PatternTable:
-    """One pattern dictionary, in file order; the first entry that applies to a module wins."""
+    """One pattern dictionary, in file order; the first entry that applies to a module wins.
+
+    Keys without operators are grouped by where their dots are: without the characters under the dots, which match any
+    one, the end of a name is looked up in its group. So thousands of full names cost a few lookups per module.
+    """
 
     def __init__(self, patterns: Mapping[str, Any], what: str) -> None:
         self._what = what
         self._values = dict(patterns)
-        self._matchers = [(key, _plain(key)) for key in patterns]
-        expressions = sum(matcher is None for _, matcher in self._matchers)
-        if expressions > MOST_ENTRIES:
+        self._keys = list(patterns)
+        self._groups: dict[_Shape, dict[str, list[int]]] = {}
+        special = [position for position, key in enumerate(self._keys) if not _PLAIN.fullmatch(key)]
+        if len(special) > MOST_ENTRIES:
             raise LimitError(
-                f"{what}: {expressions} regular expressions; at most {MOST_ENTRIES}. Write plain module names"
+                f"{what}: {len(special)} regular expressions; at most {MOST_ENTRIES}. Write plain module names"
             )
-        self._compiled = [(key, matcher or _expression(key, what)) for key, matcher in self._matchers]
+        self._expressions = [(position, compile_pattern(self._keys[position], what)) for position in special]
+        for position in sorted(set(range(len(self._keys))).difference(special)):
+            shape, letters = _plain(self._keys[position])
+            self._groups.setdefault(shape, {}).setdefault(letters, []).append(position)
         self._used: set[str] = set()
         self._conflicts: dict[tuple[str, str], str] = {}
 
     def resolve(self, name: str, default: Any) -> Any:
         """Return the value for module ``name`` (path in the base model), ``default`` where no entry applies."""
-        hits = list(self.hits(name))
+        hits = self.hits(name)
         self._used.update(hits)
         for other in hits[1:]:
             if self._values[other] != self._values[hits[0]]:
                 self._conflicts.setdefault((hits[0], other), name)
         return self._values[hits[0]] if hits else default
 
-    def hits(self, name: str) -> Iterator[str]:
-        """Yield the keys of all entries that apply to ``name``, in file order."""
-        return (key for key, matches in self._compiled if matches(name))
+    def hits(self, name: str) -> list[str]:
+        """Return the keys of all entries that apply to ``name``, in file order."""
+        found = [position for position, pattern in self._expressions if pattern.fullmatch(name)]
+        for shape, group in self._groups.items():
+            letters = shape.letters(name)
+            if letters is not None:
+                found.extend(group.get(letters, ()))
+        return [self._keys[position] for position in sorted(found)]
 
     def warnings(self) -> list[str]:
         """Texts on entries that hit one module with different values."""
@@ -79,41 +91,35 @@ def compile_pattern(key: str, what: str) -> re.Pattern[str]:
         raise FormatError(f"{what}: entry {printable(key)!r} is not a regular expression: {printable(error)}") from None
 
 
-def _plain(key: str) -> Matcher | None:
-    """Matcher of a key without operators, optionally anchored by ``^``; a dot matches any one character, an escape itself."""
-    anchored = key.startswith("^")
-    text = key[anchored:]
-    if not _PLAIN.fullmatch(text):
-        return None
-    pieces = [_ESCAPE.sub(r"\1", piece) for piece in _DOT.split(text)]
-    offsets = _offsets(pieces)
-    length, last = sum(map(len, pieces)) + len(pieces) - 1, pieces[-1]
+@dataclass(frozen=True)
+class _Shape:
+    """Lengths of the pieces between the dots of a key, and whether it is anchored by ``^``."""
 
-    def matches(name: str) -> bool:
-        begin = len(name) - length
-        if not name.endswith(last) or begin < 0 or (begin and (anchored or name[begin - 1] != ".")):
-            return False
-        return all(name.startswith(piece, begin + offset) for piece, offset in zip(pieces, offsets, strict=True))
+    lengths: tuple[int, ...]
+    anchored: bool
 
-    return matches
+    def letters(self, name: str) -> str | None:
+        """Return the end of ``name`` without the characters under the dots; None where a key cannot start there."""
+        begin = len(name) - sum(self.lengths) - len(self.lengths) + 1
+        if begin < 0 or (begin and (self.anchored or name[begin - 1] != ".")):
+            return None
+        pieces = []
+        for length in self.lengths:
+            pieces.append(name[begin : begin + length])
+            begin += length + 1
+        return "".join(pieces)
 
 
-_PLAIN = re.compile(r"(?:[^\\^$*+?{}\[\]()|]|\\[^A-Za-z0-9])+")
+_PLAIN = re.compile(r"\^?(?:[^\\^$*+?{}\[\]()|]|\\[^A-Za-z0-9\\])+")
 _DOT = re.compile(r"(?<!\\)\.")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
-def _offsets(pieces: Iterable[str]) -> list[int]:
-    offsets, position = [], 0
-    for piece in pieces:
-        offsets.append(position)
-        position += len(piece) + 1
-    return offsets
-
-
-def _expression(key: str, what: str) -> Matcher:
-    pattern = compile_pattern(key, what)
-    return lambda name: pattern.fullmatch(name) is not None
+def _plain(key: str) -> tuple[_Shape, str]:
+    """Shape and letters of a key without operators; an escaped character is itself."""
+    anchored = key.startswith("^")
+    pieces = [_ESCAPE.sub(r"\1", piece) for piece in _DOT.split(key[anchored:])]
+    return _Shape(tuple(map(len, pieces)), anchored), "".join(pieces)
 
 
 def _danger(pattern: str) -> str | None:

@@ -126,8 +126,9 @@ def test_where_even_that_fails_the_message_says_where_the_old_output_is(tmp_path
 def test_an_old_output_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
     put(tmp_path / "out", "old")
 
-    def stuck(path, **options):
-        raise OSError(errno.EBUSY, "Device or resource busy")
+    def stuck(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy")
 
     with OutputFolder(tmp_path / "out", overwrite=True) as output:
         put(output.path)
@@ -135,6 +136,22 @@ def test_an_old_output_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
         with pytest.raises(RunError, match=r"is complete, but the old one could not be deleted from .*partial"):
             output.commit()
     assert content(tmp_path / "out") == NEW
+
+
+def test_an_interrupt_while_the_old_output_is_deleted_leaves_nothing_behind(tmp_path, system, monkeypatch):
+    put(tmp_path / "out", "old")
+    real = folder_module.shutil.rmtree
+
+    def interrupted(path, ignore_errors=False):
+        if not ignore_errors:
+            raise KeyboardInterrupt
+        real(path, ignore_errors=True)
+
+    monkeypatch.setattr(folder_module.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace(tmp_path / "out")
+    assert content(tmp_path / "out") == NEW
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_full_disc_on_commit_is_a_run_error_and_keeps_the_old_output(tmp_path, monkeypatch):
