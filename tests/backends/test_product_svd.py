@@ -126,7 +126,7 @@ def test_each_metric_can_fail(backend, metric):
 
 @backends
 @pytest.mark.parametrize("exponent", range(1, 8))
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_id)
 def test_cancellation_is_certified(backend, dtype, exponent):
     """Pairs that cancel down to 1e-7: the second pass keeps every value within its certificate."""
     problem = cancelling(47, 31, (6, 6), 3, delta=10.0**-exponent).to(dtype)
@@ -142,7 +142,7 @@ def test_cancellation_is_certified(backend, dtype, exponent):
 
 
 @backends
-@pytest.mark.parametrize("kappa", (1e2, 1e4, 1e6, 1e10, 1e14))
+@pytest.mark.parametrize("kappa", [1e2, 1e4, 1e6, 1e10, 1e14])
 def test_ill_conditioned_factors(backend, kappa):
     """Only the kept values matter: no inverse of a factor amplifies its condition."""
     problem = ill_conditioned(61, 43, (9, 5), 7, kappa)
@@ -153,7 +153,7 @@ def test_ill_conditioned_factors(backend, kappa):
 
 
 @backends
-@pytest.mark.parametrize("kappa", (1e3, 1e6))
+@pytest.mark.parametrize("kappa", [1e3, 1e6])
 def test_full_gauge_shows_in_rho_only(backend, kappa):
     problem = full_gauge(37, 53, (5, 8), 5, kappa)
     result = product(backend, problem)
@@ -162,7 +162,7 @@ def test_full_gauge_shows_in_rho_only(backend, kappa):
 
 
 @backends
-@pytest.mark.parametrize("tau", (1e-12, 0.9, 0.999, 0.999999, 1 - 1e-12, 1.0))
+@pytest.mark.parametrize("tau", [1e-12, 0.9, 0.999, 0.999999, 1 - 1e-12, 1.0])
 def test_error_and_bound_of_the_truncation(backend, tau):
     problem = gaussian(41, 59, (7, 6), 11)
     exact = exact_svd(problem)

@@ -31,8 +31,8 @@ def assert_same_product(one, other, limit=LIMIT):
 
 
 @backends
-@pytest.mark.parametrize("j", (-7, -1, 1, 9))
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("j", [-7, -1, 1, 9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_powers_of_four_scale_exactly(backend, dtype, j):
     """An even power of two moves only exponents, so the singular vectors keep their bits."""
     problem = base().to(dtype)
@@ -83,7 +83,7 @@ def test_a_client_split_into_two_halves(backend):
 
 
 @backends
-@pytest.mark.parametrize("zero", ("B", "A", "both"))
+@pytest.mark.parametrize("zero", ["B", "A", "both"])
 def test_a_zero_client_appended(backend, zero):
     problem = base()
     B, A = torch.randn(M, 6, dtype=torch.float64), torch.randn(6, N, dtype=torch.float64)
@@ -177,7 +177,7 @@ def test_rank_grows_with_the_threshold(backend):
 
 
 @backends
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_three_outputs_are_one_matrix(backend, dtype):
     problem = base().to(dtype)
     kinds = {output: product(backend, problem, RULE, output) for output in ("usv", "left", "balanced")}
@@ -193,7 +193,7 @@ def test_the_three_outputs_are_one_matrix(backend, dtype):
 
 
 @backends
-@pytest.mark.parametrize("rho", (1e1, 1e3))
+@pytest.mark.parametrize("rho", [1e1, 1e3])
 def test_all_routes_agree_within_their_certificates(backend, rho):
     """The output dtype decides between one and two passes, padding with copies of zero weight of nothing forces the dense one."""
     problem = cancelling(19, 13, (4, 4), 5, delta=1 / rho).to(torch.float32)
@@ -218,7 +218,7 @@ def batch_of(*seeds, dtype=torch.float32):
 
 
 @backends
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_matrix_does_not_know_its_batch(backend, dtype):
     """Bitwise where the backend promises it, else within the certificate."""
     problems = batch_of(*range(5), dtype=dtype)

@@ -17,7 +17,7 @@ WORKSPACE = 48 << 20
 """Bytes of temporaries an op may hold beyond inputs, outputs and a few R x R matrices of one problem."""
 
 
-def slices(total: int, bytes_each: int, limit: int = WORKSPACE // 4) -> Iterator[slice]:
+def slices(total: int, bytes_each: int, limit: int = WORKSPACE // 8) -> Iterator[slice]:
     """Consecutive slices of ``range(total)``, each as long as ``limit`` bytes allow and at least one."""
     step = max(1, limit // max(1, bytes_each))
     for start in range(0, total, step):
