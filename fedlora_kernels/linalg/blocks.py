@@ -228,7 +228,7 @@ def _split(
         rows = None if len(patterns) == 1 else (member == number).nonzero()[:, 0]
         left = weights if rows is None else weights[rows]
         left = left[:, list(clients)] if clients else torch.ones(len(left), 1, dtype=torch.float64)
-        rows = None if rows is None else rows.to(device)
+        rows = None if rows is None else rows.to(device, non_blocking=True)
         parts.append(Part(rows, clients, group(rows, clients, left.contiguous())))
     return tuple(parts)
 

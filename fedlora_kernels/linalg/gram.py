@@ -62,7 +62,7 @@ def _widen(problem: Problem[Factors], part: Part[Factors], raw: tuple[Tensor]) -
         return raw
     whole = gram.new_zeros(len(gram), count, count)
     if part.clients:
-        index = torch.tensor(part.clients, device=gram.device)
+        index = torch.tensor(part.clients).to(gram.device, non_blocking=True)
         whole[:, index[:, None], index] = gram
     return (whole,)
 

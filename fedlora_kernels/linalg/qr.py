@@ -71,7 +71,7 @@ def _widen(problem: Problem[Stack], part: Part[Stack], raw: RawQR) -> RawQR:
     k = min(part.group.m, width)
     starts = [sum(problem.ranks[:client]) for client in range(len(problem.ranks))]
     kept = [starts[client] + j for client in part.clients for j in range(problem.ranks[client])]
-    columns = torch.tensor(kept, dtype=torch.int64, device=R.device)
+    columns = torch.tensor(kept, dtype=torch.int64).to(R.device, non_blocking=True)
     whole = R.new_zeros(R.shape[0], k, width)
     whole[:, : R.shape[1], columns] = R
     if Q is not None:

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedlora_kernels.errors import BackendError, InputError
 from fedlora_kernels.linalg.arrays import Caller, parse_dtype, promote
@@ -162,6 +163,15 @@ def test_lazy_negation_is_resolved():
 
 def test_subclasses_of_torch_tensors():
     assert take(torch.nn.Parameter(torch.ones(3))).tolist() == [1.0] * 3
+
+
+def test_fake_tensors_pass_through():
+    with FakeTensorMode() as mode:
+        x = torch.ones(3, 5, dtype=torch.bfloat16)
+        caller = Caller("f")
+        t = caller.take("X", x)
+        assert t.fake_mode is mode
+        assert caller.give(t).shape == (3, 5)
 
 
 def test_mixed_frameworks_name_both():

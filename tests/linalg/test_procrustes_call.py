@@ -6,6 +6,7 @@ import pytest
 import torch
 from call_problems import M, N, assert_near, clients
 
+from fedlora_kernels import backends
 from fedlora_kernels.errors import InputError, MismatchError, NonFiniteError, OutputOverflowError
 from fedlora_kernels.linalg import Info, Ragged, align_factors, procrustes_rotation, rotate_factors
 
@@ -207,6 +208,19 @@ def test_shapes_that_do_not_fit():
         rotate_factors([B], A, rotation())
     with pytest.raises(TypeError, match="B is a torch array and Q a numpy array"):
         rotate_factors(B, A, rotation().numpy())
+
+
+def test_a_backend_gets_the_rotation_in_float64(monkeypatch):
+    seen = []
+
+    class Spy:
+        def rotate_factors(self, B, A, Q):
+            seen.extend(q.dtype for q in Q)
+            return list(zip(B, A, strict=True))
+
+    monkeypatch.setattr(backends, "choose", lambda *call: Spy())
+    rotate_factors(*pair(), rotation().half())
+    assert seen == [torch.float64]
 
 
 def test_backward_is_refused():
