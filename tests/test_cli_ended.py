@@ -71,3 +71,22 @@ def test_an_interrupt_while_the_old_output_is_deleted_leaves_nothing_behind(tmp_
     assert main([*argv, "--rank", "2"]) == 130
     assert os.listdir(root) == ["out"]
     assert json.loads((root / "out" / "adapter_config.json").read_text())["r"] == 2
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_full_disc_is_a_failure_of_the_run_and_leaves_nothing(tmp_path, fresh):
+    root = tmp_path / "root"
+    root.mkdir()
+    argv = ["aggregate", *make_clients(tmp_path / "clients", shapes=SHAPES), "-o", str(root / "out"), "--quiet"]
+    if not fresh:
+        assert main([*argv, "--rank", "1"]) == 0
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    # no file may grow beyond 64 KiB: the same path through the code as a disc without space
+    command = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", sys.executable, "-m", "fedlora_kernels"]
+    done = subprocess.run([*command, *argv, "--rank", "3", "--overwrite"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("fedlora: error: ")
+    assert done.stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    assert os.listdir(root) == ([] if fresh else ["out"])

@@ -26,7 +26,8 @@ def report(modules=3, **client):
     return {
         "schema": 1, "tool": {"name": "fedlora_kernels", "version": "0"},
         "method": {"name": "florist", "options": {}, "rule": "Energy(0.9)"},
-        "backend": {"requested": "auto", "used": ["cpu"], "device": "cpu", "fallbacks": []},
+        "backend": {"requested": "auto", "used": ["cpu"], "device": "cpu",
+                    "fallbacks": [{"op": "product_svd", "backend": "cuda", "reason": "no GPU"}]},
         "clients": [used, used | client], "modules": rows, "extras": [],
         "totals": {"modules": modules, "clients": 2, "rank_in": 18, "rank": 9, "parameters": 540, "bytes": 2160,
                    "error": 0.01, "error_bound": 0.011},
@@ -52,7 +53,17 @@ def test_each_module_and_client_has_a_row_in_a_pipe(capsys):
     show(aggregate_tables(report(3), "out"))
     out = capsys.readouterr().out
     assert "…" not in out
-    for text in ("model.layers.2.q_proj", "37 x 23", "0.02", "0.022", "CAPPED", "Energy(0.9)", "2 of 2", "4.0 KiB"):
+    for text in (
+        "model.layers.2.q_proj",
+        "37 x 23",
+        "0.02",
+        "0.022",
+        "CAPPED",
+        "Energy(0.9)",
+        "2 of 2",
+        "4.0 KiB",
+        "product_svd: not cuda, no GPU",
+    ):
         assert text in out
 
 

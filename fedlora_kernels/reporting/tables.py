@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from fedlora_kernels.reporting.terminal import clean, text
+from fedlora_kernels.reporting.terminal import text
 
 __all__ = ["aggregate_tables", "layer_type", "number", "size", "table"]
 
@@ -29,6 +29,7 @@ def table(title: str, *columns: str) -> Table:
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
         show_edge=False,
         pad_edge=False,
     )
@@ -85,7 +86,9 @@ def _totals(report: Mapping[str, Any], out: str) -> Table:
     for name, value in lines.items():
         grid.add_row(text(name, "bold"), text(value))
     for fallback in backend.get("fallbacks", ()):
-        grid.add_row(text("fallback", "bold"), text(_described(fallback)))
+        grid.add_row(
+            text("fallback", "bold"), text(f"{fallback['op']}: not {fallback['backend']}, {fallback['reason']}")
+        )
     return grid
 
 
@@ -155,15 +158,5 @@ def _norm(energy: float | None) -> float | None:
     return None if energy is None else math.sqrt(max(0.0, energy))
 
 
-def _joined(value: object) -> str:
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_described(item) for item in value)
-    return "" if value is None else str(value)
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {item}" for key, item in value.items())
-    return str(value)
+def _joined(values: Sequence[object]) -> str:
+    return ", ".join(str(value) for value in values)
