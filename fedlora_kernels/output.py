@@ -99,7 +99,7 @@ class MemoryOutput:
         self._seed, self._round = seed, round
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self._extras: dict[str, Tensor] = {}
-        self._config: Mapping[str, Any] = {}
+        self._config: dict[str, Any] = {}
         self._metadata = {"format": "pt", **metadata}
 
     def add_pairs(self, pairs: Sequence[Pair]) -> None:
@@ -112,9 +112,11 @@ class MemoryOutput:
 
     def finish(self, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
         """Pad to one rank if asked."""
-        self._config = config
+        self._config = dict(config)
         self._metadata.update(metadata)
         if self._write.pads:
+            for key in ("rank_pattern", "alpha_pattern"):
+                self._config.pop(key, None)
             for name, (B, A) in self._pairs.items():
                 self._pairs[name] = resize_pair(
                     B, A, config["r"], seed=self._seed, round=self._round, module=name, fill=self._write.fill
@@ -160,7 +162,7 @@ class FolderOutput:
         self._file.close(metadata)
         write_config(path / CONFIG_NAME, config)
         if self._write.pads:
-            pad_to_uniform(path, config["r"], self._write.fill, seed=self._seed, round=self._round)
+            pad_to_uniform(path, None, self._write.fill, seed=self._seed, round=self._round)
         else:
             verify_adapter(path, self._ranks)
 

@@ -19,6 +19,7 @@ from fedlora_kernels.adapters.validation import ClientCheck
 from fedlora_kernels.adapters.writer import OutputFolder, peft_config
 from fedlora_kernels.clients import Client, admit, drop, normalised, present
 from fedlora_kernels.engine import Engine, SurveyResult
+from fedlora_kernels.errors import MismatchError
 from fedlora_kernels.extras import combine_extra, scan_extras
 from fedlora_kernels.output import FolderOutput, MemoryOutput, Output
 from fedlora_kernels.report import SCHEMA, certificates, number, totals
@@ -39,6 +40,7 @@ class Run:
         self.warnings += [
             f"client {printable(c.name)!r} was dropped: {c.reason}" for c in roster if c.status == "dropped"
         ]
+        self._check_ranks()
         self.engine = self._engine()
         self.passes = 1
 
@@ -54,7 +56,7 @@ class Run:
             extras, kept = self._extras(output, rows)
             ranks = {row["name"]: row["rank"] for row in rows if row["rank"] > 0}
             largest = max(ranks.values(), default=0) if settings.write.pads else None
-            config = peft_config([c.opened for c in engine.clients], ranks, kept, uniform_rank=largest)
+            config = peft_config([c.opened for c in engine.clients], ranks, kept)
             summary = _summary(rows, len(self.roster), ranks, engine.dtype, largest)
             output.finish(config, certificates(summary))
         except BaseException:
@@ -66,6 +68,20 @@ class Run:
         return output.commit(report), report
 
     # --- decisions
+
+    def _check_ranks(self) -> None:
+        """Refuse mixed ranks, by their headers, where the method cannot take them."""
+        method = self.settings.method
+        for name in self.check.modules if method.equal_ranks else ():
+            owners = [client for client in present(self.roster) if name in client.opened.modules]
+            first, rank = owners[0], owners[0].opened.modules[name].rank
+            for client in owners:
+                if (found := client.opened.modules[name].rank) != rank:
+                    raise MismatchError(
+                        f"client {printable(client.name)!r}, module {printable(name)!r}: rank {found}, but {rank} in client "
+                        f"{printable(first.name)!r}; method {method.name!r} needs one rank. florist, flora, zero_pad and hetlora "
+                        "take mixed ranks"
+                    )
 
     def _engine(self) -> Engine:
         settings = self.settings

@@ -49,7 +49,9 @@ class Problem:
         made = torch.Generator().manual_seed(seed)
         B, A = [], []
         for b, a in zip(self.B, self.A, strict=True):
-            G = torch.randn(b.shape[1], b.shape[1], generator=made, dtype=b.dtype) + 3 * torch.eye(b.shape[1], dtype=b.dtype)
+            G = torch.randn(b.shape[1], b.shape[1], generator=made, dtype=b.dtype) + 3 * torch.eye(
+                b.shape[1], dtype=b.dtype
+            )
             B.append(b @ G)
             A.append(torch.linalg.solve(G, a))
         return replace(self, B=B, A=A)
@@ -93,7 +95,7 @@ def distance(x, y) -> float:
 
 
 VARIANTS = {
-    "standard": lambda: standard(),
+    "standard": standard,
     "m_below_R": lambda: standard(m=19, n=41),
     "n_below_R": lambda: standard(m=53, n=17),
     "both_below_half_R": lambda: standard(m=13, n=11),
@@ -110,7 +112,7 @@ VARIANTS = {
 
 
 def duplicated(problem: Problem) -> Problem:
-    pair = (problem.B + [problem.B[2]], problem.A + [problem.A[2]], problem.scale + [problem.scale[2]])
+    pair = ([*problem.B, problem.B[2]], [*problem.A, problem.A[2]], [*problem.scale, problem.scale[2]])
     return Problem(*pair, normalised([*COUNTS, 30]))
 
 

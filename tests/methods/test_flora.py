@@ -62,7 +62,5 @@ def test_trouble_is_reported_in_info():
 
 def test_a_client_without_the_module_adds_no_rank():
     p = standard()
-    absent = Problem(
-        [*p.B, p.B[0][:, :0]], [*p.A, p.A[0][:0]], [*p.scale, 0.0], [*p.weight, 0.0]
-    )
+    absent = Problem([*p.B, p.B[0][:, :0]], [*p.A, p.A[0][:0]], [*p.scale, 0.0], [*p.weight, 0.0])
     assert torch.equal(absent.run("flora").B, p.run("flora").B)

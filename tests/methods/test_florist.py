@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from method_problems import COUNTS, VARIANTS, Problem, distance, imbalanced, normalised, product, standard, with_spectrum
+from method_problems import (
+    COUNTS,
+    VARIANTS,
+    Problem,
+    distance,
+    imbalanced,
+    normalised,
+    product,
+    standard,
+    with_spectrum,
+)
 
 from fedlora_kernels.backends.contract import Info, Note
 from fedlora_kernels.errors import InputError
@@ -182,7 +192,9 @@ def unit_row(outcome):
     assert not outcome.B.any()
     assert outcome.A[0, 0].tolist() == [1.0] + [0.0] * (outcome.A.shape[-1] - 1)
     assert int(outcome.notes[0]) & Note.ZERO
-    assert float(outcome.error[0]) == 0.0 or float(outcome.spectrum.energy[0]) > 0.0  # rounding noise of a cancelled sum
+    assert (
+        float(outcome.error[0]) == 0.0 or float(outcome.spectrum.energy[0]) > 0.0
+    )  # rounding noise of a cancelled sum
 
 
 def test_a_client_without_the_module_contributes_nothing():

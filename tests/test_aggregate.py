@@ -1,0 +1,416 @@
+"""`aggregate`: exact sums over awkward inputs, clients, weights, order, arguments."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from adapter_problems import FIRST, SHAPES, changed, client, clients, config, distance, products, updates, weighted
+
+from fedlora_kernels.adapters.reader import StateDict, open_adapter
+from fedlora_kernels.aggregate import State, WriteOptions, aggregate
+from fedlora_kernels.errors import BackendError, FormatError, InputError, WeightError
+from fedlora_kernels.linalg.rules import Budget, Energy, Rank
+from fedlora_kernels.methods.contract import make_method
+
+ALL = Energy(1.0)
+
+
+def scaled(t):
+    """Change of gauge that leaves every update as it is."""
+
+    def change(pair):
+        state, settings = pair
+        return {k: v * (t if "lora_B" in k else 1 / t) for k, v in state.items()}, settings
+
+    return change
+
+
+def zero_b(pair):
+    state, settings = pair
+    return {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in state.items()}, settings
+
+
+AWKWARD = {
+    "plain": clients,
+    "one_client": lambda **o: clients((4,), **o),
+    "duplicates": lambda **o: [*clients(**o), *clients(**o)],
+    "a_zero_client": lambda **o: [zero_b(client(7, **o)), *clients(**o)],
+    "gauge_imbalanced": lambda **o: [scaled(t)(c) for t, c in zip((2.0**13, 1.0, 2.0**-13), clients(**o), strict=True)],
+    "wider_than_the_matrix": lambda **o: clients((11, 13, 12), **o),
+    "twice_as_wide": lambda **o: clients((19, 19, 17), **o),
+    "rank_one": lambda **o: clients((1, 1), **o),
+    "rslora": lambda **o: [client(1, rank=4, alpha=3, use_rslora=True, **o), client(2, rank=6, alpha=5, **o)],
+}
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("case", AWKWARD)
+def test_full_energy_equals_the_dense_sum(case, dtype, limit):
+    pairs = AWKWARD[case](dtype=dtype)
+    weights = [k + 1.0 for k in range(len(pairs))]
+    result = aggregate(pairs, rule=ALL, weights=weights)
+    assert distance(products(result.adapter), weighted(pairs, weights)) < limit
+    assert {spec.B.dtype for spec in result.adapter.modules.values()} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_inputs_are_summed_in_wider_arithmetic(dtype):
+    pairs = clients(dtype=dtype)
+    result = aggregate(pairs, rule=ALL)
+    assert result.report["dtype"] == "float32"
+    assert distance(products(result.adapter), weighted(pairs)) < 1e-6
+
+
+def test_one_row_and_one_column():
+    shapes = {"a.q_proj": (1, 17), "b.q_proj": (17, 1), "c.down_proj": (1, 1)}
+    pairs = clients((1, 3), shapes=shapes, dtype=torch.float64)
+    assert distance(products(aggregate(pairs, rule=ALL).adapter), weighted(pairs)) < 1e-12
+
+
+def test_clients_of_mixed_dtypes_answer_in_the_widest():
+    pairs = [client(1, dtype=torch.bfloat16), client(2, rank=3, dtype=torch.float64)]
+    result = aggregate(pairs, rule=ALL)
+    assert result.adapter[FIRST].B.dtype == torch.float64
+    assert distance(products(result.adapter), weighted(pairs)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, "float32", torch.bfloat16, "float16"])
+def test_the_dtype_of_the_answer_can_be_chosen(dtype):
+    pairs = clients()
+    result = aggregate(pairs, rule=ALL, dtype=dtype)
+    made = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    assert result.adapter[FIRST].A.dtype == made
+    assert distance(products(result.adapter), weighted(pairs)) < 8 * torch.finfo(made).eps + 1e-7
+
+
+def test_exact_cancellation_is_a_zero_module():
+    pair = client(3)
+    state, settings = pair
+    negative = {k: -v if "lora_B" in k else v for k, v in state.items()}, settings
+    result = aggregate([pair, negative])
+    for row in result.report["modules"]:
+        assert row["rank"] == 1
+        assert "ZERO" in row["notes"]
+        assert row["singular_values"] == []
+    assert not any(p.any() for p in products(result.adapter).values())
+
+
+def test_the_default_keeps_nine_tenths_of_the_energy():
+    pairs = clients((8, 8, 8))
+    result = aggregate(pairs)
+    assert result.report["method"] == {"name": "florist", "options": {"output": "left"}, "rule": "Energy(0.9)"}
+    ideal = weighted(pairs)
+    for name, found in products(result.adapter).items():
+        lost = float((found - ideal[name]).norm() / ideal[name].norm())
+        row = next(row for row in result.report["modules"] if row["name"] == name)
+        assert lost**2 <= 0.1 + 1e-9
+        assert row["error"] == pytest.approx(lost, rel=1e-5)
+        assert row["error"] <= row["error_bound"]
+    assert 0.0 < result.report["totals"]["error"] <= 0.1**0.5
+
+
+def test_total_error_is_that_of_the_whole_model():
+    pairs = clients((8, 8, 8))
+    result = aggregate(pairs, rule=Rank(3))
+    ideal, found = weighted(pairs), products(result.adapter)
+    flat = torch.cat([(found[n] - ideal[n]).flatten() for n in ideal])
+    whole = torch.cat([ideal[n].flatten() for n in ideal])
+    assert result.report["totals"]["error"] == pytest.approx(float(flat.norm() / whole.norm()), rel=1e-5)
+
+
+# --- clients
+
+
+def test_sources_of_every_kind_are_one_and_the_same(tmp_path):
+    from make_adapters import write
+
+    pairs = clients()
+    folders = [write(tmp_path / f"c{k}", *pair) for k, pair in enumerate(pairs)]
+    wanted = aggregate(pairs, rule=ALL)
+    for sources in (
+        folders,
+        [str(f) for f in folders],
+        [open_adapter(f) for f in folders],
+        {"x": folders[0], "y": folders[1], "z": pairs[2]},
+    ):
+        result = aggregate(sources, rule=ALL)
+        for name in SHAPES:
+            assert torch.equal(result.adapter[name].B, wanted.adapter[name].B)
+
+
+def test_names_default_to_folder_names_made_unique(tmp_path):
+    from make_adapters import write
+
+    pairs = clients()
+    sources = [write(tmp_path / part / "site", *pair) for part, pair in zip("ab", pairs, strict=False)]
+    report = aggregate([*sources, pairs[2]]).report
+    assert [row["name"] for row in report["clients"]] == ["site", "site_2", "client_2"]
+
+
+def test_names_of_a_mapping_are_kept_in_order():
+    pairs = clients()
+    result = aggregate({"zoe": pairs[0], "adam": pairs[1], "mia": pairs[2]}, weights=[3, 2, 1])
+    assert [(row["name"], row["weight"]) for row in result.report["clients"]] == [
+        ("zoe", 0.5),
+        ("adam", 1 / 3),
+        ("mia", 1 / 6),
+    ]
+    assert json.loads(result.adapter.metadata["fedlora.clients"]) == ["zoe", "adam", "mia"]
+
+
+def test_the_same_folder_twice_warns(tmp_path):
+    from make_adapters import write
+
+    folder = write(tmp_path / "c", *client())
+    with pytest.warns(UserWarning, match="same adapter"):
+        result = aggregate([folder, folder], rule=ALL)
+    assert any("same adapter" in text for text in result.report["warnings"])
+    assert distance(products(result.adapter), updates(client())) < 1e-6
+
+
+@pytest.mark.parametrize("nothing", [[], {}, ()])
+def test_no_clients_are_refused(nothing):
+    with pytest.raises(ValueError, match="no clients"):
+        aggregate(nothing)
+
+
+@pytest.mark.parametrize("wrong", ["folder", 3, None, {1, 2}])
+def test_clients_must_be_a_collection(wrong):
+    with pytest.raises(InputError, match="clients is a"):
+        aggregate(wrong)
+
+
+def test_all_bad_clients_are_named_together(tmp_path):
+    pairs = clients()
+    with pytest.raises(FormatError) as caught:
+        aggregate({"ok": pairs[0], "gone": tmp_path / "gone", "bare": (pairs[2][0], {"peft_type": "LORA", "r": 3})})
+    assert "'gone'" in str(caught.value)
+    assert "'bare'" in str(caught.value)
+    assert "'ok'" not in str(caught.value)
+
+
+def test_adapters_of_the_caller_stay_open_and_untouched(tmp_path):
+    from make_adapters import write
+
+    adapter = open_adapter(write(tmp_path / "c", *client()))
+    before = adapter[FIRST].B.clone()
+    aggregate([adapter, client(1)])
+    assert torch.equal(adapter[FIRST].B, before)
+
+
+# --- weights
+
+
+@pytest.mark.parametrize(
+    ("weights", "text"),
+    [
+        ([1, 2], "2 weights for 3 clients"),
+        ([1, "2", 3], "client 'client_1'.*'2'"),
+        ([1, float("nan"), 3], "client 'client_1'.*nan"),
+        ([1, 2, float("inf")], "client 'client_2'.*inf"),
+        ([1, -2, 3], "client 'client_1'.*-2 is negative"),
+        ([0, 0.0, 0], "all 0"),
+        ("123", "str"),
+        (3.0, "float"),
+        ([1, None, 2], "None"),
+        ([1, 1j, 2], "1j"),
+    ],
+)
+def test_wrong_weights_are_named(weights, text):
+    with pytest.raises(WeightError, match=text):
+        aggregate(clients(), weights=weights)
+
+
+def test_huge_weights_do_not_overflow():
+    pairs = clients()
+    result = aggregate(pairs, rule=ALL, weights=[1e308, 1e308, 1e308])
+    assert distance(products(result.adapter), weighted(pairs)) < 1e-6
+
+
+def test_weights_of_any_sign_without_normalisation():
+    pairs = clients()
+    weights = [1.5, -0.7, 0.4]
+    result = aggregate(pairs, rule=ALL, weights=torch.tensor(weights, dtype=torch.float64), normalize=False)
+    assert distance(products(result.adapter), weighted(pairs, weights, normalize=False)) < 1e-6
+    assert not result.report["normalize"]
+
+
+class Unreadable(StateDict):
+    def read(self, key, out=None):
+        raise AssertionError("the data of a client of weight 0 was read")
+
+
+@pytest.mark.parametrize(
+    ("method", "policy"), [("florist", "strict"), ("florist", "clip"), ("hetlora", "strict"), ("fedit", "strict")]
+)
+def test_a_client_of_weight_zero_is_never_read(method, policy):
+    pairs = clients((4, 4, 4))
+    adapter = open_adapter(client(9))
+    object.__setattr__(adapter, "source", Unreadable(client(9)[0]))
+    result = aggregate([pairs[0], adapter, *pairs[1:]], method, weights=[1, 0, 2, 3], policy=policy)
+    alone = aggregate(pairs, method, weights=[1, 2, 3], policy=policy)
+    for name in SHAPES:
+        assert torch.equal(result.adapter[name].B, alone.adapter[name].B)
+    row = result.report["clients"][1]
+    assert (row["status"], row["weight"]) == ("absent", 0.0)
+
+
+def test_the_headers_of_a_client_of_weight_zero_are_checked():
+    with pytest.raises(InputError, match="client_1"):
+        aggregate([client(0), client(1, shapes={FIRST: (36, 23)})], weights=[1, 0])
+
+
+def test_scale_zero_contributes_nothing_and_is_not_read():
+    pairs = clients()
+    adapter = open_adapter(client(9, alpha=0))
+    object.__setattr__(adapter, "source", Unreadable(client(9)[0]))
+    with pytest.warns(UserWarning, match="lora_alpha is 0"):
+        result = aggregate([*pairs, adapter], rule=ALL)
+    assert distance(products(result.adapter), weighted([*pairs, zero_b(client(9))])) < 1e-6
+
+
+# --- order and repetition
+
+
+def test_two_runs_are_bitwise_equal(tmp_path):
+    pairs = clients()
+    for k in range(2):
+        aggregate(pairs, out=tmp_path / str(k), write=WriteOptions(uniform_rank=True, fill="random"))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
+
+
+def test_another_order_and_a_split_client_change_nothing():
+    pairs = clients(dtype=torch.float64)
+    one = aggregate(pairs, weights=[1, 2, 3])
+    for other, weights in ((pairs[::-1], [3, 2, 1]), ([*pairs, pairs[2]], [1, 2, 1.5, 1.5])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = aggregate(other, weights=weights)
+        assert [r["rank"] for r in result.report["modules"]] == [r["rank"] for r in one.report["modules"]]
+        assert distance(products(result.adapter), products(one.adapter)) < 1e-12
+
+
+def test_aggregate_of_aggregates_is_one_step():
+    pairs = clients((4, 2, 5, 3), dtype=torch.float64)
+    left = aggregate(pairs[:2], weights=[1, 2], rule=ALL)
+    right = aggregate(pairs[2:], weights=[3, 4], rule=ALL)
+    both = aggregate([left.adapter, right.adapter], weights=[3, 7], rule=ALL)
+    assert distance(products(both.adapter), weighted(pairs, [1, 2, 3, 4])) < 1e-12
+
+
+def test_modules_keep_the_order_of_the_first_client():
+    state, settings = client()
+    shuffled = dict(sorted(state.items(), key=lambda item: hash(item[0].rsplit(".lora", 1)[0]) % 97))
+    order = list(dict.fromkeys(key.removeprefix("base_model.model.").rsplit(".lora", 1)[0] for key in shuffled))
+    result = aggregate([(shuffled, settings), client(1)])
+    assert list(result.adapter) == order
+    assert [row["name"] for row in result.report["modules"]] == order
+
+
+# --- rounds and previous
+
+
+def test_round_follows_previous(tmp_path):
+    pairs = clients()
+    first = aggregate(pairs, out=tmp_path / "r0")
+    assert first.state == State("florist", 0)
+    assert aggregate(pairs, previous=first).state.round == 1
+    assert aggregate(pairs, previous=State("florist", 4)).state.round == 5
+    assert aggregate(pairs, previous=tmp_path / "r0").report["round"] == 1
+    assert aggregate(pairs, previous=first.adapter).report["round"] == 1
+    assert aggregate(pairs, previous=first, round=7).state.round == 7
+
+
+@pytest.mark.parametrize("previous", ["nowhere", 3])
+def test_a_previous_that_says_nothing_is_refused(previous):
+    with pytest.raises(InputError, match="previous"):
+        aggregate(clients(), previous=previous)
+    with pytest.raises(InputError, match="round="):
+        aggregate(clients(), previous=open_adapter(client()))
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"method": "florst"}, "known methods"),
+        ({"tau": 0.9}, "known options: rule, output"),
+        ({"method": "fedit", "rule": ALL}, "rule"),
+        ({"method": 3}, "method"),
+        ({"rule": 0.9}, "rank rule"),
+        ({"rule": Budget("1MB")}, "all modules"),
+        ({"robust": "krum"}, "robust= is not in this version"),
+        ({"client_state": {}}, "client_state= is not in this version"),
+        ({"policy": "lenient"}, "policy|Policy"),
+        ({"dtype": torch.int8}, "dtype"),
+        ({"dtype": "float8"}, "dtype"),
+        ({"device": "tpu"}, "device"),
+        ({"memory": "much"}, "memory"),
+        ({"memory": 0}, "memory"),
+        ({"seed": -1}, "seed"),
+        ({"round": -1}, "round"),
+        ({"round": 1.5}, "round"),
+        ({"backend": "abacus"}, "backend"),
+        ({"method": "fedit", "write": WriteOptions(output="balanced")}, "no singular values"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, text):
+    with pytest.raises(InputError, match=text):
+        aggregate(clients((4, 4)), **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_gpu_that_is_not_there_is_an_error():
+    with pytest.raises(BackendError, match="no GPU"):
+        aggregate(clients(), device="cuda")
+
+
+def test_a_method_object_is_taken_as_it_is():
+    method = make_method("florist", {}, Rank(2))
+    assert {row["rank"] for row in aggregate(clients(), method).report["modules"]} == {2}
+    with pytest.raises(InputError, match="already"):
+        aggregate(clients(), method, rule=ALL)
+
+
+def test_balanced_output_splits_the_singular_values():
+    result = aggregate(clients(dtype=torch.float64), rule=Rank(3), write=WriteOptions(output="balanced"))
+    pair = result.adapter[FIRST]
+    torch.testing.assert_close(pair.B.T @ pair.B, pair.A @ pair.A.T, rtol=0, atol=1e-10)
+    assert result.report["method"]["options"] == {"output": "balanced"}
+
+
+def test_progress_goes_from_nothing_to_everything():
+    seen = []
+    aggregate(clients(), "hetlora", progress=lambda *step: seen.append(step), memory=4096)
+    stages = list(dict.fromkeys(stage for stage, _, _ in seen))
+    assert stages == ["survey", "combine"]
+    for stage in stages:
+        steps = [(done, total) for name, done, total in seen if name == stage]
+        assert steps[0][0] == 0
+        assert steps[-1][0] == steps[-1][1] > 0
+        assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+
+
+def test_mixed_ranks_fail_fedit_by_name():
+    with pytest.raises(
+        InputError, match=r"client 'client_1', module .*: rank 2, but 4 in client 'client_0'.*fedit.*zero_pad"
+    ):
+        aggregate(clients(), "fedit")
+
+
+def test_config_of_the_result_is_loadable():
+    result = aggregate(clients(), rule=Rank(3))
+    assert result.adapter.config["r"] == result.adapter.config["lora_alpha"] == 3
+    assert not result.adapter.config.get("use_rslora")
+    assert set(config()) - {"bias"} <= set(result.adapter.config)
+    assert {spec.scale for spec in result.adapter.modules.values()} == {1.0}
+
+
+def test_a_change_in_one_client_changes_the_answer():
+    pairs = clients()
+    other = [changed(pairs[0], "B", lambda t: t * 1.01), *pairs[1:]]
+    assert distance(products(aggregate(pairs, rule=ALL).adapter), products(aggregate(other, rule=ALL).adapter)) > 1e-4

@@ -1,0 +1,155 @@
+"""Slabs and the threads that read ahead and write behind."""
+
+import threading
+import time
+
+import pytest
+import torch
+from adapter_problems import SHAPES, client
+
+from fedlora_kernels.adapters.reader import open_adapter
+from fedlora_kernels.slabs import Drain, Prefetch, load_slab, plan_slabs
+
+EVERYTHING = {"limit": 1 << 30, "chunk": 1 << 30, "itemsize": 4}
+
+
+def adapters(ranks=(4, 2, 5)):
+    return [open_adapter(client(k, rank=rank)) for k, rank in enumerate(ranks)]
+
+
+def always(k, name):
+    return True
+
+
+def test_one_slab_groups_equal_shapes():
+    (slab,) = plan_slabs(adapters(), list(SHAPES), always, **EVERYTHING)
+    assert [plan.modules for plan in slab] == [tuple(SHAPES)[::2], tuple(SHAPES)[1::2]]
+    assert [plan.ranks for plan in slab] == [(4, 2, 5), (4, 2, 5)]
+    assert sum(plan.nbytes for plan in slab) == sum(4 * 11 * (m + n) for m, n in SHAPES.values())
+
+
+def test_a_slab_holds_what_fits_and_at_least_one_module():
+    first = 11 * (37 + 23) * 4 * 2  # factors, and an answer of the stacked rank
+    second = 11 * (19 + 53) * 4 * 2
+    for limit, sizes in (
+        (0, [1, 1, 1, 1]),
+        (first + second, [2, 2]),
+        (first + second - 1, [1, 1, 1, 1]),
+        (1 << 20, [4]),
+    ):
+        slabs = plan_slabs(adapters(), list(SHAPES), always, limit=limit, chunk=1 << 30, itemsize=4)
+        assert [sum(len(plan.modules) for plan in slab) for slab in slabs] == sizes
+        assert sorted(name for slab in slabs for plan in slab for name in plan.modules) == sorted(SHAPES)
+
+
+def test_a_plan_holds_at_most_a_chunk():
+    (slab,) = plan_slabs(adapters(), list(SHAPES), always, limit=1 << 30, chunk=1, itemsize=4)
+    assert [len(plan.modules) for plan in slab] == [1, 1, 1, 1]
+
+
+def test_a_client_that_is_not_read_has_rank_zero():
+    (slab,) = plan_slabs(adapters(), list(SHAPES), lambda k, name: k != 1, **EVERYTHING)
+    assert {plan.ranks for plan in slab} == {(4, 0, 5)}
+
+
+def test_blocks_hold_every_factor_in_its_place(poisoned_empty):
+    opened = adapters()
+    (slab,) = plan_slabs(opened, list(SHAPES), always, **EVERYTHING)
+    for block in load_slab(slab, opened).take():
+        for i, name in enumerate(block.plan.modules):
+            for k, adapter in enumerate(opened):
+                assert torch.equal(block.B[k][i], adapter[name].B)
+                assert torch.equal(block.A[k][i], adapter[name].A)
+
+
+def test_taking_gives_the_blocks_up_unless_they_are_kept():
+    opened = adapters()
+    (slab,) = plan_slabs(opened, list(SHAPES), always, **EVERYTHING)
+    loaded = load_slab(slab, opened)
+    assert len(list(loaded.take())) == 2
+    assert loaded.blocks == []
+    kept = load_slab(slab, opened)
+    kept.keep = True
+    assert len(list(kept.take())) == len(list(kept.take())) == 2
+
+
+def test_prefetch_keeps_order_and_stays_one_ahead():
+    loaded = []
+    with Prefetch(range(5), lambda item: loaded.append(item) or item) as items:
+        for item in items:
+            time.sleep(0.02)
+            assert len(loaded) <= item + 2
+    assert loaded == [0, 1, 2, 3, 4]
+
+
+def fail_at(number, error):
+    def load(item):
+        if item == number:
+            raise error
+        return item
+
+    return load
+
+
+def consume(load, error=None, count=5):
+    """Read ``count`` items, or raise ``error`` after the first; return what arrived."""
+    seen = []
+    try:
+        with Prefetch(range(count), load) as items:
+            for item in items:
+                seen.append(item)
+                if error is not None:
+                    raise error
+    except BaseException as raised:
+        raised.seen = seen
+        raise
+    return seen
+
+
+def test_an_error_of_the_reader_surfaces_where_it_is_awaited():
+    with pytest.raises(OSError, match="disc") as caught:
+        consume(fail_at(2, OSError("disc")))
+    assert caught.value.seen == [0, 1]
+
+
+@pytest.mark.parametrize("error", [ValueError("stop"), KeyboardInterrupt()])
+def test_leaving_early_ends_the_reader(error):
+    before = threading.active_count()
+    with pytest.raises(type(error)):
+        consume(lambda item: item, error, 100)
+    assert threading.active_count() == before
+
+
+def test_drain_writes_in_order_one_at_a_time():
+    written = []
+
+    def sink(item):
+        time.sleep(0.005)
+        written.append(item)
+
+    with Drain(sink) as drain:
+        for item in range(6):
+            drain.put(item)
+            assert len(written) >= item
+    assert written == list(range(6))
+
+
+def drain_all(sink, items, error=None):
+    with Drain(sink) as drain:
+        for item in items:
+            drain.put(item)
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("count", [2, 10])
+def test_an_error_of_the_writer_surfaces_at_the_next_put_or_at_the_end(count):
+    before = threading.active_count()
+    with pytest.raises(OSError, match="full"):
+        drain_all(fail_at(1, OSError("full")), range(count))
+    assert threading.active_count() == before
+
+
+def test_an_error_of_the_caller_wins_over_the_writers():
+    with pytest.raises(ValueError, match="mine"):
+        drain_all(fail_at(1, OSError("full")), [1], ValueError("mine"))
