@@ -58,7 +58,7 @@ def procrustes_rotation(
         NonFiniteError: NaN or Inf in an input (``check=True``; the message names the matrix).
         MismatchError, InputError, TypeError, BackendError: shapes, blend, dtype, framework, device, backend.
 
-    Source: docs/numerics.md, Procrustes and polar factor; Schoenemann (1966).
+    Source: docs/numerics.md, Procrustes; Schoenemann (1966).
     """
     caller = Caller("procrustes_rotation")
     blend = _blend(caller, blend)
@@ -100,7 +100,7 @@ def rotate_factors(
         OutputOverflowError: an answer beyond the range of its dtype (``check=True``).
         MismatchError, InputError, TypeError, BackendError: shapes, dtype, framework, device, backend.
 
-    Source: docs/numerics.md, Procrustes and polar factor.
+    Source: docs/numerics.md, Procrustes.
     """
     caller = Caller("rotate_factors")
     problems = []
@@ -161,7 +161,7 @@ def align_factors(
         OutputOverflowError: a rotated factor beyond the range of its dtype (``check=True``).
         MismatchError, InputError, TypeError, BackendError: shapes, side, blend, dtype, framework, device, backend.
 
-    Source: docs/numerics.md, Procrustes and polar factor; FedRot-LoRA, arXiv 2602.23638.
+    Source: docs/numerics.md, Procrustes; FedRot-LoRA, arXiv 2602.23638.
     """
     caller = Caller("align_factors")
     blend = _blend(caller, blend)

@@ -107,7 +107,7 @@ def product_svd(
         ValueError: the rule is a `Budget`. TypeError: it is no rule, or frameworks are mixed.
         InputError, BackendError: dtype, output, device, backend.
 
-    Source: docs/numerics.md, the truncated-SVD pipeline; FLoRIST, arXiv 2506.09199.
+    Source: docs/numerics.md, one pass: stacked Grams and a small core; FLoRIST, arXiv 2506.09199.
     """
     caller = Caller("product_svd")
     spec = spec_of(rule)

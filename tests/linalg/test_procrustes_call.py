@@ -160,6 +160,9 @@ def test_overflow_of_the_output_dtype():
         rotate_factors(B, pair(dtype=torch.float16)[1], Q)
     BQ, _ = rotate_factors(B, pair(dtype=torch.float16)[1], Q, check=False)
     assert BQ.isinf().any()
+    reference = (Q.mT @ pair()[1]).half()
+    with pytest.raises(OutputOverflowError, match="align_factors"):
+        align_factors(B, pair(dtype=torch.float16)[1], reference, special=False)
 
 
 @pytest.mark.parametrize("blend", [-0.1, 1.1, float("nan"), float("inf"), True, "1", None])
