@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from fedlora_kernels import backends
+from fedlora_kernels.testing import orthonormal, prescribed, spectrum
 
-UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-DTYPES = list(UNIT)
-U64 = UNIT[torch.float64]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def dtype_id(dtype):
@@ -38,33 +37,21 @@ class Served:
         return getattr(self.backend, self.op)(*args)
 
 
-def generator(*seed):
-    return torch.Generator().manual_seed(hash(seed) % 2**31)
-
-
 def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=generator(*shape, seed))
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1000 * seed + sum(shape)))
 
 
 def orthogonal(r, seed=0, det=None):
     """Haar orthogonal r x r, of the given determinant if any."""
-    Q, R = torch.linalg.qr(normal(r, r, seed=seed))
-    Q = Q * R.diagonal().sign()
+    Q = orthonormal(r, r, seed)
     if det is not None and r and torch.linalg.det(Q) * det < 0:
         Q[:, 0] = -Q[:, 0]
     return Q
 
 
-def frame(m, r, seed=0):
-    """m x r with orthonormal columns."""
-    return torch.linalg.qr(normal(m, r, seed=seed))[0]
-
-
 def with_kappa(m, r, kappa, seed=0):
     """m x r with singular values falling geometrically from 1 to 1/kappa."""
-    k = min(m, r)
-    values = torch.logspace(0, -torch.log10(torch.tensor(kappa)).item(), k, dtype=torch.float64)
-    return frame(m, k, seed) * values @ frame(r, k, seed + 1).T
+    return prescribed(m, r, spectrum("geometric", min(m, r), kappa), seed)
 
 
 def rotation2(angle):

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from frames import DTYPES, U64, UNIT, dtype_id, every_backend, normal, orthogonal, rotation2, same_bits
+from frames import DTYPES, dtype_id, every_backend, normal, orthogonal, rotation2, same_bits
 
 from fedlora_kernels import backends as registry
 from fedlora_kernels.backends.contract import Info, Note
+from fedlora_kernels.testing import U64, roundoff, tolerance
 
 backends = every_backend("align_factors")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -35,7 +36,7 @@ def check_product(left, right, B, A):
     size = torch.linalg.norm(B.double(), dim=(1, 2)) * torch.linalg.norm(A.double(), dim=(1, 2))
     assert left.dtype == B.dtype
     assert right.dtype == A.dtype
-    assert (torch.linalg.norm(lost, dim=(1, 2)) <= 8 * UNIT[B.dtype] * size).all()
+    assert (torch.linalg.norm(lost, dim=(1, 2)) <= tolerance("rotated", dtype=B.dtype) * size).all()
 
 
 @backends
@@ -55,8 +56,15 @@ def test_rotates_by_the_rotation_of_its_sides(backend, dtype, side, special, ble
     assert (rotation.Q - expected.Q).abs().max() <= 1e-12
     assert torch.allclose(rotation.singular_values, expected.singular_values, rtol=1e-12)
     assert torch.equal(rotation.unique, expected.unique)
+    size = sum(
+        weight * torch.linalg.norm(part.double(), dim=(1, 2)) * torch.linalg.norm(reference.double(), dim=(1, 2))
+        for weight, part, reference in zip(side, (A, B), (A_ref, B_ref), strict=True)
+    )
+    s = rotation.singular_values
+    gap = s[:, -2] + s[:, -1] * (torch.linalg.det(source.mT @ target).sign() if special else 1)
+    assert torch.allclose(rotation.condition, 2 * size / gap, rtol=1e-10)
     for ours, exact in ((left, B.double() @ rotation.Q), (right, rotation.Q.mT @ A.double())):
-        assert torch.linalg.norm(ours.double() - exact) <= 4 * UNIT[dtype] * torch.linalg.norm(exact)
+        assert torch.linalg.norm(ours.double() - exact) <= 4 * roundoff(dtype) * torch.linalg.norm(exact)
 
 
 @backends
@@ -214,7 +222,7 @@ def test_non_finite_pair_is_marked_and_alone(backend, dtype, side, where, bad):
         assert part.isnan().all()
     assert rotation.unique.tolist() == [True, False, True]
     others = [0, 2]
-    atol = 0 if backend.bitwise else 4 * UNIT[dtype]
+    atol = 0 if backend.bitwise else 4 * roundoff(dtype)
     for ours, theirs in zip((left, right, rotation.Q), (clean[0], clean[1], clean[2].Q), strict=True):
         torch.testing.assert_close(ours[others], theirs[others], rtol=atol, atol=atol)
 
@@ -280,4 +288,4 @@ def test_copies_of_one_pair_agree_after_alignment(backend, dtype):
     mean = left.double().mean(0) @ right.double().mean(0)
     product = (base_B @ base_A)[0]
     # the copies differ by the rounding of their gauges, which the rotation amplifies by its condition
-    assert torch.linalg.norm(mean - product) <= (512 * UNIT[dtype] + 64 * U64) * torch.linalg.norm(product)
+    assert torch.linalg.norm(mean - product) <= (512 * roundoff(dtype) + 64 * U64) * torch.linalg.norm(product)

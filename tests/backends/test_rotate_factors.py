@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from frames import DTYPES, UNIT, dtype_id, every_backend, normal, orthogonal, same_bits
+from frames import DTYPES, dtype_id, every_backend, normal, orthogonal, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fedlora_kernels.testing import roundoff, tolerance
 
 backends = every_backend("rotate_factors")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -23,10 +25,10 @@ def make_pair(N, m, r, n, dtype=torch.float64, seed=0):
 def check_product(left, right, B, A):
     lost = left.double() @ right.double() - B.double() @ A.double()
     size = torch.linalg.norm(B.double(), dim=(1, 2)) * torch.linalg.norm(A.double(), dim=(1, 2))
-    unit = max(UNIT[B.dtype], UNIT[A.dtype])
+    limit = max(tolerance("rotated", dtype=factor.dtype) for factor in (B, A))
     assert left.dtype == B.dtype
     assert right.dtype == A.dtype
-    assert (torch.linalg.norm(lost, dim=(1, 2)) <= 8 * unit * size).all()
+    assert (torch.linalg.norm(lost, dim=(1, 2)) <= limit * size).all()
 
 
 @backends
@@ -39,7 +41,7 @@ def test_product_is_kept(backend, dtype, N, m, r, n):
     Q = torch.stack([orthogonal(r, seed) for seed in range(N)])
     left, right = rotate(backend, B, A, Q)
     check_product(left, right, B, A)
-    limit = 4 * UNIT[dtype]
+    limit = 4 * roundoff(dtype)
     for ours, exact in ((left, B.double() @ Q), (right, Q.mT @ A.double())):
         assert torch.linalg.norm(ours.double() - exact) <= limit * torch.linalg.norm(exact)
 
@@ -78,8 +80,8 @@ def test_there_and_back(backend, dtype):
     B, A = make_pair(2, 37, 6, 29, dtype)
     Q = torch.stack([orthogonal(6, 1), orthogonal(6, 2)])
     left, right = rotate(backend, *rotate(backend, B, A, Q), Q.mT)
-    assert torch.linalg.norm(left.double() - B.double()) <= 8 * UNIT[dtype] * torch.linalg.norm(B.double())
-    assert torch.linalg.norm(right.double() - A.double()) <= 8 * UNIT[dtype] * torch.linalg.norm(A.double())
+    assert torch.linalg.norm(left.double() - B.double()) <= 8 * roundoff(dtype) * torch.linalg.norm(B.double())
+    assert torch.linalg.norm(right.double() - A.double()) <= 8 * roundoff(dtype) * torch.linalg.norm(A.double())
 
 
 @backends
@@ -125,7 +127,7 @@ def test_any_strides_and_inputs_untouched(backend, dtype, view):
     dense = rotate(backend, B.contiguous(), A.contiguous(), Q)
     assert same_bits(base, before)
     for ours, theirs in zip((left, right), dense, strict=True):
-        torch.testing.assert_close(ours.double(), theirs.double(), rtol=4 * UNIT[dtype], atol=4 * UNIT[dtype])
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=4 * roundoff(dtype), atol=4 * roundoff(dtype))
 
 
 @backends
