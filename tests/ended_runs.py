@@ -1,4 +1,5 @@
-"""Runs `fedlora aggregate` again and again in forked children and ends each by a signal, at moments spread over a run.
+"""Runs `fedlora aggregate` again and again in forked children and ends each by a signal, at moments spread over a run
+and around the exchange of old and new.
 
 Called by test_cli_ended.py as ``python ended_runs.py SIGNAL RUNS ROOT CLIENT...``; prints one JSON line per run. One process imports
 torch once and forks before it computes anything: OpenMP does not survive a fork once its threads exist.
@@ -67,6 +68,7 @@ def run(number, runs, root, clients):
     assert wait(start([*command, "--rank", "2"], log)) == 0
     new = content(out)
     hits = attempts = 0
+    window = 0.02
     while hits < runs and attempts < 4 * runs:
         for path in root.iterdir():
             shutil.rmtree(path)
@@ -74,16 +76,27 @@ def run(number, runs, root, clients):
         if not fresh:
             shutil.copytree(root.parent / "old", out)
         child = start([*command, "--rank", "2", "--overwrite"], log)
-        moment = (hits + moments.random()) / runs
-        time.sleep(moment * length)
+        moment = moments.random()
+        # four of ten are aimed at the exchange: the report is written last of all
+        aimed = attempts % 10 >= 6
+        if aimed:
+            begin = time.perf_counter()
+            while not list(root.glob(".out.partial-*/report.json")) and time.perf_counter() - begin < 3 * length:
+                time.sleep(0.0002)
+            time.sleep(moment * window)
+        else:
+            time.sleep(moment * length)
         os.kill(child, number)
         status = wait(child)
         attempts += 1
         hits += status != 0
         # the machine is shared: a run that ended before its signal says that runs are shorter now
-        length *= 0.9 if status == 0 else 1.02
+        if aimed:
+            window *= 0.8 if status == 0 else 1.2
+        else:
+            length *= 0.9 if status == 0 else 1.02
         leftovers = sorted(path.name for path in root.iterdir() if path != out)
-        row = {"moment": moment, "fresh": fresh, "status": status, "leftovers": leftovers}
+        row = {"moment": moment, "aimed": aimed, "fresh": fresh, "status": status, "leftovers": leftovers}
         row |= {"state": state(content(out), old, new), "stderr": log.read_text()}
         print(json.dumps(row), flush=True)
     assert wait(start([*command, "--rank", "2", "--overwrite"], log)) == 0, log.read_text()
