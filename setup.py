@@ -109,10 +109,11 @@ class BuildPython(build_py):
 
 
 class Wheel(bdist_wheel):
-    """py3-none-<platform>: the library knows no Python version."""
+    """py3-none-<platform>, since the library knows no Python version; py3-none-any where none was built."""
 
     def get_tag(self):
-        return super().get_tag() if self.root_is_pure else ("py3", "none", super().get_tag()[2])
+        built = any(Path(output).is_file() for output in self.get_finalized_command("build_ext").get_outputs())
+        return ("py3", "none", super().get_tag()[2] if built else "any")
 
 
 def extensions():
@@ -122,7 +123,8 @@ def extensions():
     if reason:
         print(f"fedlora_kernels: the CPU library is not built: {reason}", file=sys.stderr, flush=True)
         return []
-    return [Extension(CPU, sorted(str(p.relative_to(ROOT)) for p in CSRC.glob("cpu/*.cpp")), depends=[str(HEADER)])]
+    sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.glob("cpu/*.cpp"))
+    return [Extension(CPU, sources, optional=wanted("FEDLORA_BUILD_CPU") != "1")]
 
 
 setup(
