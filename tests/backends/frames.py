@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedlora_kernels import backends
 from fedlora_kernels.testing import orthonormal, prescribed, spectrum
@@ -65,3 +67,19 @@ def same_bits(a, b):
     return (
         a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
     )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the bytes of the largest tensor that torch creates inside the ``with`` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.bytes = max(self.bytes, x.numel() * x.element_size())
+        return out

@@ -6,10 +6,11 @@ import math
 import pytest
 import scipy.linalg
 import torch
-from frames import DTYPES, dtype_id, every_backend, normal, orthogonal, rotation2, same_bits
+from frames import DTYPES, LargestTensor, Served, dtype_id, every_backend, normal, orthogonal, rotation2, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlora_kernels import backends as registry
 from fedlora_kernels.backends.contract import Info, Note
 from fedlora_kernels.testing import U64, orthonormal, roundoff, tolerance
 
@@ -436,6 +437,33 @@ def test_ragged_groups(backend):
 def test_more_than_one_tile(backend, N, rows, r):
     X, Y = normal(N, rows, r).float(), normal(N, rows, r, seed=1).float()
     check_rotation(rotate(backend, X, Y), X, Y, False)
+
+
+@pytest.mark.parametrize(("N", "rows", "r"), [(1, 800_011, 8), (401, 2003, 8)])
+def test_takes_bounded_memory(N, rows, r):
+    X = torch.rand(1, rows, r).expand(N, rows, r)
+    X = X.clone() if N == 1 else X
+    with LargestTensor() as largest:
+        rotate(Served(registry.get("torch"), "procrustes_rotation"), X, X)
+    assert X.numel() * X.element_size() > 24 << 20
+    assert largest.bytes <= 2 << 20
+
+
+@backends
+@groups
+@pytest.mark.parametrize("blend", [0.5, 1.0])
+def test_repeats_and_does_not_see_the_batch(backend, special, blend):
+    X, Y = normal(7, 53, 6), normal(7, 53, 6, seed=1)
+    Y[2, :, 3:] = 0
+    Y[3] = 0
+    whole, again = rotate(backend, X, Y, special, blend), rotate(backend, X, Y, special, blend)
+    assert same_bits(whole.Q, again.Q)
+    for i in range(7):
+        alone = rotate(backend, X[i], Y[i], special, blend)
+        if backend.bitwise:
+            assert same_bits(alone.Q[0], whole.Q[i])
+        else:
+            assert (alone.Q[0] - whole.Q[i]).abs().max() <= 1e-13
 
 
 @backends

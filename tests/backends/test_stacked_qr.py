@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from frames import DTYPES, Served, dtype_id, every_backend, normal, orthogonal, same_bits, with_kappa
+from frames import DTYPES, LargestTensor, Served, dtype_id, every_backend, normal, orthogonal, same_bits, with_kappa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -271,6 +271,35 @@ def test_errors_and_rank_do_not_depend_on_the_number_of_rows(backend, m, R):
     raw = qr(backend, stack)
     check_qr(raw, stack)
     assert raw.rank.tolist() == [R - 1]
+
+
+@pytest.mark.parametrize(("N", "m", "R"), [(1, 400_009, 16), (97, 2003, 37)])
+def test_grams_take_bounded_memory(N, m, R):
+    X = torch.ones(1, m, R).expand(N, m, R) + torch.eye(R).repeat(m // R + 1, 1)[:m]
+    with LargestTensor() as largest:
+        raw = qr(Served(registry.get("torch"), "stacked_qr"), make_stack([X]), want_q=False)
+    assert raw.rank.tolist() == [R] * N
+    assert X.numel() * X.element_size() > 24 << 20
+    assert largest.bytes <= 12 << 20
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_id)
+def test_repeats_and_does_not_see_the_batch(backend, dtype):
+    X = normal(7, 53, 11).to(dtype)
+    X[2, :, 4] = X[2, :, 1]
+    X[3] = 0
+    whole, again = qr(backend, make_stack([X])), qr(backend, make_stack([X]))
+    for field in ("Q", "R"):
+        assert same_bits(getattr(whole, field), getattr(again, field))
+        for i in range(7):
+            alone = getattr(qr(backend, make_stack([X[i]])), field)
+            if backend.bitwise:
+                assert same_bits(alone[0], getattr(whole, field)[i])
+            else:
+                torch.testing.assert_close(
+                    alone[0], getattr(whole, field)[i], rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-6
+                )
 
 
 @backends
