@@ -12,9 +12,9 @@ LONGEST_SHOWN = 200
 
 def printable(name: object) -> str:
     """Return ``name`` as one line without control, format or surrogate characters, cut to 200 characters."""
-    text = "".join(
-        "?" if unicodedata.category(char)[0] == "C" or char in "\u2028\u2029" else char for char in str(name)
-    )
+    text = str(name)
+    if not text.isprintable():
+        text = "".join("?" if unicodedata.category(char)[0] == "C" or char in "\u2028\u2029" else char for char in text)
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 

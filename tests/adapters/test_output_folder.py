@@ -1,6 +1,7 @@
 """OutputFolder: the output appears complete or not at all, and never in place of a stranger's files."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -271,3 +272,18 @@ def test_a_killed_run_leaves_the_old_output_and_the_next_run_sweeps(tmp_path):
         put(output.path)
         output.commit()
     assert sorted(os.listdir(tmp_path)) == [f".out.partial-{child.pid}-notours", "out"]
+
+
+def test_a_temporary_folder_stays_while_its_process_lives_or_anyone_holds_its_lock(tmp_path):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    living, locked, stale = (tmp_path / f".out.partial-{name}" for name in (
+        f"{os.getpid()}-00000000", f"{done.pid}-00000001", f"{done.pid}-00000002"
+    ))  # fmt: skip
+    for path in (living, locked, stale):
+        put(path, "half")
+    fd = os.open(locked, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    replace(tmp_path / "out")
+    os.close(fd)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, locked.name, "out"])

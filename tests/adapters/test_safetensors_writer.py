@@ -63,6 +63,7 @@ def test_views_are_written_as_they_read(tmp_path):
         "t": tensor.t(),
         "s": tensor[::2, 1::3],
         "e": tensor[:1].expand(4, 7),
+        "c": tensor[:, 1],
         "g": tensor.clone().requires_grad_(),
     }
     with SafetensorsWriter(tmp_path / "x", {k: (v.dtype, tuple(v.shape)) for k, v in views.items()}) as file:
