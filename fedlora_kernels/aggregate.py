@@ -22,7 +22,7 @@ from fedlora_kernels.linalg.rules import RankRule
 from fedlora_kernels.methods.contract import Method
 from fedlora_kernels.result import Result, State
 from fedlora_kernels.run import Run
-from fedlora_kernels.settings import Settings, count_of, device_of, dtype_of, memory_of, method_of, round_of
+from fedlora_kernels.settings import Settings, count_of, device_of, dtype_of, memory_of, method_of, options_of, round_of
 
 __all__ = ["Policy", "ReadOptions", "Result", "State", "WriteOptions", "aggregate"]
 
@@ -91,11 +91,11 @@ def aggregate(
     for name, value in (("robust", robust), ("client_state", client_state)):
         if value is not None:
             raise InputError(f"{name}= is not in this version; leave it out")
-    write = write or WriteOptions()
+    write = options_of("write", write, WriteOptions)
     settings = Settings(
         method=method_of(method, rule, write, method_options),
         policy=Policy.of(policy),
-        read=read or ReadOptions(),
+        read=options_of("read", read, ReadOptions),
         write=write,
         normalize=normalize,
         dtype=dtype_of(dtype),

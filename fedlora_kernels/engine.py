@@ -29,9 +29,6 @@ from fedlora_kernels.slabs import Block, Drain, Loaded, Plan, Prefetch, load_sla
 __all__ = ["Engine", "Progress", "SurveyResult"]
 
 Progress = Callable[[str, int, int], None]
-CHUNK = 64 << 20
-"""Bytes of float64 factors handed to a method at once on a CPU: what a backend's workspace is a small multiple of."""
-
 _log = logging.getLogger("fedlora_kernels")
 
 
@@ -87,10 +84,7 @@ class Engine:
         def reads(k: int, name: str) -> bool:
             return not self.method.product_only or self._scale[self._index[name], k] != 0.0
 
-        chunk = CHUNK if self.device.type == "cpu" else self.memory
-        return plan_slabs(
-            self._adapters, self.modules, reads, limit=self.memory // 4, chunk=chunk, itemsize=self.dtype.itemsize
-        )
+        return plan_slabs(self._adapters, self.modules, reads, limit=self.memory // 4, itemsize=self.dtype.itemsize)
 
     @contextmanager
     def _slabs(self, stage: str, keep: bool) -> Iterator[Iterator[Iterator[Block]]]:

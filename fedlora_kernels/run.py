@@ -37,6 +37,10 @@ class Run:
         self.check = check
         self.warnings = [text for client in roster if client.adapter for text in client.adapter.warnings]
         self.warnings += check.warnings
+        if not settings.method.uses_weights and len({client.weight for client in roster}) > 1:
+            self.warnings.append(
+                f"method {settings.method.name!r} uses no weights; the unequal ones given change nothing"
+            )
         self.warnings += [
             f"client {printable(c.name)!r} was dropped: {c.reason}" for c in roster if c.status == "dropped"
         ]
@@ -243,6 +247,7 @@ class Run:
             "extras": extras,
             "totals": summary,
             "warnings": list(dict.fromkeys(self.warnings)),
+            "notes": list(dict.fromkeys(text for c in self.roster if c.adapter for text in c.adapter.notes)),
             "passes": self.passes,
             "seconds": {stage: round(spent, 6) for stage, spent in engine.seconds.items()},
         }

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,10 +24,11 @@ from fedlora_kernels.methods.contract import Method, make_method
 from fedlora_kernels.output import REPORT_NAME
 from fedlora_kernels.result import Result, State
 
-__all__ = ["Settings", "count_of", "device_of", "dtype_of", "memory_of", "method_of", "round_of"]
+__all__ = ["Settings", "count_of", "device_of", "dtype_of", "memory_of", "method_of", "options_of", "round_of"]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MEMORY = 1 << 30
+Options = TypeVar("Options", ReadOptions, WriteOptions)
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,35 @@ class Settings:
 
 def method_of(method: str | Method, rule: RankRule | None, write: WriteOptions, options: Mapping[str, Any]) -> Method:
     """The method, with its rule and options, and the place of the singular values that the output asks for."""
-    if isinstance(method, Method):
-        if rule is not None or options:
-            raise InputError(f"method is a {type(method).__name__} already; give its options to it, not to aggregate")
-        return method
-    if not isinstance(method, str):
-        raise InputError(f"method is a {type(method).__name__}; a method's name needed, such as 'florist'")
-    made = make_method(method, options, rule)
-    if "output" in options or write.output == "left":
+    made = _made(method, rule, options)
+    if "common" not in made.gives or made.needs_previous:
+        raise InputError(
+            f"method {made.name!r} gives no common pair or needs the pair of the round before; not in this version"
+        )
+    if isinstance(method, Method) or "output" in options or write.output == "left":
         return made
     if not hasattr(made, "output"):
         raise InputError(
             f"WriteOptions(output={write.output!r}): method {method!r} has no singular values to place; leave it out"
         )
     return dataclasses.replace(made, output=write.output)  # type: ignore[call-arg]
+
+
+def _made(method: str | Method, rule: RankRule | None, options: Mapping[str, Any]) -> Method:
+    if isinstance(method, Method):
+        if rule is not None or options:
+            raise InputError(f"method is a {type(method).__name__} already; give its options to it, not to aggregate")
+        return method
+    if not isinstance(method, str):
+        raise InputError(f"method is a {type(method).__name__}; a method's name needed, such as 'florist'")
+    return make_method(method, options, rule)
+
+
+def options_of(name: str, value: Any, kind: type[Options]) -> Options:
+    """A record of options; its defaults where None. InputError for anything else."""
+    if value is not None and not isinstance(value, kind):
+        raise InputError(f"{name} is a {type(value).__name__}; {kind.__name__}(...) needed")
+    return kind() if value is None else value
 
 
 def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:

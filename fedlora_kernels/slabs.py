@@ -75,14 +75,12 @@ def plan_slabs(
     reads: Callable[[int, str], bool],
     *,
     limit: int,
-    chunk: int,
     itemsize: int,
 ) -> list[list[Plan]]:
     """Cut ``modules`` into slabs of at most ``limit`` bytes (always at least one module), in order.
 
     A slab counts its factors and an answer of the stacked rank in ``itemsize`` bytes. Inside a slab modules of one shape form
-    plans of at most ``chunk`` bytes of float64 factors, the measure of a backend's workspace. ``reads(k, module)`` says
-    whether client k is read there.
+    one plan. ``reads(k, module)`` says whether client k is read there.
     """
     slabs: list[list[Plan]] = []
     members: dict[Shape, list[str]] = {}
@@ -92,12 +90,12 @@ def plan_slabs(
         one = Plan((name,), *shape)
         cost = one.nbytes + sum(one.ranks) * (one.m + one.n) * itemsize
         if members and filled + cost > limit:
-            slabs.append(_plans(members, chunk))
+            slabs.append(_plans(members))
             members, filled = {}, 0
         members.setdefault(shape, []).append(name)
         filled += cost
     if members:
-        slabs.append(_plans(members, chunk))
+        slabs.append(_plans(members))
     return slabs
 
 
@@ -116,13 +114,8 @@ def _shape(adapters: Sequence[Adapter], name: str, reads: Callable[[int, str], b
     return owner.kind, owner.m, owner.n, tuple(ranks), tuple(dtypes)
 
 
-def _plans(members: dict[Shape, list[str]], chunk: int) -> list[Plan]:
-    plans = []
-    for shape, names in members.items():
-        _, m, n, ranks, _ = shape
-        step = max(1, chunk // max(1, 8 * sum(ranks) * (m + n)))
-        plans += [Plan(tuple(names[i : i + step]), *shape) for i in range(0, len(names), step)]
-    return plans
+def _plans(members: dict[Shape, list[str]]) -> list[Plan]:
+    return [Plan(tuple(names), *shape) for shape, names in members.items()]
 
 
 def load_slab(plans: Iterable[Plan], adapters: Sequence[Adapter], *, pin: bool = False) -> Loaded:

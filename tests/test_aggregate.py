@@ -302,8 +302,8 @@ def test_aggregate_of_aggregates_is_one_step():
 
 def test_modules_keep_the_order_of_the_first_client():
     state, settings = client()
-    shuffled = dict(sorted(state.items(), key=lambda item: hash(item[0].rsplit(".lora", 1)[0]) % 97))
-    order = list(dict.fromkeys(key.removeprefix("base_model.model.").rsplit(".lora", 1)[0] for key in shuffled))
+    order = [list(SHAPES)[k] for k in (2, 0, 3, 1)]
+    shuffled = {key: state[key] for name in order for key in state if f".{name}." in key}
     result = aggregate([(shuffled, settings), client(1)])
     assert list(result.adapter) == order
     assert [row["name"] for row in result.report["modules"]] == order
@@ -346,6 +346,8 @@ def test_a_previous_that_says_nothing_is_refused(previous):
         ({"robust": "krum"}, "robust= is not in this version"),
         ({"client_state": {}}, "client_state= is not in this version"),
         ({"policy": "lenient"}, "policy|Policy"),
+        ({"read": "strict"}, r"read is a str; ReadOptions\(\.\.\.\) needed"),
+        ({"write": {}}, "write is a dict"),
         ({"dtype": torch.int8}, "dtype"),
         ({"dtype": "float8"}, "dtype"),
         ({"device": "tpu"}, "device"),
@@ -374,6 +376,30 @@ def test_a_method_object_is_taken_as_it_is():
     assert {row["rank"] for row in aggregate(clients(), method).report["modules"]} == {2}
     with pytest.raises(InputError, match="already"):
         aggregate(clients(), method, rule=ALL)
+
+
+def registered(monkeypatch, **needs):
+    """A method of someone else's, of FedIT's arithmetic."""
+    from fedlora_kernels.methods import contract
+    from fedlora_kernels.methods.fedit import FedIT
+
+    monkeypatch.setattr(contract, "_REGISTRY", dict(contract._REGISTRY))
+    return contract.register(type("Other", (FedIT,), {"name": "other", **needs}))
+
+
+def test_a_method_without_weights_warns_of_unequal_ones(monkeypatch):
+    registered(monkeypatch, uses_weights=False)
+    pairs = clients((4, 4))
+    aggregate(pairs, "other", weights=[2, 2])
+    with pytest.warns(UserWarning, match="'other' uses no weights"):
+        aggregate(pairs, "other", weights=[1, 2])
+
+
+@pytest.mark.parametrize("needs", [{"gives": ("personal",)}, {"needs_previous": True}])
+def test_a_method_beyond_this_engine_is_refused(monkeypatch, needs):
+    registered(monkeypatch, **needs)
+    with pytest.raises(InputError, match="not in this version"):
+        aggregate(clients((4, 4)), "other")
 
 
 def test_balanced_output_splits_the_singular_values():

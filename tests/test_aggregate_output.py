@@ -58,7 +58,7 @@ def test_the_report_is_plain_json_with_the_promised_keys():
     json.dumps(report, allow_nan=False)
     assert set(report) == {
         *("schema", "tool", "method", "backend", "policy", "normalize", "round", "seed", "dtype"),
-        *("clients", "modules", "extras", "totals", "warnings", "passes", "seconds"),
+        *("clients", "modules", "extras", "totals", "warnings", "notes", "passes", "seconds"),
     }
     assert set(report["clients"][0]) == {
         *("name", "source", "weight", "status", "reason", "rank_min", "rank_max", "bytes", "norm", "factor"),

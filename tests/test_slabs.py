@@ -10,7 +10,7 @@ from adapter_problems import SHAPES, client
 from fedlora_kernels.adapters.reader import open_adapter
 from fedlora_kernels.slabs import Drain, Prefetch, load_slab, plan_slabs
 
-EVERYTHING = {"limit": 1 << 30, "chunk": 1 << 30, "itemsize": 4}
+EVERYTHING = {"limit": 1 << 30, "itemsize": 4}
 
 
 def adapters(ranks=(4, 2, 5)):
@@ -37,14 +37,9 @@ def test_a_slab_holds_what_fits_and_at_least_one_module():
         (first + second - 1, [1, 1, 1, 1]),
         (1 << 20, [4]),
     ):
-        slabs = plan_slabs(adapters(), list(SHAPES), always, limit=limit, chunk=1 << 30, itemsize=4)
+        slabs = plan_slabs(adapters(), list(SHAPES), always, limit=limit, itemsize=4)
         assert [sum(len(plan.modules) for plan in slab) for slab in slabs] == sizes
         assert sorted(name for slab in slabs for plan in slab for name in plan.modules) == sorted(SHAPES)
-
-
-def test_a_plan_holds_at_most_a_chunk():
-    (slab,) = plan_slabs(adapters(), list(SHAPES), always, limit=1 << 30, chunk=1, itemsize=4)
-    assert [len(plan.modules) for plan in slab] == [1, 1, 1, 1]
 
 
 def test_a_client_that_is_not_read_has_rank_zero():

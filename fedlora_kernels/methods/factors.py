@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ __all__ = [
 ]
 
 U64 = 2.0**-53
+CHUNK = 64 << 20
+"""Bytes of float64 factors that a method of factor means converts at once."""
 
 
 def owned(group: Group, weight: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -76,6 +80,29 @@ def require_equal_ranks(group: Group, method: str) -> None:
         )
 
 
+def chunked(group: Group, work: Callable[[Group], Outcome]) -> Outcome:
+    """Do ``work`` on a few modules at a time, so that float64 copies of the factors stay small; outcomes are joined."""
+    size = 8 * sum(group.ranks) * (group.m + group.n)
+    step = max(1, CHUNK // max(1, size))
+    if step >= group.batch:
+        return work(group)
+    done = [work(_modules(group, start, start + step)) for start in range(0, group.batch, step)]
+    fields = ("B", "A", "rank", "error", "error_bound", "notes", "info", "energy")
+    joined: dict[str, Any] = {name: torch.cat([getattr(outcome, name) for outcome in done]) for name in fields}
+    return Outcome(**joined)
+
+
+def _modules(group: Group, start: int, stop: int) -> Group:
+    return dataclasses.replace(
+        group,
+        modules=group.modules[start:stop],
+        B=tuple(B[start:stop] for B in group.B),
+        A=tuple(A[start:stop] for A in group.A),
+        scale=group.scale[start:stop],
+        weight=group.weight[start:stop],
+    )
+
+
 def padded_mean(group: Group, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Means ``sum_k p_k s_k [B_k | 0]`` and ``sum_k p_k [A_k ; 0]`` in float64, padded to the largest rank.
 
@@ -93,8 +120,19 @@ def padded_mean(group: Group, weight: Tensor) -> tuple[Tensor, Tensor]:
     return B, A
 
 
-def mean_outcome(group: Group, weight: Tensor) -> Outcome:
-    """Outcome of a method that answers the padded factor means with weights ``weight`` (N, K), with its exact drift."""
+def mean_outcome(group: Group, weight: Tensor | None = None) -> Outcome:
+    """Outcome of the padded factor means with weights ``weight`` (K,), by default the group's, with its exact drift."""
+    return chunked(group, lambda part: _mean_outcome(part, part.weight if weight is None else share(part, weight)))
+
+
+def share(group: Group, weight: Tensor) -> Tensor:
+    """``weight`` (K,) for every module, (N, K); over the owners, to the same sum, where missing modules renormalise."""
+    owned_by = weight * (group.weight != 0.0)
+    total = owned_by.sum(1, keepdim=True)
+    return torch.where(total > 0.0, owned_by * (weight.sum() / total), group.weight)
+
+
+def _mean_outcome(group: Group, weight: Tensor) -> Outcome:
     mean_B, mean_A = padded_mean(group, weight)
     B, lost_B = cast(mean_B, group.dtype)
     A, lost_A = cast(mean_A, group.dtype)

@@ -30,4 +30,4 @@ class FedIT(Method):
     def combine(self, group: Group, plan: Any, previous: Mapping[str, Any] | None) -> Outcome:
         """Combine one group. MismatchError where ranks differ."""
         require_equal_ranks(group, self.name)
-        return mean_outcome(group, group.weight)
+        return mean_outcome(group)

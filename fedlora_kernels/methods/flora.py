@@ -11,7 +11,7 @@ import torch
 from fedlora_kernels.backends.contract import Info, Note
 from fedlora_kernels.linalg import update_gram
 from fedlora_kernels.methods.contract import Group, Method, Outcome, register
-from fedlora_kernels.methods.factors import cast, owned, zero_outcome
+from fedlora_kernels.methods.factors import cast, chunked, owned, zero_outcome
 
 __all__ = ["FLoRA"]
 
@@ -30,6 +30,9 @@ class FLoRA(Method):
 
     def combine(self, group: Group, plan: Any, previous: Mapping[str, Any] | None) -> Outcome:
         """Stack one group. ``error`` is 0: only the rounding to the output dtype stands in the bound."""
+        return chunked(group, self._stack)
+
+    def _stack(self, group: Group) -> Outcome:
         B, A, folded = owned(group)
         if not B:
             return zero_outcome(group)

@@ -39,9 +39,7 @@ class HetLoRA(Method):
 
     def combine(self, group: Group, plan: Any, previous: Mapping[str, Any] | None) -> Outcome:
         """Combine one group with the weights of ``plan``, over the owners where missing modules renormalise."""
-        share = torch.from_numpy(plan) * (group.weight != 0.0)
-        total = share.sum(1, keepdim=True)
-        return mean_outcome(group, torch.where(total > 0.0, share / total, group.weight))
+        return mean_outcome(group, torch.from_numpy(plan))
 
     def client_rank(self, client_rank: int, rank: int) -> int:
         """A client receives its own rank."""

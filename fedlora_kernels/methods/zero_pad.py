@@ -28,4 +28,4 @@ class ZeroPad(Method):
 
     def combine(self, group: Group, plan: Any, previous: Mapping[str, Any] | None) -> Outcome:
         """Combine one group."""
-        return mean_outcome(group, group.weight)
+        return mean_outcome(group)
