@@ -78,8 +78,6 @@ def _aggregate(options: argparse.Namespace) -> int:
     result.adapter.close()
     for path in reports:
         write_json(path, result.report)
-    for message in result.report["warnings"]:
-        warnings.warn(message, stacklevel=1)
     if not options.quiet:
         show(aggregate_tables(result.report, options.out))
     return 0
@@ -220,7 +218,7 @@ def _warnings_after(verbose: bool) -> Iterator[None]:
         yield
         return
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
+        warnings.simplefilter("always")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=ResourceWarning)
         yield

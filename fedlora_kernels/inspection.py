@@ -22,6 +22,7 @@ from fedlora_kernels.adapters.reader import ReadOptions
 from fedlora_kernels.clients import open_clients
 from fedlora_kernels.errors import FedLoRAError, InputError
 from fedlora_kernels.linalg import product_svd, update_gram
+from fedlora_kernels.linalg.results import info_text
 from fedlora_kernels.linalg.rules import Energy
 
 __all__ = ["effective_rank", "inspect_adapters"]
@@ -37,7 +38,7 @@ class _Tally:
     """What one adapter adds up to while its modules pass by."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    nonfinite: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
     zero: list[str] = field(default_factory=list)
 
 
@@ -120,9 +121,14 @@ def _examine(module: str, pair: LoRAFactors, tally: _Tally, backend: str) -> boo
         bad = torch.isfinite(getattr(pair, attribute)).logical_not()
         if bool(bad.any()):
             first = ", ".join(str(int(index)) for index in bad.nonzero()[0])
-            tally.nonfinite.append(f"module {module!r}, {label}[{first}]")
+            tally.broken.append(f"module {module!r}, {label}[{first}]: NaN or Inf")
             return False
-    svd = product_svd(pair.B, pair.A, weights=[pair.scale], rule=Energy(1.0), output="usv", backend=backend)
+    svd = product_svd(
+        pair.B, pair.A, weights=[pair.scale], rule=Energy(1.0), output="usv", check=False, backend=backend
+    )
+    if info := int(svd.info):
+        tally.broken.append(f"module {module!r}: {'; '.join(info_text(info))}")
+        return False
     rank = int(svd.rank)
     values = svd.S[:rank].cpu()
     energy = torch.cumsum(values.square(), 0)
@@ -181,7 +187,7 @@ def _record(name: str, adapter: Adapter, tally: _Tally, norm: float) -> dict[str
         "rank_max": max(ranks, default=0),
         "scales": sorted({row["scale"] for row in tally.rows}),
         "dtypes": sorted({row["dtype"] for row in tally.rows}),
-        "norm": None if tally.nonfinite else norm,
+        "norm": None if tally.broken else norm,
         "extras": [
             {"name": extra.name, "rule": extra.rule, "shape": list(extra.tensor.shape)}
             for extra in adapter.extras.values()
@@ -203,7 +209,7 @@ def _suspicions(adapters: Mapping[str, Adapter], tallies: Mapping[str, _Tally]) 
     for name, adapter in adapters.items():
         tally = tallies[name]
         findings += adapter.warnings
-        findings += [f"{name!r}, {place}: NaN or Inf; left out of norms and cosines" for place in tally.nonfinite]
+        findings += [f"{name!r}, {place}; left out of norms and cosines" for place in tally.broken]
         # a scale of 0 is already among the reader's warnings
         unexplained = [module for module in tally.zero if adapter.modules[module].scale != 0.0]
         if unexplained and len(unexplained) == len(tally.rows):

@@ -125,6 +125,29 @@ def test_many_modules_are_summed_up_by_layer_type(tmp_path, capsys):
     assert "model.layers.*.q_proj (41, medians)" in capsys.readouterr().out
 
 
+def test_an_update_beyond_float64_is_said_and_stops_nothing(tmp_path):
+    def blow_up(tensors):
+        for factor in ("lora_A", "lora_B"):
+            tensors[first(tensors, factor)].mul_(1e160)
+
+    paths = [*make_clients(tmp_path), str(make_adapter(tmp_path / "x", dtype=torch.float64, change=blow_up))]
+    report = inspect_adapters(paths)
+    assert any("'x', module 'model.layers.0.self_attn.q_proj'" in finding for finding in report["findings"])
+    assert [adapter["norm"] is None for adapter in report["adapters"]] == [False, False, False, True]
+    assert all(math.isfinite(value) for row in report["cosines"] for value in row)
+
+
+def test_texts_of_a_stranger_reach_the_terminal_harmless(tmp_path, capsys):
+    evil = "base\x1b[2J\x07[red]\u202e"
+    shapes = {f"layer\x1b[31m\n{i}": (7, 5) for i in range(2)}
+    path = make_adapter(tmp_path / "x", shapes=shapes, rank=2, base_model_name_or_path=evil)
+    assert main(["inspect", f"n\x1b]0;t\x07={path}"]) == 0
+    out = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\u202e"} & set(out)
+    for text in ("base[2J[red]", "layer[31m0", "n]0;t"):
+        assert text in out
+
+
 def test_a_missing_folder_is_one_line(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "absent")]) == 2
     captured = capsys.readouterr()

@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from fedlora_kernels.reporting.terminal import text
 
@@ -25,9 +26,9 @@ _LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 def table(title: str, *columns: str) -> Table:
     """Return an empty table; a column whose name starts with ``>`` is right-aligned."""
     made = Table(
-        title="\n" + title,
+        title=Text("\n").append_text(text(title, "bold")),
         title_justify="left",
-        title_style="bold",
+        title_style="",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         show_edge=False,
