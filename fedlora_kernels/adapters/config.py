@@ -41,11 +41,11 @@ def peft_config(
     largest = uniform_rank or max(ranks.values())
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": _common(configs, "task_type", None),
-        "base_model_name_or_path": configs[0].get("base_model_name_or_path"),
+        "task_type": _text(_common(configs, "task_type", None)),
+        "base_model_name_or_path": _text(configs[0].get("base_model_name_or_path")),
         "r": largest,
         "lora_alpha": largest,
-        "lora_dropout": _common(configs, "lora_dropout", 0.0),
+        "lora_dropout": _dropout(_common(configs, "lora_dropout", 0.0)),
         "bias": _bias(configs[0], extras),
         "fan_in_fan_out": bool(configs[0].get("fan_in_fan_out")),
         "target_modules": _target_modules(adapters, ranks),
@@ -82,6 +82,15 @@ def rank_patterns(ranks: Mapping[str, N], default: N) -> dict[str, N]:
 def _common(configs: Sequence[Mapping[str, Any]], key: str, default: Any) -> Any:
     values = [config.get(key) for config in configs]
     return values[0] if values[0] is not None and all(value == values[0] for value in values) else default
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _dropout(value: Any) -> float:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+    return float(value) if good else 0.0
 
 
 def _bias(config: Mapping[str, Any], extras: Mapping[str, ExtraSpec]) -> Any:

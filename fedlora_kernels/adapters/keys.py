@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fedlora_kernels.adapters.names import printable
-from fedlora_kernels.adapters.variants import refuse_key, refuse_variant
+from fedlora_kernels.adapters.variants import LATER, refuse_key, refuse_variant
 from fedlora_kernels.errors import FormatError, UnsupportedVariantError
 
 __all__ = ["PREFIX", "TensorKey", "canonical_keys", "factor_keys"]
@@ -61,7 +61,7 @@ def _chosen(parsed: list[TensorKey], adapter_name: str | None, who: str) -> Iter
 
 def _parse(key: str, who: str) -> TensorKey:
     segments = _strip(key)
-    if not all(segments):
+    if not all(segments) or any("\ud800" <= char <= "\udfff" for char in key):
         raise FormatError(f"{who}: malformed key {printable(key)!r}; dotted names needed")
     at = next((i for i in reversed(range(len(segments))) if segments[i] in ("lora_A", "lora_B")), None)
     if at is None:
@@ -81,7 +81,7 @@ def _factor(key: str, path: list[str], letter: str, tail: list[str], who: str) -
         raise FormatError(f"{who}: malformed key {printable(key)!r}; a module path needed")
     if "base_layer" in path:
         variant = "nested base layers, as of target_parameters or MultiheadAttention"
-        refuse_variant(variant, printable(key), "Leave these modules out of the adapter", who)
+        refuse_variant(variant, printable(key), LATER, who)
     kind, adapter = (tail[-1] if tail else ""), (tail[0] if len(tail) == 2 else None)
     if kind not in ("weight", "bias") and len(tail) <= 1:
         refuse_variant("AdaLoRA or another form", f"{printable(key)} without .weight", "Train plain LoRA", who)

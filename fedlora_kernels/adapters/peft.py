@@ -13,7 +13,7 @@ from fedlora_kernels.adapters.keys import TensorKey, canonical_keys
 from fedlora_kernels.adapters.model import ExtraSpec, ModuleSpec, TensorSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.patterns import PatternTable
-from fedlora_kernels.adapters.variants import check_variant, refuse_variant
+from fedlora_kernels.adapters.variants import LATER, check_variant, refuse_variant
 from fedlora_kernels.errors import FormatError
 
 __all__ = ["Layout", "LoRAConfig", "read_layout"]
@@ -208,8 +208,7 @@ def _refuse_convolution(A: TensorSpec, B: TensorSpec, where: str) -> None:
     variant = f"a Conv{dimensions}d pair"
     if len(A.shape) > 1 and len(B.shape) > 1 and B.shape[1] != A.shape[0]:
         variant = "a grouped convolution"
-    remedy = "Leave these modules out of the adapter"
-    refuse_variant(variant, f"lora_A {A.shape}, lora_B {B.shape}", remedy, where)
+    refuse_variant(variant, f"lora_A {A.shape}, lora_B {B.shape}", LATER, where)
 
 
 def check_float(spec: TensorSpec, where: str) -> None:

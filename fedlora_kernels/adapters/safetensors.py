@@ -267,6 +267,8 @@ def _open(path: str, where: str) -> int:
 def _check_metadata(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise FormatError(f"{where}: __metadata__ must map strings to strings")
+    if any("\ud800" <= char <= "\udfff" for item in value.items() for text in item for char in text):
+        raise FormatError(f"{where}: __metadata__ holds half a surrogate pair, which is no text")
     return value
 
 

@@ -8,11 +8,14 @@ from typing import Any
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.errors import FormatError, UnsupportedVariantError
 
-__all__ = ["check_variant", "refuse_key", "refuse_variant"]
+__all__ = ["LATER", "check_variant", "refuse_key", "refuse_variant"]
 
 MERGE = "Merge it into the base model first, or train plain LoRA"
 CONVERT = "Convert it to LoRA first (peft.tuners.lora.conversion.convert_to_lora)"
-LATER = "This version does not read it; leave these modules out of the adapter"
+LATER = "Leave these modules out of the adapter"
+KOHYA = "Convert it to a PEFT folder first"
+EXTRA_STATE = "Train plain LoRA, whose adapter has no state beside its factors"
+NOT_READ = (LATER, KOHYA, EXTRA_STATE)
 
 PEFT_TYPES = {"LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "ADALORA": "AdaLoRA"}
 CONFIG_MARKERS = {
@@ -23,7 +26,7 @@ CONFIG_MARKERS = {
     "alora_invocation_tokens": ("aLoRA", "It is active on some tokens only; train plain LoRA"),
     "arrow_config": ("Arrow", "It routes between adapters; aggregate those instead"),
     "monteclora_config": ("MonteCLoRA", "Its factors are sampled; train plain LoRA"),
-    "velora_config": ("VeLoRA", "This version does not drop its extra state; train plain LoRA"),
+    "velora_config": ("VeLoRA", EXTRA_STATE),
     "target_parameters": ("target_parameters (mixture of experts)", LATER),
     "trainable_token_indices": ("trainable tokens", LATER),
     "ensure_weight_tying": ("tied embeddings", LATER),
@@ -35,12 +38,12 @@ KEY_MARKERS = {
     "lora_ranknum": ("AdaLoRA", "This version does not fold it; train plain LoRA"),
     "lora_arrow": ("Arrow", "It routes between adapters; aggregate those instead"),
     "lora_monteclora_sampler": ("MonteCLoRA", "Its factors are sampled; train plain LoRA"),
-    "lora_velora_embed": ("VeLoRA", "This version does not drop its extra state; train plain LoRA"),
+    "lora_velora_embed": ("VeLoRA", EXTRA_STATE),
     "lora_embedding_A": ("an embedding pair", LATER),
     "lora_embedding_B": ("an embedding pair", LATER),
     "trainable_tokens_delta": ("trainable tokens", LATER),
-    "lora_down": ("the kohya format", "This version reads PEFT folders; convert it first"),
-    "lora_up": ("the kohya format", "This version reads PEFT folders; convert it first"),
+    "lora_down": ("the kohya format", KOHYA),
+    "lora_up": ("the kohya format", KOHYA),
     "lora_mid": ("a Tucker decomposition of kohya", CONVERT),
     "dora_scale": ("DoRA", MERGE),
 }
@@ -85,10 +88,10 @@ def refuse_key(segments: list[str], key: str, who: str) -> None:
 
 def refuse_variant(variant: str, marker: str, remedy: str, who: str) -> None:
     """Raise UnsupportedVariantError in the one form of all refusals."""
-    text = f"adapter uses {variant} ({marker}); its update is not s*B*A, so it cannot be aggregated here. {remedy}"
-    if remedy == LATER:
-        text = f"adapter uses {variant} ({marker}); only Linear and Conv1D pairs can be aggregated here. {remedy}"
-    raise UnsupportedVariantError(f"{who}: {text}")
+    reason = "its update is not s*B*A, so it cannot be aggregated here"
+    if remedy in NOT_READ:
+        reason = "this version aggregates plain Linear and Conv1D pairs of PEFT adapters only"
+    raise UnsupportedVariantError(f"{who}: adapter uses {variant} ({marker}); {reason}. {remedy}")
 
 
 def _marked(known: tuple[str, str], key: str) -> tuple[str, str, str]:

@@ -83,7 +83,7 @@ def test_unknown_lora_tensors_are_refused_by_name_whatever_extras_says(key):
             open_adapter((tensors, settings), ReadOptions(extras=extras))
 
 
-@pytest.mark.parametrize("key", ["lora_A.weight", "a..lora_A.weight", "", ".x.weight"])
+@pytest.mark.parametrize("key", ["lora_A.weight", "a..lora_A.weight", "", ".x.weight", "a\ud800.lora_A.weight"])
 def test_malformed_keys_are_refused(key):
     tensors, settings = one()
     tensors[key] = torch.ones(2, 3)

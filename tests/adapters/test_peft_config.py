@@ -46,6 +46,12 @@ def test_common_values_are_kept_and_others_fall_back():
     assert peft_config([one_, one_], dict.fromkeys(SHAPES, 2))["lora_dropout"] == 0.1
 
 
+def test_fields_of_wrong_type_are_not_passed_on():
+    odd = client(lora_dropout="0.1", task_type=["x"], base_model_name_or_path={"a": 1})
+    config = peft_config([odd], dict.fromkeys(SHAPES, 2))
+    assert (config["lora_dropout"], config["task_type"], config["base_model_name_or_path"]) == (0.0, None, None)
+
+
 @pytest.mark.parametrize(
     ("fields", "written"),
     [

@@ -83,6 +83,7 @@ BROKEN = {
     "NaN": (raw_safetensors(b'{"a": NaN}'), "NaN is not JSON"),
     "duplicate tensor": (raw_safetensors(b'{"a": 1, "a": 2}'), "'a' occurs twice"),
     "metadata no strings": (raw_safetensors({"__metadata__": {"a": 1}}), "__metadata__ must map strings to strings"),
+    "metadata no text": (raw_safetensors({"__metadata__": {"a": "\ud800"}}), "half a surrogate pair"),
     "metadata no object": (raw_safetensors({"__metadata__": "a"}), "__metadata__ must map strings to strings"),
     "entry no object": (raw_safetensors({"a": 3}), "tensor 'a': the header entry"),
     "entry lacks shape": (raw_safetensors({"a": {"dtype": "F32", "data_offsets": [0, 0]}}), "the header entry"),

@@ -60,7 +60,9 @@ def test_configuration_markers_are_refused_by_name(field):
         open_adapter(one(**{field: value}), name="c")
     assert str(caught.value).startswith(f"client 'c': adapter uses {variant}")
     assert f"({field})" in str(caught.value)
-    assert "can" in str(caught.value)
+    plain = field in ("velora_config", "target_parameters", "trainable_token_indices", "ensure_weight_tying")
+    assert ("its update is not s*B*A, so it cannot be aggregated here. " in str(caught.value)) != plain
+    assert ("this version aggregates plain Linear and Conv1D pairs" in str(caught.value)) == plain
 
 
 @pytest.mark.parametrize("field", FIELDS)
