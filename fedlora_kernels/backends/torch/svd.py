@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import Info, Note, RawSVD
-from fedlora_kernels.backends.torch.chunks import exponent, scale_pow2
+from fedlora_kernels.backends.torch.chunks import exponent, scale_pow2, slices
 
 __all__ = ["column_signs", "core_svd", "svd"]
 
@@ -21,31 +21,42 @@ def core_svd(groups: Sequence[Tensor]) -> list[RawSVD]:
 
 
 def _core_svd(C: Tensor) -> RawSVD:
-    C = C.float() if C.dtype in (torch.float16, torch.bfloat16) else C
     N, p, q = C.shape
-    if not C.numel():
-        return _nothing(C)
-    largest = torch.linalg.vector_norm(C, float("inf"), dim=(-2, -1))
+    k = min(p, q)
+    dtype = torch.float32 if C.dtype in (torch.float16, torch.bfloat16) else C.dtype
+    codes = torch.zeros(N, dtype=torch.int32, device=C.device)
+    raw = RawSVD(
+        torch.zeros(N, p, k, dtype=dtype, device=C.device),
+        torch.zeros(N, k, dtype=dtype, device=C.device),
+        torch.zeros(N, k, q, dtype=dtype, device=C.device),
+        codes,
+        codes.clone(),
+    )
+    if k:
+        for part in slices(N, 8 * (2 * p * q + 2 * k * (p + q))):
+            # A float32 driver misses 4 sqrt(R) u32; in float64 only the rounding of the answer is left.
+            _write(C[part].double(), RawSVD(*(field[part] for field in raw)))
+    return raw
+
+
+def _write(C: Tensor, raw: RawSVD) -> None:
+    """SVD of float64 matrices, the largest element of each scaled to about 1 on the way."""
+    largest = C.abs().amax((-2, -1))
     bad, zero = ~torch.isfinite(largest), largest == 0
     e = exponent(largest)
-    scaled = scale_pow2(C, -e).masked_fill_((bad | zero)[:, None, None], 0.0)
-    U, S, Vh, info = svd(scaled)
+    U, S, Vh, info = svd(scale_pow2(C, -e).masked_fill_((bad | zero)[:, None, None], 0.0))
     signs = column_signs(U)
-    U, Vh = U * signs[:, None, :], Vh * signs[:, :, None]
-    k = min(p, q)
-    U[zero], Vh[zero] = torch.eye(p, k, dtype=U.dtype, device=U.device), torch.eye(k, q, dtype=U.dtype, device=U.device)
-    S = scale_pow2(S, e)
-    for part in (U, S, Vh):
-        part.masked_fill_(bad.reshape(N, *[1] * (part.ndim - 1)), torch.nan)
-    info |= Info.NONFINITE * bad | Info.OVERFLOW * torch.isinf(S).any(-1)
-    return RawSVD(U, S, Vh, info, (Note.ZERO * zero).int())
-
-
-def _nothing(C: Tensor) -> RawSVD:
-    N, p, q = C.shape
-    k = min(p, q)
-    codes = torch.zeros(N, dtype=torch.int32, device=C.device)
-    return RawSVD(C.new_zeros(N, p, k), C.new_zeros(N, k), C.new_zeros(N, k, q), codes, codes.clone())
+    raw.U.copy_(U * signs[:, None, :])
+    raw.S.copy_(scale_pow2(S, e))
+    raw.Vh.copy_(Vh * signs[:, :, None])
+    for field in (raw.U, raw.Vh):
+        field.copy_(
+            torch.where(zero[:, None, None], torch.eye(*field.shape[1:], dtype=field.dtype, device=C.device), field)
+        )
+        field.masked_fill_(bad[:, None, None], torch.nan)
+    raw.S.masked_fill_(bad[:, None], torch.nan)
+    raw.info.copy_(info | Info.NONFINITE * bad | Info.OVERFLOW * torch.isinf(raw.S).any(-1))
+    raw.notes.copy_(Note.ZERO * zero)
 
 
 def svd(C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -55,8 +66,8 @@ def svd(C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return *torch.linalg.svd(C, full_matrices=False), info
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if C.shape[0] == 1:
-            raw = _nothing(C)
-            return raw.U, raw.S, raw.Vh, info + Info.NOT_CONVERGED
+            p, q, k = *C.shape[1:], min(C.shape[1:])
+            return C.new_zeros(1, p, k), C.new_zeros(1, k), C.new_zeros(1, k, q), info + Info.NOT_CONVERGED
     parts = [svd(C[i : i + 1]) for i in range(C.shape[0])]
     U, S, Vh, info = (torch.cat(part) for part in zip(*parts, strict=True))
     return U, S, Vh, info
