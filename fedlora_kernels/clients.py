@@ -17,7 +17,10 @@ from fedlora_kernels.adapters.reader import ReadOptions, open_adapter
 from fedlora_kernels.adapters.validation import ClientCheck, Failure, Policy, failure_text, validate_clients
 from fedlora_kernels.errors import FedLoRAError, InputError, WeightError
 
-__all__ = ["Client", "admit", "drop", "normalised", "open_clients", "present"]
+__all__ = ["PRESENT", "Client", "admit", "drop", "normalised", "open_clients", "present"]
+
+PRESENT = ("used", "clipped")
+"""States of a client that takes part; the others are "absent" (weight 0) and "dropped"."""
 
 
 @dataclass
@@ -44,6 +47,22 @@ class Client:
         """The adapter of a client that could be opened."""
         assert self.adapter is not None
         return self.adapter
+
+    def row(self, weight: float) -> dict[str, Any]:
+        """The client's row of the report; ``weight`` is what it counted with."""
+        ranks = [spec.rank for spec in self.adapter.modules.values()] if self.adapter else []
+        return {
+            "name": self.name,
+            "source": self.source,
+            "weight": weight,
+            "status": self.status,
+            "reason": self.reason,
+            "rank_min": min(ranks, default=None),
+            "rank_max": max(ranks, default=None),
+            "bytes": self.adapter.nbytes if self.adapter else None,
+            "norm": self.norm,
+            "factor": self.factor,
+        }
 
     def close(self) -> None:
         """Close the adapter if it was opened here."""
@@ -76,7 +95,7 @@ def open_clients(clients: Any, weights: Any, *, normalize: bool, read: ReadOptio
 
 def _named(clients: Any) -> list[tuple[str, Any]]:
     if isinstance(clients, Mapping):
-        pairs = [(str(name), source) for name, source in clients.items()]
+        pairs = _unique([(str(name), source) for name, source in clients.items()])
     elif isinstance(clients, (str, os.PathLike, Adapter)) or not isinstance(clients, Sequence):
         found = type(clients).__name__
         raise InputError(
@@ -164,7 +183,7 @@ def normalised(weights: Sequence[float], normalize: bool) -> list[float]:
 
 def present(roster: Sequence[Client]) -> list[Client]:
     """The clients that take part, in order."""
-    return [client for client in roster if client.status in ("used", "clipped")]
+    return [client for client in roster if client.status in PRESENT]
 
 
 def admit(roster: Sequence[Client], policy: Policy, read: ReadOptions) -> ClientCheck:

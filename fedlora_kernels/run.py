@@ -17,7 +17,7 @@ from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.validation import ClientCheck
 from fedlora_kernels.adapters.writer import OutputFolder, peft_config
-from fedlora_kernels.clients import Client, admit, drop, normalised, present
+from fedlora_kernels.clients import PRESENT, Client, admit, drop, normalised, present
 from fedlora_kernels.engine import Engine, SurveyResult
 from fedlora_kernels.errors import MismatchError
 from fedlora_kernels.extras import combine_extra, scan_extras
@@ -95,7 +95,7 @@ class Run:
         return Engine(
             method=settings.method,
             clients=clients,
-            positions=[self.roster.index(client) for client in clients],
+            positions=[k for k, client in enumerate(self.roster) if client.status in PRESENT],
             weights=normalised([client.weight for client in clients], settings.normalize),
             modules=list(self.check.modules),
             missing=settings.read.missing,
@@ -242,7 +242,7 @@ class Run:
             "round": settings.round,
             "seed": settings.seed,
             "dtype": str(engine.dtype).removeprefix("torch."),
-            "clients": [self._client_row(client) for client in self.roster],
+            "clients": self._client_rows(),
             "modules": rows,
             "extras": extras,
             "totals": summary,
@@ -252,21 +252,9 @@ class Run:
             "seconds": {stage: round(spent, 6) for stage, spent in engine.seconds.items()},
         }
 
-    def _client_row(self, client: Client) -> dict[str, Any]:
+    def _client_rows(self) -> list[dict[str, Any]]:
         weights = dict(zip((c.name for c in self.engine.clients), self.engine.weights, strict=True))
-        ranks = [spec.rank for spec in client.adapter.modules.values()] if client.adapter else []
-        return {
-            "name": client.name,
-            "source": client.source,
-            "weight": weights.get(client.name, 0.0),
-            "status": client.status,
-            "reason": client.reason,
-            "rank_min": min(ranks, default=None),
-            "rank_max": max(ranks, default=None),
-            "bytes": client.adapter.nbytes if client.adapter else None,
-            "norm": client.norm,
-            "factor": client.factor,
-        }
+        return [client.row(weights.get(client.name, 0.0)) for client in self.roster]
 
 
 def _summary(

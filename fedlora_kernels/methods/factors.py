@@ -50,11 +50,15 @@ def client_gram(group: Group) -> Tensor:
     return gram
 
 
-def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round ``x`` (N, ...) to ``dtype``; the second answer (N,) marks finite matrices that the dtype cannot hold."""
+def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Round ``x`` (N, p, q) to ``dtype``.
+
+    The second answer (N,) marks matrices with finite values that the dtype cannot hold, the third (N,) float64 is the
+    Frobenius norm of what rounding took away; both on the host.
+    """
     rounded = x.to(dtype)
     lost = torch.isfinite(x) & ~torch.isfinite(rounded)
-    return rounded, lost.flatten(1).any(1).cpu()
+    return rounded, lost.flatten(1).any(1).cpu(), norms(x - rounded)
 
 
 def zero_outcome(group: Group) -> Outcome:
@@ -134,12 +138,13 @@ def share(group: Group, weight: Tensor) -> Tensor:
 
 def _mean_outcome(group: Group, weight: Tensor) -> Outcome:
     mean_B, mean_A = padded_mean(group, weight)
-    B, lost_B = cast(mean_B, group.dtype)
-    A, lost_A = cast(mean_A, group.dtype)
+    B, lost_B, cut_B = cast(mean_B, group.dtype)
+    A, lost_A, cut_A = cast(mean_A, group.dtype)
+    rounding = cut_B * norms(mean_A) + norms(B) * cut_A
     finite = (torch.isfinite(mean_B).flatten(1).all(1) & torch.isfinite(mean_A).flatten(1).all(1)).cpu()
     zero = ((mean_B == 0).flatten(1).all(1) | (mean_A == 0).flatten(1).all(1)).cpu()
     info = (~finite) * int(Info.NONFINITE) + (lost_B | lost_A) * int(Info.OVERFLOW)
-    error, bound, energy = drift(group, weight, mean_B, mean_A)
+    error, bound, energy = drift(group, weight, mean_B, mean_A, rounding)
     return Outcome(
         B=B,
         A=A,
@@ -152,13 +157,15 @@ def _mean_outcome(group: Group, weight: Tensor) -> Outcome:
     )
 
 
-def drift(group: Group, weight: Tensor, mean_B: Tensor, mean_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def drift(
+    group: Group, weight: Tensor, mean_B: Tensor, mean_A: Tensor, rounding: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Relative distance ``|D - Bbar Abar|_F / |D|_F`` of factor means, an upper bound of it, and ``|D|_F^2``; (N,) float64.
 
     Without cancellation, with centred blocks (docs/algorithms.md, FedIT): for means taken with weights p of sum P,
     ``D - Bbar Abar = sum p_k (B_k - Bbar)(A_k - Abar) + sum (w_k - p_k) B_k A_k + (1 - P) Bbar Abar``.
     Each squared norm comes from float64 Grams with an absolute error of at most 18 u64 (sum of the terms' norms)^2; the bound
-    holds that and the rounding of the means to the output dtype. D = 0 with a pair that is not zero: both are infinite.
+    holds that and ``rounding`` (N,), what the output dtype may add to the distance. D = 0 with a pair that is not zero: both are infinite.
     """
     scale = group.scale.to(mean_B.device)[:, :, None, None]
     lefts, rights, coefficients = [], [], []
@@ -181,7 +188,6 @@ def drift(group: Group, weight: Tensor, mean_B: Tensor, mean_A: Tensor) -> tuple
     gap, gap_error = _squared_norm(lefts, rights, torch.stack(coefficients, 1), group.backend)
     B, A, folded = owned(group)
     energy, energy_error = _squared_norm(B, A, folded, group.backend)
-    rounding = 2.0 * torch.finfo(group.dtype).eps * _norms(mean_B) * _norms(mean_A)
     upper = (gap + gap_error).sqrt() + rounding
     error = _ratio(gap.sqrt(), energy.sqrt())
     return error, torch.maximum(error, _ratio(upper, (energy - energy_error).clamp(min=0.0).sqrt())), energy
@@ -190,11 +196,11 @@ def drift(group: Group, weight: Tensor, mean_B: Tensor, mean_A: Tensor) -> tuple
 def _squared_norm(B: Sequence[Tensor], A: Sequence[Tensor], weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """``|sum_k w_k B_k A_k|_F^2`` (N,) and a bound of its absolute error."""
     gram = update_gram(list(B), list(A), weights=weight, check=False, backend=backend).cpu()
-    terms = torch.stack([_norms(b) * _norms(a) for b, a in zip(B, A, strict=True)], 1) * weight.abs()
+    terms = torch.stack([norms(b) * norms(a) for b, a in zip(B, A, strict=True)], 1) * weight.abs()
     return gram.sum((1, 2)).clamp(min=0.0), 18.0 * U64 * terms.sum(1) ** 2
 
 
-def _norms(x: Tensor) -> Tensor:
+def norms(x: Tensor) -> Tensor:
     """Frobenius norm of each matrix of (N, p, q), (N,) float64 on the host."""
     norm: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64)
     return norm.cpu()

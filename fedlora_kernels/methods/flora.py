@@ -11,7 +11,7 @@ import torch
 from fedlora_kernels.backends.contract import Info, Note
 from fedlora_kernels.linalg import update_gram
 from fedlora_kernels.methods.contract import Group, Method, Outcome, register
-from fedlora_kernels.methods.factors import cast, chunked, owned, zero_outcome
+from fedlora_kernels.methods.factors import cast, chunked, norms, owned, zero_outcome
 
 __all__ = ["FLoRA"]
 
@@ -44,21 +44,20 @@ class FLoRA(Method):
         lost = torch.zeros(group.batch, dtype=torch.bool)
         finite = torch.ones(group.batch, dtype=torch.bool)
         size = torch.zeros(group.batch, dtype=torch.float64)
+        rounding = torch.zeros_like(size)
         start = 0
         for position, k in enumerate(keep):
             stop = start + B[position].shape[-1]
             b = B[position].to(torch.float64) * group.scale[:, k].to(device)[:, None, None]
             a = A[position].to(torch.float64) * group.weight[:, k].to(device)[:, None, None]
-            size += (
-                torch.linalg.vector_norm(b.flatten(1), dim=1) * torch.linalg.vector_norm(a.flatten(1), dim=1)
-            ).cpu()
-            left[:, :, start:stop], lost_b = cast(b, group.dtype)
-            right[:, start:stop], lost_a = cast(a, group.dtype)
+            left[:, :, start:stop], lost_b, cut_b = cast(b, group.dtype)
+            right[:, start:stop], lost_a, cut_a = cast(a, group.dtype)
+            size += norms(b) * norms(a)
+            rounding += cut_b * norms(a) + norms(left[:, :, start:stop]) * cut_a
             lost |= lost_b | lost_a
             finite &= torch.isfinite(size)
             start = stop
         energy = update_gram(B, A, weights=folded, check=False, backend=group.backend).cpu().sum((1, 2)).clamp(min=0.0)
-        rounding = 2.0 * torch.finfo(group.dtype).eps * size
         info = (~finite) * int(Info.NONFINITE) + lost * int(Info.OVERFLOW)
         return Outcome(
             B=left,

@@ -50,6 +50,14 @@ def test_no_weight_among_the_owners_falls_back_to_the_samples():
 
 def test_a_cast_tells_lost_values_from_bad_input():
     x = torch.tensor([[[1e30]], [[float("inf")]], [[2.0]]], dtype=torch.float64)
-    rounded, lost = cast(x, torch.float16)
+    rounded, lost, taken = cast(x, torch.float16)
     assert rounded.dtype == torch.float16
     assert lost.tolist() == [True, False, False]
+    assert taken[2] == 0.0
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+def test_a_cast_measures_what_rounding_takes_even_below_the_normal_range(size):
+    x = size * torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rounded, _, taken = cast(x, torch.float16)
+    torch.testing.assert_close(taken, (x - rounded.double()).flatten(1).norm(dim=1))

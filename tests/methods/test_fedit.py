@@ -131,3 +131,13 @@ def test_trouble_is_reported_in_info():
     assert int(replace(p, scale=[1e6] * 4).run("fedit", dtype=torch.float16).info[0]) == Info.OVERFLOW
     p.A[1][2, 3] = float("inf")
     assert int(p.run("fedit").info[0]) & Info.NONFINITE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_the_bound_holds_the_rounding_of_the_answer(dtype, scale):
+    base = standard(m=37, n=29, ranks=(6,), scale=(scale,))
+    p = Problem(base.B * 3, base.A * 3, base.scale * 3, normalised([1, 2, 4]))
+    outcome = p.run("fedit", dtype=dtype)
+    assert float(outcome.error[0]) < 1e-14
+    assert 0.0 < distance(product(outcome), p.dense()) <= float(outcome.error_bound[0])

@@ -24,21 +24,15 @@ def test_scale_sits_on_B_and_weight_on_A():
     assert torch.equal(outcome.A[0], torch.cat([w * a for w, a in zip(p.weight, p.A, strict=True)], 0))
 
 
-def test_agrees_with_florist_at_full_energy():
-    p = standard()
-    assert distance(product(p.run("flora")), product(p.run(rule=None, method="florist"))) < 0.4
-    from fedlora_kernels.linalg.rules import Energy
-
-    assert distance(product(p.run("flora")), product(p.run("florist", rule=Energy(1.0)))) < 1e-12
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_rounding_of_the_answer_is_within_the_bound(dtype):
-    p = standard(scale=(0.3,) * 5)
+@pytest.mark.parametrize("scale", [0.3, 1e-7])
+def test_the_rounding_of_the_answer_is_within_the_bound(dtype, scale):
+    p = standard(scale=(scale,) * 5)
     outcome = p.run("flora", dtype=dtype)
     assert outcome.B.dtype == dtype
     assert 0.0 < distance(product(outcome), p.dense()) <= float(outcome.error_bound[0])
-    assert float(outcome.error_bound[0]) < 40 * torch.finfo(dtype).eps
+    if scale == 0.3:
+        assert float(outcome.error_bound[0]) < 40 * torch.finfo(dtype).eps
 
 
 def test_a_gauge_change_leaves_the_product():
