@@ -32,8 +32,11 @@ def load_adapter(model_folder: Path, adapter: Path, seed: int) -> Any:
 
     base = load_classifier(model_folder, seed)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        model = PeftModel.from_pretrained(base, str(adapter)).eval()
+        warnings.filterwarnings("error", message=".*missing adapter keys.*", category=UserWarning)
+        try:
+            model = PeftModel.from_pretrained(base, str(adapter)).eval()
+        except UserWarning as warning:
+            raise RunError(f"{adapter}: {warning}") from warning
     stored = load_file(adapter / "adapter_model.safetensors")
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = sorted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -147,7 +148,12 @@ class Demonstration:
             f"Sentences to train on / held out: {counts}. Ranks and scales alpha/r: {scales}. "
             f"{self.settings.steps} steps of {self.settings.batch}, learning rate {self.settings.learning_rate:g}, "
             f"seed {self.settings.seed}; weights are the numbers of training sentences.",
+            f"An accuracy of 80 % has a standard error of up to {100 * self._standard_error():.1f} points.",
         ]
+
+    def _standard_error(self) -> float:
+        """Of a share of 0.8 among the sentences of the smallest test set."""
+        return math.sqrt(0.8 * 0.2 / min(len(test) for test in self.tests.values()))
 
 
 def _limited(domain: Domain, settings: Settings) -> Domain:

@@ -103,9 +103,15 @@ def draw_spectra(report: Mapping[str, Any], rows: Sequence[Row], path: Path, *, 
     from matplotlib.figure import Figure
 
     kinds = sorted({module["name"].rpartition(".")[2] for module in report["modules"]})
-    style = {"svg.hashsalt": "fedlora", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    style = {
+        "svg.hashsalt": "fedlora",
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with mpl.rc_context(style):
-        figure = Figure(figsize=(5.2 * (len(kinds) + 1), 4.6), layout="constrained")
+        figure = Figure(figsize=(5 * (len(kinds) + 1), 4.8), layout="constrained")
         axes = figure.subplots(1, len(kinds) + 1)
         for axis, kind in zip(axes, kinds, strict=False):
             _spectra(axis, [m for m in report["modules"] if m["name"].rpartition(".")[2] == kind], kind, tau)
@@ -119,20 +125,17 @@ def _spectra(axis: Any, modules: Sequence[Mapping[str, Any]], kind: str, tau: fl
     import matplotlib as mpl
 
     colours = mpl.colormaps["viridis"].resampled(len(modules) + 1)
-    ranks = []
     for position, module in enumerate(modules):
         values = [s for s in module["singular_values"] if s > 0]
         rank = energy_rank(values, tau)
-        ranks.append(rank)
-        index = range(1, len(values) + 1)
-        axis.semilogy(index, values, color=colours(position), linewidth=1.4, label=f"layer {_layer(module)}: {rank}")
+        axis.semilogy(range(1, len(values) + 1), values, color=colours(position), label=f"{_layer(module)}:  {rank}")
         axis.plot(rank, values[rank - 1], "o", color=colours(position), markeredgecolor="black", markersize=7, zorder=3)
-    limit = max(sum(m["ranks"]) for m in modules)
-    axis.axvspan(0, max(ranks) + 0.5, color="0.93", zorder=0)
-    axis.set(xlim=(0, limit + 1), xlabel="index", title=f"{kind}: singular values of the aggregate")
+    axis.set(xlim=(0, max(sum(m["ranks"]) for m in modules) + 1), xlabel="number of the singular value")
+    axis.set_title(f"{kind}: spectrum of the aggregated update")
     axis.set_ylabel("singular value")
-    axis.grid(visible=True, which="major", axis="y", color="0.88", linewidth=0.6)
-    axis.legend(title=f"rank that holds {100 * tau:.0f} % (dots)", frameon=False, fontsize=9, loc="upper right")
+    axis.grid(visible=True, axis="y", color="0.9", linewidth=0.6)
+    title = f"layer:  rank that holds {100 * tau:.0f} %\nof the energy (dots)"
+    axis.legend(title=title, frameon=False, fontsize=9, title_fontsize=9, loc="upper right")
 
 
 def _layer(module: Mapping[str, Any]) -> str:
@@ -141,16 +144,21 @@ def _layer(module: Mapping[str, Any]) -> str:
 
 
 def _trade(axis: Any, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import NullFormatter, NullLocator
+
     for row in rows:
         common = row.own is None
-        axis.plot(
-            row.nbytes, 100 * row.mean, "D" if common else "o", color="tab:red" if common else "0.55", markersize=8
-        )
-        axis.annotate(
-            row.name, (row.nbytes, 100 * row.mean), (0, 9), textcoords="offset points", ha="center", fontsize=9
-        )
+        colour, marker, offset = ("tab:red", "D", 8) if common else ("0.45", "o", -15)
+        place = (row.nbytes / 1000 if row.nbytes else 0.0, 100 * row.mean)
+        axis.plot(*place, marker, color=colour, markersize=8)
+        label = f"{row.name}, rank {row.rank}" if common else row.own
+        axis.annotate(label, place, (0, offset), textcoords="offset points", ha="center", fontsize=9, color=colour)
     axis.set_xscale("log")
-    axis.set(xlabel="bytes of the adapter", ylabel="mean accuracy over the domains, %")
-    axis.set_title("one adapter for all (red), clients' own (grey)")
-    axis.margins(0.25)
+    sizes = sorted({round(row.nbytes / 1000) for row in rows if row.nbytes})
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set(xlabel="kB of LoRA factors", ylabel="accuracy, mean over the domains, %")
+    axis.set_title("aggregates (red), clients' own adapters (grey)")
+    axis.margins(0.22)
     axis.grid(visible=True, color="0.9", linewidth=0.6)
