@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from fedlora_kernels.arguments import parse
-from fedlora_kernels.errors import InputError, RunError
+from fedlora_kernels.errors import FedLoRAError, InputError
 
 __all__ = ["main"]
 
@@ -125,16 +125,14 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _status(error: Exception) -> int:
-    if isinstance(error, RunError):
-        return 1
     if isinstance(error, OSError):
         return 2 if error.errno in _INPUT_ERRNO else 1
-    return 2 if isinstance(error, ValueError) else 1
+    return 2 if isinstance(error, InputError) else 1
 
 
 def _describe(error: Exception) -> str:
-    if isinstance(error, (InputError, RunError, ValueError)):
-        return _flags(str(error)) or type(error).__name__
+    if isinstance(error, FedLoRAError):
+        return _flags(str(error))
     if isinstance(error, OSError):
         place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         return f"{place}{error.strerror or error}"

@@ -299,7 +299,7 @@ def test_log_level_from_the_environment(tmp_path, capsys, monkeypatch):
     ("error", "status", "said"),
     [
         (InputError("first line\nsecond line"), 2, "first line; second line"),
-        (ValueError("wrong option"), 2, "wrong option"),
+        (ValueError("a fault of ours"), 1, "unexpected ValueError: a fault of ours"),
         (ConvergenceError("did not converge"), 1, "did not converge"),
         (OSError(28, "No space left on device", "out"), 1, "out: No space left on device"),
         (OSError(5, "Input/output error"), 1, "Input/output error"),

@@ -2,6 +2,9 @@
 
 import json
 import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,34 @@ def zero_tensors(path):
 def broken_json(path):
     make_adapter(path)
     (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": ')
+
+
+def endless_number(path):
+    make_adapter(path)
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": ' + "9" * 10_000 + "}")
+
+
+def endless_nesting(path):
+    make_adapter(path)
+    (path / "adapter_config.json").write_text("[" * 100_000)
+
+
+def a_number_for_a_config(path):
+    make_adapter(path)
+    (path / "adapter_config.json").write_text("7")
+
+
+def not_text(path):
+    make_adapter(path)
+    (path / "adapter_config.json").write_bytes(b"\xff\xfe\x00{}")
+
+
+def huge_config(path):
+    make_adapter(path, padding="x" * (1 << 20))
+
+
+def slow_pattern(path):
+    make_adapter(path, rank_pattern={"(a+)+b": 4})
 
 
 def inner_dimensions(path):
@@ -168,6 +199,12 @@ def sub_folder(path):
         (empty, [BAD, "adapter_model.safetensors"]),
         (zero_tensors, [BAD, "no tensors"]),
         (broken_json, [BAD, "adapter_config.json"]),
+        (endless_number, [BAD, "adapter_config.json"]),
+        (endless_nesting, [BAD, "adapter_config.json"]),
+        (a_number_for_a_config, [BAD, "adapter_config.json"]),
+        (not_text, [BAD, "adapter_config.json"]),
+        (huge_config, [BAD, "adapter_config.json", "1048576"]),
+        (slow_pattern, [BAD, "(a+)+b"]),
         (inner_dimensions, [BAD, MODULE, "lora_A (4, 23)", "lora_B (37, 8)"]),
         (lone_a, [BAD, MODULE, "lora_A without lora_B"]),
         (lone_b, [BAD, MODULE, "lora_B without lora_A"]),
@@ -353,3 +390,44 @@ def test_a_header_larger_than_the_file(tmp_path, capsys):
     content = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + content[8:])
     refused(capsys, tmp_path, ["aggregate", str(folder), "-o", str(tmp_path / "out")], BAD, "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_damaged_bytes_end_in_one_line_or_in_a_result(tmp_path, capsys, name):
+    clients = make_clients(tmp_path / "clients", 1)
+    path = make_adapter(tmp_path / "clients" / BAD) / name
+    whole, draw = path.read_bytes(), random.Random(7)
+    refusals = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(draw.choice((1, 1, 3))):
+            damaged[draw.randrange(min(len(whole), 700))] = draw.choice((draw.randrange(256), *b'"{}[],:0-'))
+        path.write_bytes(damaged[: draw.choice((len(whole), len(whole), draw.randrange(len(whole))))])
+        argv = ["aggregate", *clients, str(path.parent), "-o", str(tmp_path / "out"), "--quiet", "--overwrite"]
+        status = main(argv)
+        err = capsys.readouterr().err
+        assert status in (0, 2), (bytes(damaged), err)
+        if status == 2:
+            refusals += 1
+            assert err.count("\n") == 1
+            assert err.startswith("fedlora: error: client 'c9'"), err
+            assert sorted(os.listdir(tmp_path)) in (["clients"], ["clients", "out"])
+    assert refusals > 75
+
+
+def test_status_and_line_of_a_real_process(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "fedlora_kernels",
+        "aggregate",
+        str(tmp_path / "absent"),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("fedlora: error: client 'absent'")
+    assert os.listdir(tmp_path) == []
