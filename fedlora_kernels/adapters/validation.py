@@ -196,23 +196,33 @@ def _check_disjoint(
     adapters: Mapping[str, Adapter], majority: bool, names: list[str], failures: list[Failure]
 ) -> set[str]:
     """Clients that share no module with the others: nearly always another prefix."""
-    owners = Counter(name for adapter in adapters.values() for name in adapter.modules)
-    known = set(names)
-    disjoint: set[str] = set()
-    for client, adapter in adapters.items():
-        shared = any(name in known and (majority or owners[name] > 1) for name in adapter.modules)
-        if not shared and len(adapters) > 1:
-            other = next(c for c in adapters if c != client and (not majority or known & adapters[c].modules.keys()))
-            if not majority and other in disjoint and len(adapters) > 2:
-                other = next((c for c in adapters if c != client and c not in disjoint), other)
-            mine, theirs = next(iter(adapter.modules)), next(iter(adapters[other].modules))
-            text = (
-                f"no module in common with client {printable(other)!r}: {printable(mine)!r} here, {printable(theirs)!r} there; "
-                "the same names needed. Check the key prefixes"
-            )
-            failures.append(Failure(client, "", MismatchError, text))
-            disjoint.add(client)
+    main = [c for c, adapter in adapters.items() if adapter.modules.keys() & names] if majority else _largest(adapters)
+    disjoint = set(adapters).difference(main)
+    theirs = next(iter(adapters[main[0]].modules))
+    for client in disjoint:
+        mine = next(iter(adapters[client].modules))
+        text = (
+            f"no module in common with client {printable(main[0])!r}: {printable(mine)!r} here, {printable(theirs)!r} there; "
+            "the same names needed. Check the key prefixes"
+        )
+        failures.append(Failure(client, "", MismatchError, text))
     return disjoint
+
+
+def _largest(adapters: Mapping[str, Adapter]) -> list[str]:
+    """The largest set of clients linked by modules that they share; ties go to the earliest."""
+    left = list(adapters)
+    best: list[str] = []
+    while left:
+        linked, names, grown = {left[0]: None}, set(adapters[left[0]].modules), True
+        while grown:
+            more = [c for c in left if c not in linked and not names.isdisjoint(adapters[c].modules)]
+            names.update(*(adapters[c].modules for c in more))
+            linked.update(dict.fromkeys(more))
+            grown = bool(more)
+        best = list(linked) if len(linked) > len(best) else best
+        left = [client for client in left if client not in linked]
+    return best
 
 
 def _check_extras(

@@ -78,6 +78,13 @@ def test_disjoint_module_sets_show_one_name_of_each_side(missing):
     assert [f.client for f in check(odd, client(), client(), missing=missing).failures] == ["c0"]
 
 
+def test_two_camps_without_a_common_module_do_not_mix():
+    ours, theirs = client({"a": (5, 3, 1), "b": (5, 3, 1)}), client({"x.b": (5, 3, 1), "x.c": (5, 3, 1)})
+    bridge, other_bridge = client({"b": (5, 3, 1), "d": (5, 3, 1)}), client({"x.c": (5, 3, 1)})
+    assert list(check(theirs, ours, bridge, other_bridge, missing="zero").failed) == ["c1", "c2"]
+    assert list(check(ours, theirs, bridge, client({"d": (5, 3, 1)}), missing="renormalize").failed) == ["c1"]
+
+
 @pytest.mark.parametrize(
     "fields", [{"fan_in_fan_out": True}, {"bias": "all"}, {"lora_bias": True}, {"layer_replication": [[0, 2]]}]
 )
