@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.reader import ReadOptions, open_adapter
 from fedlora_kernels.adapters.validation import ClientCheck, Failure, Policy, failure_text, validate_clients
-from fedlora_kernels.errors import FedLoRAError, InputError, WeightError
+from fedlora_kernels.errors import FedLoRAError, InputError, LimitError, WeightError
 
 __all__ = ["PRESENT", "Client", "admit", "drop", "normalised", "open_clients", "present"]
 
+SPARE_FILES = 64
+"""Open files beside those of the clients."""
 PRESENT = ("used", "clipped")
 """States of a client that takes part; the others are "absent" (weight 0) and "dropped"."""
 
@@ -77,6 +80,7 @@ def open_clients(clients: Any, weights: Any, *, normalize: bool, read: ReadOptio
     """
     named = _named(clients)
     values = _weights(weights, [name for name, _ in named], normalize)
+    _allow_files(sum(isinstance(source, (str, os.PathLike)) for _, source in named))
     opened: list[Client] = []
     for (name, source), weight in zip(named, values, strict=True):
         client = Client(name, _source_text(source), weight, status="used" if weight != 0.0 else "absent")
@@ -91,6 +95,19 @@ def open_clients(clients: Any, weights: Any, *, normalize: bool, read: ReadOptio
             raise
         opened.append(client)
     return opened
+
+
+def _allow_files(count: int) -> None:
+    """Make room for one open file per client: a limit of this process must not look like a client's fault."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + count + SPARE_FILES if os.path.isdir("/proc/self/fd") else count + 1024
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise LimitError(
+            f"{count} clients need {needed} open files; the system allows {hard}. Raise it (ulimit -n), or aggregate in two levels"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _named(clients: Any) -> list[tuple[str, Any]]:

@@ -247,10 +247,23 @@ class Run:
             "extras": extras,
             "totals": summary,
             "warnings": list(dict.fromkeys(self.warnings)),
-            "notes": list(dict.fromkeys(text for c in self.roster if c.adapter for text in c.adapter.notes)),
+            "notes": self._notes(),
             "passes": self.passes,
             "seconds": {stage: round(spent, 6) for stage, spent in engine.seconds.items()},
         }
+
+    def _notes(self) -> list[str]:
+        """Facts for the report only: from reading, and modules that some clients lack."""
+        notes = [text for client in self.roster if client.adapter for text in client.adapter.notes]
+        lacking = [n for n in self.engine.modules if any(n not in c.opened.modules for c in self.engine.clients)]
+        if lacking:
+            how = (
+                "are the means over their owners"
+                if self.engine.missing == "renormalize"
+                else "count missing updates as zero"
+            )
+            notes.append(f"modules that some clients lack ({len(lacking)}, {printable(lacking[0])!r} first) {how}")
+        return list(dict.fromkeys(notes))
 
     def _client_rows(self) -> list[dict[str, Any]]:
         weights = dict(zip((c.name for c in self.engine.clients), self.engine.weights, strict=True))

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from adapter_problems import FIRST, SHAPES, changed, client, clients, config, di
 
 from fedlora_kernels.adapters.reader import StateDict, open_adapter
 from fedlora_kernels.aggregate import State, WriteOptions, aggregate
-from fedlora_kernels.errors import BackendError, FormatError, InputError, WeightError
+from fedlora_kernels.errors import BackendError, FormatError, InputError, LimitError, WeightError
 from fedlora_kernels.linalg.rules import Budget, Energy, Rank
 from fedlora_kernels.methods.contract import make_method
 
@@ -197,6 +198,31 @@ def test_adapters_of_the_caller_stay_open_and_untouched(tmp_path):
     before = adapter[FIRST].B.clone()
     aggregate([adapter, client(1)])
     assert torch.equal(adapter[FIRST].B, before)
+
+
+@pytest.mark.parametrize("policy", ["strict", "drop"])
+def test_many_clients_do_not_run_out_of_files(tmp_path, policy):
+    import resource
+
+    from make_adapters import write
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    pairs = [client(k, rank=1, shapes={FIRST: (5, 3)}) for k in range(30)]
+    folders = [write(tmp_path / str(k), *pair) for k, pair in enumerate(pairs)]
+    open_now = len(list(Path("/proc/self/fd").iterdir()))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, hard))
+        result = aggregate(folders, rule=ALL, policy=policy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {row["status"] for row in result.report["clients"]} == {"used"}
+    assert distance(products(result.adapter), weighted(pairs)) < 1e-6
+
+
+def test_more_clients_than_the_system_has_files_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (64, 64))
+    with pytest.raises(LimitError, match=r"30 clients need \d+ open files; the system allows 64"):
+        aggregate([tmp_path / str(k) for k in range(30)], policy="drop")
 
 
 # --- weights

@@ -46,6 +46,9 @@ def test_missing_renormalize_is_the_mean_over_the_owners():
     wanted = weighted(pairs, [1, 2, 3])
     wanted[FIRST] = sum(w / 4 * updates(pairs[k])[FIRST] for k, w in ((0, 1), (2, 3)))
     assert distance(products(result.adapter), wanted) < 1e-6
+    assert result.report["notes"] == [
+        f"modules that some clients lack (1, '{FIRST}' first) are the means over their owners"
+    ]
 
 
 def test_renormalize_keeps_the_sum_of_free_weights():

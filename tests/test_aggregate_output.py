@@ -48,6 +48,16 @@ def test_a_folder_holds_what_memory_holds(tmp_path, write, dtype):
         assert dict(adapter.config) == dict(memory.adapter.config)
 
 
+def test_a_result_in_memory_holds_no_padding():
+    result = aggregate(clients((8, 8, 8)), rule=Rank(2))
+    padded = aggregate(clients((8, 8, 8)), rule=Energy(0.5))
+    for adapter in (result.adapter, padded.adapter):
+        for name in adapter:
+            for factor in (adapter[name].B, adapter[name].A):
+                assert factor.is_contiguous()
+                assert factor.untyped_storage().nbytes() == factor.numel() * factor.element_size()
+
+
 def test_the_report_in_the_folder_is_that_of_the_result(tmp_path):
     result = aggregate(clients(), out=tmp_path / "out")
     assert json.loads((tmp_path / "out/report.json").read_text()) == result.report
