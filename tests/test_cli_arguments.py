@@ -1,7 +1,9 @@
 """The parser: what it accepts, what it refuses in one line, and that it needs nothing heavy."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +71,17 @@ def test_refused_arguments_are_named(extra, named):
 def test_incomplete_command_lines_are_refused(argv):
     with pytest.raises(InputError, match="--help"):
         parse(argv)
+
+
+def test_the_page_on_the_command_line_names_every_flag_and_no_other(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "command-line.md").read_text()
+    written = set(re.findall(r"--[a-z][a-z-]+", page)) - {"--help"}
+    known = set()
+    for command in ("aggregate", "inspect", "env", "demo"):
+        with pytest.raises(SystemExit):
+            parse([command, "--help"])
+        known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
+    assert written == known
 
 
 def test_the_demo_gets_the_folders_that_were_given(monkeypatch):
