@@ -98,6 +98,17 @@ def test_every_condition(backend, kappa, det, special):
 
 
 @backends
+@groups
+@pytest.mark.parametrize("r", [3, 10, 33])
+def test_graded_frames_meet_the_limits(backend, r, special):
+    X = torch.stack([with_kappa(58, r, 10.0 ** (seed % 13), seed=seed) for seed in range(60)])
+    turned = torch.stack([x @ orthogonal(r, seed) for seed, x in enumerate(X)])
+    other = torch.stack([with_kappa(58, r, 1e3, seed=seed + 100) for seed in range(60)])
+    for Y in (turned, other):
+        check_rotation(rotate(backend, X, Y, special), X, Y, special)
+
+
+@backends
 @pytest.mark.parametrize("kappa", [1e1, 1e4, 1e8])
 def test_is_the_polar_factor(backend, kappa):
     U, V = orthogonal(8, 1), orthogonal(8, 2)

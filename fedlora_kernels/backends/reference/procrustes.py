@@ -113,12 +113,11 @@ def _rotation(
     U, s, Vh = torch.linalg.svd(M)
     threshold = 8 * r * UNIT * size
     reflected = special and bool(torch.linalg.det(U @ Vh) < 0)
-    Q = _polar(U, s, Vh, threshold, special)
+    Q = _polar(M, threshold, special)
     if blend == 0:
         Q = one
     elif blend < 1:
-        U_t, s_t, Vh_t = torch.linalg.svd((1 - blend) * one + blend * Q)
-        Q = _polar(U_t, s_t, Vh_t, SINGULAR_BLEND, special=False)
+        Q = _polar((1 - blend) * one + blend * Q, SINGULAR_BLEND, special=False)
     singular_values = times_power(s, exponent)
     unit_in = max(torch.finfo(t.dtype).eps / 2 for term in terms for t in term[:2])
     unique, gap = _gap(s, threshold, special, reflected)
@@ -156,22 +155,41 @@ def _scaled(X: Tensor) -> tuple[Tensor, Tensor]:
     return times_power(X.double(), -exponent), exponent
 
 
-def _polar(U: Tensor, s: Tensor, Vh: Tensor, threshold: float, special: bool) -> Tensor:
-    """Orthogonal factor; where singular values count as zero, the solution closest to the identity."""
+def _polar(M: Tensor, threshold: float, special: bool) -> Tensor:
+    """Orthogonal factor of M; where singular values count as zero, the solution closest to the identity."""
+    U, s, Vh = torch.linalg.svd(M)
     k = int((s > threshold).sum())
     if k == 0:
         return torch.eye(len(s), dtype=s.dtype, device=s.device)
-    U1, U2, V1h, V2h = U[:, :k], U[:, k:], Vh[:k], Vh[k:]
+    values = torch.where(s > threshold, s, 0.0)
     if k == len(s):
-        last = torch.ones_like(s)
-        last[-1] = -1 if special and torch.linalg.det(U @ Vh) < 0 else 1
-        return _orthonormalised((U * last) @ Vh)
+        if special and torch.linalg.det(U @ Vh) < 0:
+            U[:, -1] = -U[:, -1]
+            values[-1] = -values[-1]
+        Q = U @ Vh
+    else:
+        Q = _completed(U, Vh, k, special)
+    return _orthonormalised(_refined(Q, M, values, Vh))
+
+
+def _completed(U: Tensor, Vh: Tensor, k: int, special: bool) -> Tensor:
+    U1, U2, V1h, V2h = U[:, :k], U[:, k:], Vh[:k], Vh[k:]
     P, _, Rh = torch.linalg.svd(U2.T @ V2h.T)
-    Q = U1 @ V1h + U2 @ P @ Rh @ V2h
+    Q: Tensor = U1 @ V1h + U2 @ P @ Rh @ V2h
     if special and torch.linalg.det(Q) < 0:
         P[:, -1] = -P[:, -1]
         Q = U1 @ V1h + U2 @ P @ Rh @ V2h
-    return _orthonormalised(Q)
+    return Q
+
+
+def _refined(Q: Tensor, M: Tensor, values: Tensor, Vh: Tensor) -> Tensor:
+    """One Newton step towards a symmetric ``H = Q^T M``, whose eigenvalues and eigenvectors are ``values`` and V."""
+    # LAPACK's bidiagonal QR stops at 90 units of rounding; with Q (I + W), W skew, solve H - H^T = W H + H W
+    H = Q.T @ M
+    K = Vh @ (H - H.T) @ Vh.T
+    D = values[:, None] + values
+    W = Vh.T @ torch.where(K.abs() < 1e-4 * D, K / D, 0.0) @ Vh
+    return Q + Q @ ((W - W.T) / 2)
 
 
 def _orthonormalised(Q: Tensor) -> Tensor:

@@ -84,12 +84,13 @@ def _rotation(terms: list[_Term], finite: Tensor, special: bool, blend: float) -
     if blend == 0:
         Q = one.clone()
     else:
-        Q = _polar(U, s, Vh, threshold, reflected & special, special)
+        Q = _polar(M, (U, s, Vh), threshold, reflected & special, special)
         if blend < 1:
-            U_t, s_t, Vh_t, info_t = svd((1 - blend) * one + blend * Q)
+            mixed = (1 - blend) * one + blend * Q
+            U_t, s_t, Vh_t, info_t = svd(mixed)
             info = info | info_t
             singular = torch.full_like(threshold, SINGULAR_BLEND)
-            Q = _polar(U_t, s_t, Vh_t, singular, torch.zeros_like(reflected), special=False)
+            Q = _polar(mixed, (U_t, s_t, Vh_t), singular, torch.zeros_like(reflected), special=False)
     unique, gap = _gap(s, threshold, reflected & special, special)
     unit_in = max(torch.finfo(x.dtype).eps / 2 for term in terms for x in (term.source, term.target))
     singular_values = scale_pow2(s, e[:, None])
@@ -142,8 +143,11 @@ def _cross_product(term: _Term) -> tuple[Tensor, Tensor, Tensor]:
     return M, squares[0].sqrt() * squares[1].sqrt(), e_X + e_Y
 
 
-def _polar(U: Tensor, s: Tensor, Vh: Tensor, threshold: Tensor, flip: Tensor, special: bool) -> Tensor:
-    """Orthogonal factors; where singular values count as zero, the solution closest to the identity."""
+def _polar(
+    M: Tensor, decomposition: tuple[Tensor, Tensor, Tensor], threshold: Tensor, flip: Tensor, special: bool
+) -> Tensor:
+    """Orthogonal factors of M; where singular values count as zero, the solution closest to the identity."""
+    U, s, Vh = decomposition
     r = s.shape[-1]
     one = torch.eye(r, dtype=s.dtype, device=s.device)
     last = torch.ones_like(s)
@@ -153,9 +157,23 @@ def _polar(U: Tensor, s: Tensor, Vh: Tensor, threshold: Tensor, flip: Tensor, sp
     k = (s > threshold[:, None]).sum(-1)
     for i in torch.nonzero((k > 0) & (k < r)).flatten().tolist():
         Q[i] = _completed(U[i], Vh[i], int(k[i]), special)
+    Q = _refined(Q, M, torch.where(s > threshold[:, None], s * last, 0.0), Vh)
     # one Newton-Schulz step: LAPACK's singular vectors miss orthogonality by a multiple of u that grows with r
     Q = Q @ (1.5 * one - 0.5 * Q.mT @ Q)
     return torch.where((k == 0)[:, None, None], one, Q)
+
+
+def _refined(Q: Tensor, M: Tensor, values: Tensor, Vh: Tensor) -> Tensor:
+    """One Newton step towards a symmetric ``H = Q^T M = V diag(values) V^T``.
+
+    LAPACK's bidiagonal QR stops at 90 units of rounding, whatever the size, and leaves H that far from symmetric. With
+    ``Q (I + W)``, W skew, ``H - H^T = W H + H W`` is solved in the basis V; what is not small there is not touched.
+    """
+    H = Q.mT @ M
+    K = Vh @ (H - H.mT) @ Vh.mT
+    D = values[:, :, None] + values[:, None, :]
+    W = Vh.mT @ torch.where(K.abs() < 1e-4 * D, K / D, 0.0) @ Vh
+    return Q + Q @ ((W - W.mT) / 2)
 
 
 def _completed(U: Tensor, Vh: Tensor, k: int, special: bool) -> Tensor:
