@@ -6,7 +6,18 @@ import math
 import pytest
 import scipy.linalg
 import torch
-from frames import DTYPES, LargestTensor, Served, dtype_id, every_backend, normal, orthogonal, rotation2, same_bits
+from frames import (
+    DTYPES,
+    LargestTensor,
+    Served,
+    dtype_id,
+    every_backend,
+    normal,
+    orthogonal,
+    rotation2,
+    same_bits,
+    with_kappa,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
