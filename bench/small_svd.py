@@ -58,6 +58,7 @@ def compare(r, batch, dtype, threads, seconds):
         "r": r,
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
+        "load": os.getloadavg()[0],
         "us": {f"{name}, {n} threads": time for (name, n), time in times.items()},
         "ours_us": mine,
         "torch_us": theirs,
