@@ -43,6 +43,7 @@ def test_table_shows_every_figure_and_marks_a_clients_own_domain():
     ("values", "tau", "rank"),
     [
         ([1.0] * 10, 0.9, 9),
+        ([1.0] * 25, 7 / 25, 7),
         ([2.0, 1.0, 1.0], 0.5, 1),
         ([2.0, 1.0, 1.0], 0.7, 2),
         ([3.0], 1.0, 1),
