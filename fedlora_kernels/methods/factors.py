@@ -163,28 +163,29 @@ def drift(
     """Relative distance ``|D - Bbar Abar|_F / |D|_F`` of factor means, an upper bound of it, and ``|D|_F^2``; (N,) float64.
 
     Without cancellation, with centred blocks (docs/algorithms.md, FedIT): for means taken with weights p of sum P,
-    ``D - Bbar Abar = sum p_k (B_k - Bbar)(A_k - Abar) + sum (w_k - p_k) B_k A_k + (1 - P) Bbar Abar``.
+    ``D - Bbar Abar = sum p_k (B_k - Bbar_k)(A_k - Abar_k) + sum (w_k - p_k) B_k A_k + Bbar diag(v + 1 - P) Abar``, where Bbar_k,
+    Abar_k are the first r_k columns and rows, and v_j is the weight of the clients that have no column j.
     Each squared norm comes from float64 Grams with an absolute error of at most 18 u64 (sum of the terms' norms)^2; the bound
     holds that and ``rounding`` (N,), what the output dtype may add to the distance. D = 0 with a pair that is not zero: both are infinite.
     """
     scale = group.scale.to(mean_B.device)[:, :, None, None]
     lefts, rights, coefficients = [], [], []
+    unowned = (1.0 - weight.sum(1, keepdim=True)).repeat(1, mean_B.shape[-1])
     for k, rank in enumerate(group.ranks):
-        left, right = -mean_B, -mean_A
-        left[:, :, :rank] += group.B[k].to(torch.float64) * scale[:, k]
-        right[:, :rank] += group.A[k].to(torch.float64)
-        lefts.append(left)
-        rights.append(right)
-        coefficients.append(weight[:, k])
+        unowned[:, rank:] += weight[:, k : k + 1]
+        if rank > 0:
+            lefts.append(group.B[k].to(torch.float64) * scale[:, k] - mean_B[:, :, :rank])
+            rights.append(group.A[k].to(torch.float64) - mean_A[:, :rank])
+            coefficients.append(weight[:, k])
     for k, rank in enumerate(group.ranks):
         if rank > 0 and bool((group.weight[:, k] != weight[:, k]).any()):
             lefts.append(group.B[k].to(torch.float64))
             rights.append(group.A[k].to(torch.float64))
             coefficients.append((group.weight[:, k] - weight[:, k]) * group.scale[:, k])
-    if bool(((rest := 1.0 - weight.sum(1)).abs() > len(group.ranks) * U64).any()):
-        lefts.append(mean_B)
+    if bool((unowned.abs() > len(group.ranks) * U64).any()):  # less is the rounding of normalised weights
+        lefts.append(mean_B * unowned.to(mean_B.device)[:, None, :])
         rights.append(mean_A)
-        coefficients.append(rest)
+        coefficients.append(torch.ones(group.batch, dtype=torch.float64))
     gap, gap_error = _squared_norm(lefts, rights, torch.stack(coefficients, 1), group.backend)
     B, A, folded = owned(group)
     energy, energy_error = _squared_norm(B, A, folded, group.backend)
