@@ -7,6 +7,7 @@ from frames import DTYPES, dtype_id, every_backend, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlora_kernels import backends as registry
 from fedlora_kernels.backends.contract import Info, Note
 from fedlora_kernels.testing import CLASSICS, SPECTRA, assert_close, prescribed, roundoff, spectrum, tolerance
 
@@ -210,20 +211,19 @@ def test_small_integers_many_ties(backend, p, q, data, scale):
     )
 
 
-def test_a_matrix_that_lapack_gives_up_on_is_named(monkeypatch):
-    """The torch backend isolates it: its neighbours are solved, it is finite and flagged."""
-    from fedlora_kernels import backends as registry
-
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_a_matrix_that_lapack_gives_up_on_is_named(monkeypatch, name):
+    """It is isolated: finite and flagged, and its neighbours are solved."""
     library = torch.linalg.svd
 
     def stubborn(C, full_matrices=True):
-        if (C == 1).all(-1).all(-1).any():
+        if (C.amax((-2, -1)) == C.amin((-2, -1))).any():
             raise torch.linalg.LinAlgError("did not converge")
         return library(C, full_matrices=full_matrices)
 
-    monkeypatch.setattr(torch.linalg, "svd", stubborn)
     C = torch.stack([prescribed(5, 4, spectrum("rand", 4), 1), torch.ones(5, 4, dtype=torch.float64)])
-    raw = registry.get("torch").core_svd([C])[0]
+    monkeypatch.setattr(torch.linalg, "svd", stubborn)
+    raw = registry.get(name).core_svd([C])[0]
     assert raw.info.tolist() == [0, Info.NOT_CONVERGED]
     assert all(torch.isfinite(field).all() for field in raw)
     assert raw.S[0].all()

@@ -8,6 +8,7 @@ import torch
 from frames import every_backend, same_bits
 from products import ALL, call, energy, factors, is_blank, matrix, product, row
 
+from fedlora_kernels import backends as registry
 from fedlora_kernels.backends.contract import Factors, Info, Note, RuleCode, RuleSpec
 from fedlora_kernels.testing import LoRAProblem, assert_close, check_product, exact_svd
 from fedlora_kernels.testing.factors import (
@@ -290,9 +291,26 @@ def test_every_element_is_written(backend, output, poisoned_empty):
         assert_close(matrix(result, output), matrix(product(backend, problem, energy(0.9)), "usv"), 1e-5)
 
 
+@pytest.mark.parametrize("name", ["torch", "reference"])
+@pytest.mark.parametrize("ranks", [(4, 3), (14, 15)], ids=["stacked", "dense"])
+def test_an_svd_that_does_not_converge_is_named(monkeypatch, name, ranks):
+    """Finite, flagged, and not called zero."""
+
+    def stubborn(C, full_matrices=True):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", stubborn)
+    group = factors(gaussian(17, 13, ranks, 1), gaussian(17, 13, ranks, 2))
+    raw = registry.get(name).product_svd([group], ALL, "left", torch.float32)[0]
+    assert raw.info.tolist() == [Info.NOT_CONVERGED] * 2
+    assert not (raw.notes & Note.ZERO).any()
+    assert is_blank(row(raw))
+
+
 MEMORY = """
 import resource, sys, torch
 from fedlora_kernels import backends
+from fedlora_kernels import backends as registry
 from fedlora_kernels.backends.contract import Factors, RuleCode, RuleSpec
 m = n = 100_000
 make = torch.Generator().manual_seed(1)

@@ -40,7 +40,12 @@ def _group(group: Factors, rule: RuleSpec, output: str, dtype: torch.dtype) -> R
         A = torch.cat([block[i].double() for block in group.A], 0)
         if torch.isfinite(B).all() and torch.isfinite(A).all():
             om = torch.cat([w.expand(block.shape[-1]) for w, block in zip(group.weights[i], group.B, strict=True)])
-            _write(_decomposed(B, om, A, _load_exponents(group, i)), rule, output, here)
+            try:
+                found = _decomposed(B, om, A, _load_exponents(group, i))
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                here.info.fill_(Info.NOT_CONVERGED)
+            else:
+                _write(found, rule, output, here)
         else:
             _mark_nonfinite(here)
     return raw

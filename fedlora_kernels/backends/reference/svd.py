@@ -33,7 +33,11 @@ def _group(C: Tensor) -> RawSVD:
     )
     if k:
         for i in range(N):
-            _write(C[i].double(), RawSVD(*(field[i] for field in raw)))
+            here = RawSVD(*(field[i] for field in raw))
+            try:
+                _write(C[i].double(), here)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                here.info.fill_(Info.NOT_CONVERGED)
     return raw
 
 

@@ -198,6 +198,7 @@ def _store(spectrum: Spectrum, certificate: Certificate, info: Tensor, raw: RawP
         getattr(raw, name).copy_(value)
     overflow = _has_inf(raw.left) | _has_inf(raw.right) | torch.isinf(raw.S).any(-1)
     raw.info.copy_(info | Info.OVERFLOW * overflow)
+    raw.notes.masked_fill_(info != 0, 0)  # nothing is known of an update whose SVD did not converge
 
 
 def _has_inf(x: Tensor) -> Tensor:
