@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,10 +34,15 @@ _log = logging.getLogger("fedlora_kernels")
 
 @dataclass
 class SurveyResult:
-    """What the first pass leaves: (L, K, K) Gram of the scaled updates, (L, K) finite mask, first bad element per client."""
+    """What the first pass leaves.
 
-    gram: np.ndarray
+    ``squares`` (L, K): squared norms of the scaled updates; ``finite`` (L, K); ``errors``: the first bad element of a client, by
+    its position; ``gram`` (L, K, K), only for a method that decides; ``stats`` are the method's own.
+    """
+
+    squares: np.ndarray
     finite: np.ndarray
+    gram: np.ndarray | None
     errors: dict[int, FedLoRAError]
     stats: dict[str, np.ndarray]
 
@@ -78,8 +83,6 @@ class Engine:
             [[a.modules[name].scale if name in a.modules else 0.0 for a in self._adapters] for name in self.modules]
         )
 
-    # --- slabs
-
     def _plans(self) -> list[list[Plan]]:
         def reads(k: int, name: str) -> bool:
             return not self.method.product_only or self._scale[self._index[name], k] != 0.0
@@ -89,15 +92,11 @@ class Engine:
     @contextmanager
     def _slabs(self, stage: str, keep: bool) -> Iterator[Iterator[Iterator[Block]]]:
         """Slabs as iterators over blocks, read ahead, or from the cache; ``keep`` caches them if all fit at once."""
-        plans = self._plans() if self.cached is None else []
-        total = sum(plan.nbytes for slab in plans for plan in slab)
-        self.progress(stage, 0, total)
-        if self.cached is not None:
-            yield (loaded.take() for loaded in self.cached)
-            return
-        keep = keep and total <= self.memory // 2
+        cached = self.cached
+        plans = self._plans() if cached is None else [[block.plan for block in loaded.blocks] for loaded in cached]
+        sizes = [sum(plan.nbytes for plan in slab) for slab in plans]
+        keep = keep and sum(sizes) <= self.memory // 2
         stored: list[Loaded] = []
-        done = 0
 
         def load(slab: list[Plan]) -> Loaded:
             started = time.perf_counter()
@@ -106,15 +105,19 @@ class Engine:
             self.seconds["read"] += time.perf_counter() - started
             return loaded
 
-        def blocks(slabs: Iterator[Loaded]) -> Iterator[Iterator[Block]]:
-            nonlocal done
-            for loaded, plan in zip(slabs, plans, strict=True):
+        def blocks(slabs: Iterable[Loaded]) -> Iterator[Iterator[Block]]:
+            done = 0
+            self.progress(stage, done, sum(sizes))
+            for loaded, size in zip(slabs, sizes, strict=True):
                 if keep:
                     stored.append(loaded)
                 yield loaded.take()
-                done += sum(part.nbytes for part in plan)
-                self.progress(stage, done, total)
+                done += size
+                self.progress(stage, done, sum(sizes))
 
+        if cached is not None:
+            yield blocks(cached)
+            return
         with Prefetch(plans, load) as slabs:
             yield blocks(slabs)
         if keep:
@@ -157,12 +160,11 @@ class Engine:
                 weights[i] = np.where(owns, weights[i] * (whole / share), 0.0)
         return weights
 
-    # --- survey
-
     def survey(self) -> SurveyResult:
         """First pass: Gram and finiteness of every client in every module, and the method's own statistics."""
         L, K = len(self.modules), len(self.clients)
-        result = SurveyResult(np.zeros((L, K, K)), np.ones((L, K), dtype=bool), {}, {})
+        gram = np.zeros((L, K, K)) if self.method.needs_decision else None
+        result = SurveyResult(np.zeros((L, K)), np.ones((L, K), dtype=bool), gram, {}, {})
         with self._slabs("survey", keep=True) as slabs:
             for slab in slabs:
                 for block in slab:
@@ -175,8 +177,11 @@ class Engine:
         group = self._group(block)
         rows = [self._index[name] for name in group.modules]
         gram = client_gram(group).numpy()
-        finite = np.isfinite(np.einsum("nkk->nk", gram))
-        result.gram[rows], result.finite[rows] = gram, finite
+        squares = np.einsum("nkk->nk", gram)
+        finite = np.isfinite(squares)
+        result.squares[rows], result.finite[rows] = squares, finite
+        if result.gram is not None:
+            result.gram[rows] = gram
         for k in np.flatnonzero(~finite.all(0)).tolist():
             i = int(np.flatnonzero(~finite[:, k])[0])
             result.errors.setdefault(k, self._locate(block, i, k) or self._beyond_float64(block, i, k))
@@ -217,6 +222,7 @@ class Engine:
     def census(self, survey: SurveyResult) -> Census:
         """The whole model for `decide`; ``survey`` must belong to these clients and modules."""
         gram = survey.gram
+        assert gram is not None
         if self.factors is not None:
             gram = gram * self.factors[:, :, None] * self.factors[:, None, :]
         specs = [next(a.modules[name] for a in self._adapters if name in a.modules) for name in self.modules]
@@ -234,8 +240,6 @@ class Engine:
         row = self._index[module or ""]
         scale = self._scale[row] if self.factors is None else self._scale[row] * self.factors[row]
         return [float(value) for value in scale]
-
-    # --- combine
 
     def combine(self, plan: Any, sink: Callable[[Sequence[Pair]], None], *, drop_zero: bool) -> list[dict[str, Any]]:
         """Second (or only) pass: give pairs to ``sink`` in canonical order, in a thread; return the rows of the report."""

@@ -71,8 +71,6 @@ class Run:
         report = self._report(rows, extras, summary, seen)
         return output.commit(report), report
 
-    # --- decisions
-
     def _check_ranks(self) -> None:
         """Refuse mixed ranks, by their headers, where the method cannot take them."""
         method = self.settings.method
@@ -116,7 +114,7 @@ class Run:
         self.passes = 2
         survey = self.engine.survey()
         survey = self._without_failing(survey)
-        norms = np.sqrt(np.maximum(np.einsum("lkk->lk", survey.gram), 0.0))
+        norms = np.sqrt(np.maximum(survey.squares, 0.0))
         for k, client in enumerate(self.engine.clients):
             client.norm = number(float(np.sqrt((norms[:, k] ** 2).sum())))
         if policy.kind == "clip":
@@ -142,8 +140,9 @@ class Run:
         if self.settings.dtype is None:
             self.engine.dtype = self._engine().dtype
         return SurveyResult(
-            survey.gram[np.ix_(rows, keep, keep)],
+            survey.squares[np.ix_(rows, keep)],
             survey.finite[np.ix_(rows, keep)],
+            None if survey.gram is None else survey.gram[np.ix_(rows, keep, keep)],
             {},
             {name: values[rows] for name, values in survey.stats.items()},
         )
@@ -164,8 +163,6 @@ class Run:
             client.factor = float(factors[:, k].min())
             if client.factor < 1.0:
                 client.status = "clipped"
-
-    # --- output
 
     def _output(self, folder: OutputFolder | None) -> Output:
         settings, engine = self.settings, self.engine

@@ -120,9 +120,6 @@ def test_total_error_is_that_of_the_whole_model():
     assert result.report["totals"]["error"] == pytest.approx(float(flat.norm() / whole.norm()), rel=1e-5)
 
 
-# --- clients
-
-
 def test_sources_of_every_kind_are_one_and_the_same(tmp_path):
     from make_adapters import write
 
@@ -225,9 +222,6 @@ def test_more_clients_than_the_system_has_files_for(tmp_path, monkeypatch):
         aggregate([tmp_path / str(k) for k in range(30)], policy="drop")
 
 
-# --- weights
-
-
 @pytest.mark.parametrize(
     ("weights", "text"),
     [
@@ -296,9 +290,6 @@ def test_scale_zero_contributes_nothing_and_is_not_read():
     assert distance(products(result.adapter), weighted([*pairs, zero_b(client(9))])) < 1e-6
 
 
-# --- order and repetition
-
-
 def test_two_runs_are_bitwise_equal(tmp_path):
     pairs = clients()
     for k in range(2):
@@ -335,9 +326,6 @@ def test_modules_keep_the_order_of_the_first_client():
     assert [row["name"] for row in result.report["modules"]] == order
 
 
-# --- rounds and previous
-
-
 def test_round_follows_previous(tmp_path):
     pairs = clients()
     first = aggregate(pairs, out=tmp_path / "r0")
@@ -355,9 +343,6 @@ def test_a_previous_that_says_nothing_is_refused(previous):
         aggregate(clients(), previous=previous)
     with pytest.raises(InputError, match="round="):
         aggregate(clients(), previous=open_adapter(client()))
-
-
-# --- arguments
 
 
 @pytest.mark.parametrize(
@@ -435,9 +420,10 @@ def test_balanced_output_splits_the_singular_values():
     assert result.report["method"]["options"] == {"output": "balanced"}
 
 
-def test_progress_goes_from_nothing_to_everything():
+@pytest.mark.parametrize("memory", [4096, None])
+def test_progress_goes_from_nothing_to_everything(memory):
     seen = []
-    aggregate(clients(), "hetlora", progress=lambda *step: seen.append(step), memory=4096)
+    aggregate(clients(), "hetlora", progress=lambda *step: seen.append(step), memory=memory)
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
     assert stages == ["survey", "combine"]
     for stage in stages:

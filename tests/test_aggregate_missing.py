@@ -67,9 +67,6 @@ def test_a_module_of_the_first_client_keeps_its_place():
     assert list(result.adapter) == list(updates(sources[2]))
 
 
-# --- extras
-
-
 def with_extra(pair, key, value, **settings):
     return {**pair[0], f"{PREFIX}{key}": value}, {**pair[1], **settings}
 

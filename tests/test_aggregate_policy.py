@@ -137,9 +137,6 @@ def test_a_dropped_wide_client_does_not_widen_the_answer():
     assert result.adapter[FIRST].B.dtype == torch.float32
 
 
-# --- clip
-
-
 @pytest.mark.parametrize("memory", [None, 4096])
 def test_clip_scales_updates_down_to_the_bound(memory):
     pairs = clients(dtype=torch.float64)

@@ -21,9 +21,6 @@ from fedlora_kernels.linalg.rules import (
 ALL = Energy(1.0)
 
 
-# --- for_client
-
-
 @pytest.mark.parametrize("place", ["memory", "folder"])
 def test_the_clients_own_scale_gives_back_the_product(tmp_path, place):
     pairs = clients((8, 8, 4), dtype=torch.float64)
@@ -164,9 +161,6 @@ def test_a_clients_adapter_can_be_saved_and_aggregated(tmp_path):
     result.for_client(0, rank=4).save(tmp_path / "next")
     again = aggregate([tmp_path / "next"], rule=ALL)
     assert distance(products(again.adapter), products(result.for_client(0, rank=4))) < 1e-6
-
-
-# --- at
 
 
 RULES = [
