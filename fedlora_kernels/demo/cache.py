@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from fedlora_kernels.demo.data import Domain
 from fedlora_kernels.demo.settings import Settings
 
 __all__ = ["ADAPTER_FILES", "Cache", "cache_key", "files_digest"]
@@ -26,9 +27,9 @@ def files_digest(folder: Path, names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def cache_key(settings: Settings, data: str, model: str, versions: Mapping[str, str]) -> str:
-    """Return the key of a run: 16 hex digits over settings, the digests of data and model, and library versions."""
-    parts = [dataclasses.asdict(settings), data, model, dict(versions)]
+def cache_key(settings: Settings, domains: Sequence[Domain], model: str, versions: Mapping[str, str]) -> str:
+    """Return the key of a run: 16 hex digits over settings, every sentence, the digest of the model, and versions."""
+    parts = [dataclasses.asdict(settings), [dataclasses.asdict(d) for d in domains], model, dict(versions)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -30,6 +30,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "zero_pad": ("--method", "zero_pad"),
 }
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+CODE_FILES = ("model.py", "train.py")
 LOGIT_LIMIT = 1e-4
 LOGIT_SENTENCES = 16
 
@@ -43,8 +44,7 @@ class Demonstration:
         self.settings = settings
         self.model = model.model_folder()
         archive = find_archive(data)
-        digest, note = checksum_note(archive)
-        if note:
+        if note := checksum_note(archive):
             _say(f"note: {note}")
         domains = read_domains(
             archive, threshold=settings.threshold, test_share=settings.test_share, seed=settings.seed
@@ -52,7 +52,8 @@ class Demonstration:
         self.domains = [_limited(domains[client.domain], settings) for client in settings.clients]
         self.weights = [len(domain.train) for domain in self.domains]
         self.tests = {d.name: model.Encoder(self.model, d.test, settings.max_length) for d in self.domains}
-        self.cache = Cache(cache, cache_key(settings, digest, files_digest(self.model, MODEL_FILES), versions))
+        weights, code = files_digest(self.model, MODEL_FILES), files_digest(Path(__file__).parent, CODE_FILES)
+        self.cache = Cache(cache, cache_key(settings, self.domains, weights, versions | {"code": code}))
 
     def run(self, out: Path) -> None:
         """Run every stage; all files go to ``out``."""

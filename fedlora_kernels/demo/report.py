@@ -26,6 +26,10 @@ LEGEND = (
 )
 
 
+WIDTH = 104
+"""The table needs this much; a narrower terminal wraps its lines, which reads better than cells cut short."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table. ``accuracy`` by domain, fractions; None where a column does not apply."""
@@ -48,8 +52,9 @@ class Row:
 def write_results(out: Path, rows: Sequence[Row], report: Mapping[str, Any], notes: Sequence[str]) -> None:
     """Print the table with its notes and write it to ``out``: results.txt, results.json, spectra.svg."""
     with (out / "results.txt").open("w", encoding="utf-8") as file:
-        for stream, width in ((file, 120), (sys.stdout, None)):
-            console = Console(file=stream, width=width, highlight=False)
+        for stream in (file, sys.stdout):
+            console = Console(file=stream, highlight=False)
+            console.width = max(console.width, WIDTH)
             console.print(results_table(rows))
             for note in (LEGEND, *notes, ATTRIBUTION):
                 console.print(note)
@@ -63,9 +68,9 @@ def results_table(rows: Sequence[Row]) -> Table:
     """Return the table: accuracy in per cent by domain, total rank and size of what is sent, errors, seconds."""
     domains = list(rows[0].accuracy)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("adapter")
+    table.add_column("adapter", no_wrap=True)
     for heading in (*domains, "mean", "rank", "kB", "error", "check", "s"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     best = max(row.mean for row in rows)
     for row in rows:
         cells = [f"{100 * row.accuracy[d]:.1f}" + ("*" if d == row.own else " ") for d in domains]
@@ -84,7 +89,7 @@ def results_table(rows: Sequence[Row]) -> Table:
 
 
 def _error(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
+    return "" if value is None else f"{value:.1e}" if value else "0"
 
 
 def energy_rank(singular_values: Sequence[float], tau: float) -> int:

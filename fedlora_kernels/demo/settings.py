@@ -39,4 +39,4 @@ class Settings:
     threshold: float = 0.3
     test_share: float = 0.2
     train_limit: int = 3000
-    test_limit: int = 700
+    test_limit: int = 500

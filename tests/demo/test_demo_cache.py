@@ -6,8 +6,16 @@ import itertools
 import pytest
 
 from fedlora_kernels.demo.cache import ADAPTER_FILES, Cache, cache_key, files_digest
+from fedlora_kernels.demo.data import Domain, Sentence
 from fedlora_kernels.demo.settings import Client, Settings
 
+GOOD, BAD = Sentence("good", 1), Sentence("bad", 0)
+DATA = [Domain("movies", (GOOD, BAD), (GOOD,))]
+OTHER_DATA = [
+    [Domain("movies", (BAD, GOOD), (GOOD,))],
+    [Domain("movies", (GOOD,), (BAD, GOOD))],
+    [Domain("movies", (GOOD, Sentence("bad", 1)), (GOOD,))],
+]
 VERSIONS = {"torch": "2.13.0", "peft": "0.21.2"}
 
 
@@ -19,12 +27,13 @@ def test_the_key_changes_with_every_setting_data_model_and_version():
         value = getattr(settings, field.name)
         if isinstance(value, (int, float)):
             others.append(dataclasses.replace(settings, **{field.name: value * 2 + 1}))
-    keys = [cache_key(each, "data", "model", VERSIONS) for each in [settings, *others]]
-    keys += [cache_key(settings, "other", "model", VERSIONS), cache_key(settings, "data", "other", VERSIONS)]
-    keys += [cache_key(settings, "data", "model", VERSIONS | {"peft": "0.22.0"})]
+    keys = [cache_key(each, DATA, "model", VERSIONS) for each in [settings, *others]]
+    keys += [cache_key(settings, data, "model", VERSIONS) for data in OTHER_DATA]
+    keys += [cache_key(settings, DATA, "other", VERSIONS)]
+    keys += [cache_key(settings, DATA, "model", VERSIONS | {"peft": "0.22.0"})]
     assert len(others) == 2 + len(dataclasses.fields(Settings)) - 1
     assert all(a != b for a, b in itertools.combinations(keys, 2))
-    assert keys[0] == cache_key(Settings(), "data", "model", dict(reversed(VERSIONS.items())))
+    assert keys[0] == cache_key(Settings(), DATA, "model", dict(reversed(VERSIONS.items())))
 
 
 def fill(folder):
