@@ -34,15 +34,16 @@ def tolerance(
         metric: ``P1`` relative error of a singular value; ``P2`` orthogonality; ``P3`` residual of the singular pairs;
             ``P4`` excess of the truncation error; ``P5`` relative distance from a threshold below which ranks may differ;
             ``P6`` sine of the angle to the exact subspace, times ``(s_p - s_{p+1}) / s_1``; ``P7`` relative error of the
-            energy; ``core`` residual and orthogonality of a core SVD; ``gram`` an update Gram, relative to the norms; ``qr`` column-wise
-            backward error and orthogonality of a stacked QR; ``rotation`` orthogonality of a rotation; ``rotated`` error of
-            a rotated product, relative to ``|B|_F |A|_F``.
+            energy; ``core`` residual and orthogonality of a core SVD; ``lapack`` the same where LAPACK answers in the type in
+            which it computes: the threshold of its own tests; ``gram`` an update Gram, relative to the norms; ``qr``
+            column-wise backward error and orthogonality of a stacked QR; ``rotation`` orthogonality of a rotation;
+            ``rotated`` error of a rotated product, relative to ``|B|_F |A|_F``.
         dtype: of the output that the metric looks at.
         rho: cancellation of the value in question: rho_i for P1, rho_p for P2, rho_1 for P3, P5, P6 and P7.
         passes: 1 for Grams alone, 2 after orthogonalisation.
         energy_ratio: ``energy_abs / energy``.
         underflow: what a vector lost because the output type has no smaller numbers, relative to the vector.
-        size: the R of ``core``.
+        size: the R of ``core`` and ``lapack``.
     """
     u = roundoff(dtype) + underflow
     sigma = U64 * (256 + 4 * rho * rho) if passes == 1 else U64 * (128 + 4 * rho)
@@ -58,6 +59,7 @@ def tolerance(
         "P6": 32 * u + representation,
         "P7": energy,
         "core": 4 * math.sqrt(size) * u,
+        "lapack": 30 * size * 2 * u,
         "gram": 64 * U64,
         "qr": 64 * U64 if dtype == torch.float64 else 4 * u,
         "rotation": 16 * U64,

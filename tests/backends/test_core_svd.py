@@ -22,9 +22,9 @@ def svd(backend, *groups):
 
 
 def limit_of(backend, dtype, size):
-    """4 sqrt(R) u; LAPACK's divide and conquer itself needs more in the type that it computes in."""
+    """4 sqrt(R) u; what LAPACK's divide and conquer computes and answers in one type is held to its own threshold."""
     lapack = backend.name in ("torch", "reference") and dtype == torch.float64
-    return tolerance("core", dtype=dtype, size=size) * (4 if lapack else 1)
+    return tolerance("lapack" if lapack else "core", dtype=dtype, size=size)
 
 
 def assert_svd(backend, C, raw):
@@ -48,9 +48,6 @@ def assert_svd(backend, C, raw):
     residual = torch.linalg.matrix_norm(C - U * S[:, None, :] @ Vh)
     lost = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / size  # S itself may be subnormal
     assert (residual <= limit * torch.linalg.matrix_norm(C) + lost * k).all()
-    # LAPACK's own ratios, so that figures compare with other libraries.
-    ulp = 2 * roundoff(dtype)
-    assert (U.mT @ U - eye).abs().sum(-2).max() / (max(p, q) * ulp) < 30
 
 
 @backends
