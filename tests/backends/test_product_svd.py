@@ -5,14 +5,16 @@ import itertools
 
 import pytest
 import torch
-from frames import DTYPES, dtype_id, every_backend
+from frames import DTYPES, Served, dtype_id, every_backend
 from products import ALL, U64, energy, product
 
+from fedlora_kernels import backends as registry
 from fedlora_kernels.backends.contract import RuleCode, RuleSpec
 from fedlora_kernels.testing import FAMILIES, check_product, exact_svd, tolerance
 from fedlora_kernels.testing.factors import cancelling, full_gauge, gaussian, ill_conditioned
 
 backends = every_backend("product_svd")
+ORACLE = Served(registry.get("reference"), "product_svd")
 OUTPUTS = ("usv", "left", "balanced")
 RULES = {
     "all": ALL,
@@ -185,3 +187,26 @@ def test_rho_and_sigma_err_are_those_of_the_formulas(backend):
     true = torch.linalg.matrix_norm(B, 2) * torch.linalg.matrix_norm(om[:, None] * A, 2) / result.S[result.rank - 1]
     assert true / 4 < rho < 4 * true
     assert float(result.sigma_err) >= 128 * U64
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("family", ["gaussian", "shared_subspace", "column_gauge"])
+def test_the_size_of_a_model(backend, family, dtype):
+    """Hundreds of columns and thousands of rows, against the oracle; the limits know no size."""
+    m, n, ranks = 2003, 1201, (32, 16, 29)
+    problem = FAMILIES[family](m, n, ranks, 1).to(dtype)
+    result, oracle = product(backend, problem, energy(0.99), "left"), product(ORACLE, problem, energy(0.99))
+    p = int(result.rank)
+    assert p == oracle.rank
+    assert ((result.S[:p] - oracle.S[:p]).abs() / oracle.S[:p]).max() <= result.sigma_err + oracle.sigma_err
+    U, V = result.left[:, :p].double() / result.S[:p], result.right[:p].double().mT
+    eye = torch.eye(p, dtype=torch.float64)
+    for X in (U, V):
+        assert (X.mT @ X - eye).abs().max() <= tolerance("P2", dtype=dtype, rho=float(result.rho))
+    pairs = list(zip(problem.weights, problem.B, problem.A, strict=True))
+    WV = sum(w * (B.double() @ (A.double() @ V)) for w, B, A in pairs)
+    WtU = sum(w * (A.double().mT @ (B.double().mT @ U)) for w, B, A in pairs)
+    limit = tolerance("P3", dtype=dtype) * float(result.energy) ** 0.5
+    assert (WV - U * result.S[:p]).norm() <= limit
+    assert (WtU - V * result.S[:p]).norm() <= limit
