@@ -41,9 +41,7 @@ class Run:
             self.warnings.append(
                 f"method {settings.method.name!r} uses no weights; the unequal ones given change nothing"
             )
-        self.warnings += [
-            f"client {printable(c.name)!r} was dropped: {c.reason}" for c in roster if c.status == "dropped"
-        ]
+        self.warnings += _dropped(roster)
         self._check_ranks()
         self.engine = self._engine()
         self.passes = 1
@@ -131,9 +129,9 @@ class Run:
         if not failing:
             return survey
         drop(self.roster, failing, self.settings.policy)
-        self.warnings += [f"client {printable(client.name)!r} was dropped: {client.reason}" for client in failing]
         self.check = admit(self.roster, self.settings.policy, self.settings.read)
-        keep = [k for k, client in enumerate(engine.clients) if client not in failing]
+        self.warnings += _dropped(engine.clients)
+        keep = [k for k, client in enumerate(engine.clients) if client.status in PRESENT]
         rows = [row for row, name in enumerate(engine.modules) if name in self.check.modules]
         weights = normalised([engine.clients[k].weight for k in keep], self.settings.normalize)
         self.engine = engine.select(keep, [engine.modules[row] for row in rows], weights)
@@ -265,6 +263,10 @@ class Run:
     def _client_rows(self) -> list[dict[str, Any]]:
         weights = dict(zip((c.name for c in self.engine.clients), self.engine.weights, strict=True))
         return [client.row(weights.get(client.name, 0.0)) for client in self.roster]
+
+
+def _dropped(clients: Sequence[Client]) -> list[str]:
+    return [f"client {printable(c.name)!r} was dropped: {c.reason}" for c in clients if c.status == "dropped"]
 
 
 def _summary(

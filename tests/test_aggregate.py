@@ -376,6 +376,14 @@ def test_wrong_arguments_are_refused(arguments, text):
         aggregate(clients((4, 4)), **arguments)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_backend_can_be_named(backend):
+    pairs = clients(dtype=torch.float64)
+    result = aggregate(pairs, rule=ALL, backend=backend)
+    assert result.report["backend"] == {"requested": backend, "used": [backend], "device": "cpu", "fallbacks": []}
+    assert distance(products(result.adapter), weighted(pairs)) < 1e-12
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_a_gpu_that_is_not_there_is_an_error():
     with pytest.raises(BackendError, match="no GPU"):

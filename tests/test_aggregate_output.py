@@ -205,10 +205,24 @@ class Broken(Florist):
         return super().combine(group, plan, previous)
 
 
-def test_a_failure_midway_leaves_nothing_and_no_thread(tmp_path):
-    before = threading.active_count()
+def test_a_failure_midway_leaves_nothing_no_thread_and_no_file(tmp_path):
+    before, files = threading.active_count(), len(contents("/proc/self/fd"))
     with pytest.raises(RunError, match="second half"):
         aggregate(clients(), Broken(), out=tmp_path / "out", memory=4096)
+    assert contents(tmp_path) == []
+    assert threading.active_count() == before
+    assert len(contents("/proc/self/fd")) == files
+
+
+def test_an_interrupt_midway_leaves_nothing_and_no_thread(tmp_path):
+    before = threading.active_count()
+
+    def progress(stage, done, total):
+        if 0 < done < total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        aggregate(clients(), out=tmp_path / "out", memory=4096, progress=progress)
     assert contents(tmp_path) == []
     assert threading.active_count() == before
 
