@@ -1,6 +1,6 @@
 """Test material, public: matrices with prescribed spectra, adversarial factors, limits derived from rounding, exact answers.
 
-Every generator takes ``seed`` and answers the same numbers for the same seed. Limits are those of docs/numerics.md (Tests).
+Every generator takes ``seed`` and answers the same numbers for the same seed. Source of the limits: docs/numerics.md.
 """
 
 from fedlora_kernels.testing.check import Check, check_product

@@ -1,4 +1,4 @@
-"""The eight checks of a truncated SVD against the exact one (docs/numerics.md, Metrics)."""
+"""The eight checks of a truncated SVD against the exact one (docs/numerics.md, Limits that tests hold)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits of the tests, derived from rounding and independent of size (docs/numerics.md, Metrics); one place for all of them."""
+"""Limits of the tests, derived from rounding, independent of size (docs/numerics.md, Limits that tests hold); all in one place."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tolerance(
             ``P4`` excess of the truncation error; ``P5`` relative distance from a threshold below which ranks may differ;
             ``P6`` sine of the angle to the exact subspace, times ``(s_p - s_{p+1}) / s_1``; ``P7`` relative error of the
             energy; ``core`` residual and orthogonality of a core SVD; ``lapack`` the same where LAPACK answers in the type in
-            which it computes: the threshold of its own tests; ``gram`` an update Gram, relative to the norms; ``qr``
+            which it computes; ``gram`` an update Gram, relative to the norms; ``qr``
             column-wise backward error and orthogonality of a stacked QR; ``rotation`` orthogonality of a rotation;
             ``rotated`` error of a rotated product, relative to ``|B|_F |A|_F``.
         dtype: of the output that the metric looks at.
@@ -43,7 +43,7 @@ def tolerance(
         passes: 1 for Grams alone, 2 after orthogonalisation.
         energy_ratio: ``energy_abs / energy``.
         underflow: what a vector lost because the output type has no smaller numbers, relative to the vector.
-        size: the R of ``core`` and ``lapack``.
+        size: the R of ``core``.
     """
     u = roundoff(dtype) + underflow
     sigma = U64 * (256 + 4 * rho * rho) if passes == 1 else U64 * (128 + 4 * rho)
@@ -59,7 +59,7 @@ def tolerance(
         "P6": 32 * u + representation,
         "P7": energy,
         "core": 4 * math.sqrt(size) * u,
-        "lapack": 30 * size * 2 * u,
+        "lapack": 100 * u,
         "gram": 64 * U64,
         "qr": 64 * U64 if dtype == torch.float64 else 4 * u,
         "rotation": 16 * U64,

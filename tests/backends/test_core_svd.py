@@ -22,7 +22,7 @@ def svd(backend, *groups):
 
 
 def limit_of(backend, dtype, size):
-    """4 sqrt(R) u; what LAPACK's divide and conquer computes and answers in one type is held to its own threshold."""
+    """4 sqrt(R) u; LAPACK's divide and conquer stops at about 90 u in the type that it computes in."""
     lapack = backend.name in ("torch", "reference") and dtype == torch.float64
     return tolerance("lapack" if lapack else "core", dtype=dtype, size=size)
 

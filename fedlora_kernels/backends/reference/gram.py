@@ -1,4 +1,4 @@
-"""Inner products of client updates, one pair at a time (docs/numerics.md, Why it works)."""
+"""Inner products of client updates, one pair at a time (docs/numerics.md, One pass)."""
 
 from __future__ import annotations
 

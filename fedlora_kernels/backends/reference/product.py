@@ -193,7 +193,7 @@ def _write(found: _Decomposition, rule: RuleSpec, output: str, raw: RawProduct) 
 
 
 def _certify(found: _Decomposition, s: list[float], p: int, raw: RawProduct) -> None:
-    """Write the numbers of the certificate (docs/numerics.md, Accuracy and certificate)."""
+    """Write the numbers of the certificate (docs/numerics.md, Floor and certificate)."""
     raw.rank.fill_(p)
     raw.numerical_rank.fill_(sum(x > found.floor for x in s))
     raw.energy.fill_(found.energy)

@@ -62,7 +62,7 @@ def _write(C: Tensor, raw: RawSVD) -> None:
 
 
 def signs_of(X: Tensor) -> Tensor:
-    """Signs that make the first (nearly) largest element of each column of X positive (docs/numerics.md, Sign and order)."""
+    """Signs that make the first (nearly) largest element of each column of X positive (docs/numerics.md, Sign rule)."""
     signs = torch.ones(X.shape[1], dtype=X.dtype)
     for i, column in enumerate(X.mT):
         large = column[column.abs() >= TIE * column.abs().max()]

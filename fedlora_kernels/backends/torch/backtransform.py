@@ -1,4 +1,4 @@
-"""Inverse-free back-transform: coefficients to singular vectors, fused with sign and cast (docs/numerics.md, Accuracy)."""
+"""Inverse-free back-transform: coefficients to singular vectors, fused with sign and cast (docs/numerics.md, One pass)."""
 
 from __future__ import annotations
 

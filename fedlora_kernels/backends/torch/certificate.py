@@ -1,4 +1,4 @@
-"""Rank, certified errors and notes of a batch of spectra (docs/numerics.md, Accuracy and certificate)."""
+"""Rank, certified errors and notes of a batch of spectra (docs/numerics.md, Floor and certificate)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grams of client blocks in float64, straight from any dtype, never from a concatenation (docs/numerics.md, pipeline)."""
+"""Grams of client blocks in float64, straight from any dtype, never from a concatenation (docs/numerics.md, One pass)."""
 
 from __future__ import annotations
 

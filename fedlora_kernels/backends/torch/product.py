@@ -1,4 +1,4 @@
-"""Truncated SVD of a sum of low-rank products that is never formed (docs/numerics.md, The truncated-SVD pipeline)."""
+"""Truncated SVD of a sum of low-rank products that is never formed (docs/numerics.md, One pass)."""
 
 from __future__ import annotations
 
