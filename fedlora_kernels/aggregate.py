@@ -15,14 +15,23 @@ from fedlora_kernels import backends
 from fedlora_kernels.adapters.reader import ReadOptions
 from fedlora_kernels.adapters.validation import Policy
 from fedlora_kernels.adapters.writer import OutputFolder, WriteOptions, check_out
-from fedlora_kernels.clients import admit, open_clients
-from fedlora_kernels.engine import Progress
+from fedlora_kernels.engine.clients import admit, open_clients
+from fedlora_kernels.engine.passes import Progress
+from fedlora_kernels.engine.result import Result, State
+from fedlora_kernels.engine.run import Run
+from fedlora_kernels.engine.settings import (
+    Settings,
+    count_of,
+    device_of,
+    dtype_of,
+    memory_of,
+    method_of,
+    options_of,
+    round_of,
+)
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.linalg.rules import RankRule
 from fedlora_kernels.methods.contract import Method
-from fedlora_kernels.result import Result, State
-from fedlora_kernels.run import Run
-from fedlora_kernels.settings import Settings, count_of, device_of, dtype_of, memory_of, method_of, options_of, round_of
 
 __all__ = ["Policy", "ReadOptions", "Result", "State", "WriteOptions", "aggregate"]
 

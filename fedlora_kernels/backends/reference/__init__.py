@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -16,22 +20,51 @@ from fedlora_kernels.backends.reference.threshold import select_rank
 __all__ = ["BACKEND", "ReferenceBackend"]
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_one_at_a_time = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _one_at_a_time  # noqa: PLW0603 - the thread that held it does not exist in the child
+    _one_at_a_time = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _single_threaded(op: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The operation on one thread: BLAS and LAPACK split their sums by the number of threads, which changes bits."""
+
+    @functools.wraps(op)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        # The thread count of BLAS belongs to the process: two calls at once would restore it under each other.
+        with _one_at_a_time:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                return op(*args, **kwargs)
+            finally:
+                torch.set_num_threads(threads)
+
+    return run
 
 
 class ReferenceBackend:
-    """Beyond doubt rather than fast: a loop over matrices on the CPU, so no result depends on its neighbours."""
+    """Beyond doubt rather than fast: a loop over matrices on the CPU, on one thread, so no result depends on its neighbours."""
 
     name = "reference"
     bitwise = True
 
-    stacked_qr = staticmethod(stacked_qr)
-    core_svd = staticmethod(core_svd)
-    select_rank = staticmethod(select_rank)
-    product_svd = staticmethod(product_svd)
-    update_gram = staticmethod(update_gram)
-    procrustes_rotation = staticmethod(procrustes_rotation)
-    rotate_factors = staticmethod(rotate_factors)
-    align_factors = staticmethod(align_factors)
+    stacked_qr = staticmethod(_single_threaded(stacked_qr))
+    core_svd = staticmethod(_single_threaded(core_svd))
+    select_rank = staticmethod(_single_threaded(select_rank))
+    product_svd = staticmethod(_single_threaded(product_svd))
+    update_gram = staticmethod(_single_threaded(update_gram))
+    procrustes_rotation = staticmethod(_single_threaded(procrustes_rotation))
+    rotate_factors = staticmethod(_single_threaded(rotate_factors))
+    align_factors = staticmethod(_single_threaded(align_factors))
 
     def available(self) -> tuple[bool, str]:
         """Always, with the version of torch."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.adapters.names import printable
-from fedlora_kernels.clients import Client
+from fedlora_kernels.engine.clients import Client
 from fedlora_kernels.errors import FedLoRAError, InputError, NonFiniteError, OutputOverflowError, WeightError
 
 __all__ = ["combine_extra", "nonfinite", "scan_extras"]

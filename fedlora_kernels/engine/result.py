@@ -13,12 +13,12 @@ from torch import Tensor
 from fedlora_kernels.adapters.config import peft_config, rank_patterns
 from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.engine.output import adapter_in_memory, resize_pair
+from fedlora_kernels.engine.report import certificates, cut_row, totals
 from fedlora_kernels.errors import InputError, OutputOverflowError
 from fedlora_kernels.linalg import select_rank
 from fedlora_kernels.linalg.rules import Budget, Energy, RankRule
 from fedlora_kernels.methods.contract import Method
-from fedlora_kernels.output import adapter_in_memory, resize_pair
-from fedlora_kernels.report import certificates, cut_row, totals
 
 __all__ = ["Result", "State"]
 

@@ -17,12 +17,12 @@ from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.reader import ReadOptions
 from fedlora_kernels.adapters.validation import Policy
 from fedlora_kernels.adapters.writer import WriteOptions
-from fedlora_kernels.engine import Progress
+from fedlora_kernels.engine.output import REPORT_NAME
+from fedlora_kernels.engine.passes import Progress
+from fedlora_kernels.engine.result import Result, State
 from fedlora_kernels.errors import BackendError, InputError
 from fedlora_kernels.linalg.rules import RankRule, parse_size
 from fedlora_kernels.methods.contract import Method, make_method
-from fedlora_kernels.output import REPORT_NAME
-from fedlora_kernels.result import Result, State
 
 __all__ = ["Settings", "count_of", "device_of", "dtype_of", "memory_of", "method_of", "options_of", "round_of"]
 

@@ -17,14 +17,14 @@ import torch
 from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.backends.contract import Info, Note
-from fedlora_kernels.clients import Client
+from fedlora_kernels.engine.clients import Client
+from fedlora_kernels.engine.extras import nonfinite
+from fedlora_kernels.engine.output import Pair
+from fedlora_kernels.engine.report import module_rows
+from fedlora_kernels.engine.slabs import Block, Drain, Loaded, Plan, Prefetch, load_slab, plan_slabs
 from fedlora_kernels.errors import ConvergenceError, FedLoRAError, OutputOverflowError, RunError, WeightError
-from fedlora_kernels.extras import nonfinite
 from fedlora_kernels.methods.contract import Census, Group, Method, Outcome
 from fedlora_kernels.methods.factors import client_gram
-from fedlora_kernels.output import Pair
-from fedlora_kernels.report import module_rows
-from fedlora_kernels.slabs import Block, Drain, Loaded, Plan, Prefetch, load_slab, plan_slabs
 
 __all__ = ["Engine", "Progress", "SurveyResult"]
 

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 from adapter_problems import SHAPES, client
+from fedlora_kernels.engine.slabs import Drain, Prefetch, load_slab, plan_slabs
 
 from fedlora_kernels.adapters.reader import open_adapter
-from fedlora_kernels.slabs import Drain, Prefetch, load_slab, plan_slabs
 
 EVERYTHING = {"limit": 1 << 30, "itemsize": 4}
 

@@ -17,13 +17,13 @@ from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.validation import ClientCheck
 from fedlora_kernels.adapters.writer import OutputFolder, peft_config
-from fedlora_kernels.clients import PRESENT, Client, admit, drop, normalised, present
-from fedlora_kernels.engine import Engine, SurveyResult
+from fedlora_kernels.engine.clients import PRESENT, Client, admit, drop, normalised, present
+from fedlora_kernels.engine.extras import combine_extra, scan_extras
+from fedlora_kernels.engine.output import FolderOutput, MemoryOutput, Output
+from fedlora_kernels.engine.passes import Engine, SurveyResult
+from fedlora_kernels.engine.report import SCHEMA, certificates, number, totals
+from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.errors import MismatchError
-from fedlora_kernels.extras import combine_extra, scan_extras
-from fedlora_kernels.output import FolderOutput, MemoryOutput, Output
-from fedlora_kernels.report import SCHEMA, certificates, number, totals
-from fedlora_kernels.settings import Settings
 
 __all__ = ["Run"]
 
