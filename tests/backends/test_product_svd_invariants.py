@@ -244,6 +244,28 @@ def test_twenty_runs_are_one(backend):
         assert all(same_bits(x, y) for x, y in zip(first, product(backend, problem, RULE), strict=True))
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_number_of_threads_changes_no_bit(backend, dtype, threads):
+    """Large enough for BLAS and LAPACK to split their work."""
+    if not backend.bitwise:
+        pytest.skip("not promised by this backend")
+    problem = gaussian(307, 211, (24, 17), 1).to(dtype)
+    threads(1)
+    one = product(backend, problem, RULE)
+    threads(2)
+    two = product(backend, problem, RULE)
+    assert torch.get_num_threads() == 2
+    assert all(same_bits(x, y) for x, y in zip(one, two, strict=True))
+
+
 @backends
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
