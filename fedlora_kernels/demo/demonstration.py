@@ -32,6 +32,8 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 CODE_FILES = ("model.py", "train.py")
 LOGIT_LIMIT = 1e-4
+ERROR_LIMIT = 1e-6
+"""Rounding of float32 factors: 2^-24 on each of B and A; a reported error leaves it out."""
 LOGIT_SENTENCES = 16
 
 
@@ -71,6 +73,8 @@ class Demonstration:
             totals, seconds = report["totals"], report["seconds"]["total"]
             if (totals["rank"], totals["bytes"]) != (row.rank, row.nbytes):
                 raise RunError(f"{name}: the report has {totals}, the file rank {row.rank} and {row.nbytes} bytes")
+            if not abs(error - totals["error"]) <= ERROR_LIMIT:
+                raise RunError(f"{name}: error {totals['error']:.3e} reported, {error:.3e} against the dense sum")
             rows.append(dataclasses.replace(row, error=totals["error"], dense_error=error, seconds=seconds))
         note = f"Logits of {EXACT} and of the dense float64 sum differ by at most {gap:.1e} ({sentences} sentences)."
         write_results(out, rows, reports[EXACT], [*self._description(), note])

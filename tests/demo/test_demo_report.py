@@ -33,10 +33,10 @@ def test_table_shows_every_figure_and_marks_a_clients_own_domain():
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(results_table(ROWS))
     lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
-    assert lines[0] == ["adapter", *DOMAINS, "mean", "rank", "kB", "error", "check", "s"]
+    assert lines[0] == ["adapter", *DOMAINS, "mean", "rank", "kB", "error", "check", "ms"]
     assert lines[2] == ["commoner", "label", "50.0", "60.0", "55.0"]
     assert lines[3] == ["client", "tweets", "90.1*", "50.0", "70.0", "12", "7"]
-    assert lines[4] == ["florist", "85.0", "80.0", "82.5", "20", "12", "1.0e-08", "2.3e-08", "0.123"]
+    assert lines[4] == ["florist", "85.0", "80.0", "82.5", "20", "12", "1.0e-08", "2.3e-08", "123"]
 
 
 @pytest.mark.parametrize(
