@@ -10,9 +10,9 @@ from demo_problems import CACHE, write_archive, write_encoder
 
 from fedlora_kernels import demo
 from fedlora_kernels.cli import main
-from fedlora_kernels.demo import model
+from fedlora_kernels.demo import demonstration, model
 from fedlora_kernels.demo.data import ARCHIVE
-from fedlora_kernels.errors import InputError
+from fedlora_kernels.errors import InputError, RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 SETTINGS = demo.Settings(
@@ -68,6 +68,27 @@ def test_every_stage_on_a_tiny_model_and_a_second_run_from_the_cache(tiny, tmp_p
     assert "trained in" not in second.err
     columns = [line.split()[:-1] for line in first.out.splitlines() if line.startswith("florist")]
     assert columns == [line.split()[:-1] for line in second.out.splitlines() if line.startswith("florist")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--energy", "0.3"), "logits differ from those of the dense sum by"),
+        (("--method", "none"), "ended with status 2"),
+    ],
+)
+def test_a_wrong_aggregate_or_a_failed_command_ends_the_run(tiny, tmp_path, monkeypatch, flags, text):
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    monkeypatch.setattr(demonstration, "METHODS", {"florist 1.0": flags})
+    with pytest.raises(RunError, match=text):
+        demo.run(tiny, tmp_path / "out", tmp_path / "cache", settings=SETTINGS)
+
+
+def test_a_report_that_is_off_ends_the_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    monkeypatch.setattr(demonstration.compare, "relative_error", lambda ideal, found: 1e-3)
+    with pytest.raises(RunError, match=r"florist 1.0: error 0.000e\+00 reported, 1.000e-03 against the dense sum"):
+        demo.run(tiny, tmp_path / "out", tmp_path / "cache", settings=SETTINGS)
 
 
 def test_a_missing_model_or_library_names_the_command(monkeypatch, tmp_path):
