@@ -72,7 +72,7 @@ def test_powers_of_two_are_exact_over_the_whole_range():
 
 
 def test_only_float64_is_scaled_on_load():
-    assert load_exponent([torch.full((2, 3, 2), 1e30)]).tolist() == [0, 0]
+    assert load_exponent([torch.full((2, 3, 2), 1e30)]) is None
     blocks = [torch.full((2, 3, 2), 8.0, dtype=torch.float64), torch.full((2, 3, 1), 100.0)]
     blocks[0][1] = 1e200
     assert load_exponent(blocks).tolist() == [6, 664]

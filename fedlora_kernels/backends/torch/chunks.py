@@ -51,14 +51,11 @@ def finite(block: Tensor) -> Tensor:
     return torch.isfinite(low) & torch.isfinite(high)
 
 
-def load_exponent(blocks: Sequence[Tensor]) -> Tensor:
-    """Exponent (N,) of the largest element of N stacks if some block is float64, else 0: narrower types square safely."""
-    first = blocks[0]
-    if all(block.dtype != torch.float64 for block in blocks):
-        return torch.zeros(first.shape[0], dtype=torch.int64, device=first.device)
+def load_exponent(blocks: Sequence[Tensor]) -> Tensor | None:
+    """Exponent (N,) of the largest element of N stacks if some block is float64; None for narrower types, which square safely."""
     filled = [block for block in blocks if block.numel()]
-    if not filled:
-        return torch.zeros(first.shape[0], dtype=torch.int64, device=first.device)
+    if not filled or all(block.dtype != torch.float64 for block in blocks):
+        return None
     largest = [torch.linalg.vector_norm(block, float("inf"), dim=(-2, -1)).double() for block in filled]
     return exponent(torch.stack(largest).amax(0)).clamp(-1022, 1022)
 

@@ -44,11 +44,14 @@ def _update_gram(group: Factors) -> Tensor:
         G = _inner_products(B, A, e_B, e_A) * weights[part, :, None] * weights[part, None, :]
         good = torch.stack([finite(b) & finite(a) for b, a in zip(B, A, strict=True)], -1)
         G.masked_fill_(~(good[:, :, None] & good[:, None, :]), torch.nan)
-        out[part] = scale_pow2((G + G.mT) / 2, 2 * (e_B + e_A))
+        G = (G + G.mT) / 2
+        for e in (e_B, e_A):
+            G = G if e is None else scale_pow2(G, 2 * e)
+        out[part] = G
     return out
 
 
-def _inner_products(B: Sequence[Tensor], A: Sequence[Tensor], e_B: Tensor, e_A: Tensor) -> Tensor:
+def _inner_products(B: Sequence[Tensor], A: Sequence[Tensor], e_B: Tensor | None, e_A: Tensor | None) -> Tensor:
     """Inner products of the unweighted updates, in tiles of clients so that no Gram is wider than a tile."""
     G = torch.empty(B[0].shape[0], len(B), len(B), dtype=torch.float64, device=B[0].device)
     tiles = list(_tiles([block.shape[-1] for block in B]))
@@ -75,7 +78,7 @@ def _tiles(ranks: Sequence[int]) -> Iterator[slice]:
     yield slice(start, len(ranks))
 
 
-def _cross_gram(first: Sequence[Tensor], second: Sequence[Tensor], e: Tensor) -> Tensor:
+def _cross_gram(first: Sequence[Tensor], second: Sequence[Tensor], e: Tensor | None) -> Tensor:
     N, m, _ = first[0].shape
     P, Q = (sum(block.shape[-1] for block in blocks) for blocks in (first, second))
     G = torch.zeros(N, P, Q, dtype=torch.float64, device=first[0].device)

@@ -19,13 +19,13 @@ __all__ = ["Decomposition", "Problem", "dense", "orthogonalised", "row_bound"]
 
 
 class Problem(NamedTuple):
-    """One update (N = 1): B (1, m, r_k), A^T as blocks (1, n, r_k), om (1, R), exponents (1,) of B, A and the update."""
+    """One update (N = 1): B (1, m, r_k), A^T as blocks (1, n, r_k), om (1, R), exponents (1,) of B, A (None: not scaled) and the update."""
 
     B: Sequence[Tensor]
     A: Sequence[Tensor]
     om: Tensor
-    e_left: Tensor
-    e_right: Tensor
+    e_left: Tensor | None
+    e_right: Tensor | None
     e: Tensor
 
 
@@ -48,7 +48,7 @@ def orthogonalised(problem: Problem, d: Tensor, first: Spectrum) -> Decompositio
     return Decomposition(Q_B @ U, Q_A @ Vh.mT, spectrum, info)
 
 
-def _qr(blocks: Sequence[Tensor], e: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _qr(blocks: Sequence[Tensor], e: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
     X = load(blocks, slice(0, blocks[0].shape[1]), e).mul_(scale[:, None, :])
     Q, R = torch.linalg.qr(X)
     return Q, R

@@ -83,10 +83,11 @@ def _load_weights(group: Factors, part: slice, device: torch.device) -> Problem:
     B, A = [block[part] for block in group.B], [block[part].mT for block in group.A]
     weights = group.weights[part].to(device)
     e_B, e_A, e_w = load_exponent(B), load_exponent(A), exponent(weights.abs().amax(-1))
-    e_w = e_w + (e_B + e_A + e_w) % 2
+    e = sum((e for e in (e_B, e_A) if e is not None), start=e_w)
+    e_w, e = e_w + e % 2, e + e % 2
     ranks = torch.tensor([block.shape[-1] for block in B], device=device)
     om = scale_pow2(weights, -e_w).repeat_interleave(ranks, -1, output_size=group.width)
-    return Problem(B, A, om, e_B, e_A, e_B + e_A + e_w)
+    return Problem(B, A, om, e_B, e_A, e)
 
 
 class _Core(NamedTuple):
@@ -107,8 +108,10 @@ def _gram_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct)
     doubtful = (certificate.rho > rho_max) | ~(core.spectrum.energy > 0)
     again = (doubtful & (core.spectrum.energy_abs > 0) & ~core.bad).nonzero().flatten().tolist()
     if len(again) < core.bad.shape[0]:
-        K_B = _scaled(core.K_B, core.spectrum, certificate.rank, powers[0], -1.0, raw)
-        K_A = _scaled(core.K_A, core.spectrum, certificate.rank, powers[1], -1.0, raw)
+        # Columns that no matrix keeps are zero already; most rules keep far fewer than p_max.
+        width = int(certificate.rank.amax())
+        K_B = _scaled(core.K_B[..., :width], core.spectrum, certificate.rank, powers[0], -1.0)
+        K_A = _scaled(core.K_A[..., :width], core.spectrum, certificate.rank, powers[1], -1.0)
         signs = write_left(stack.B, stack.e_left, K_B, raw.left)
         write_right(stack.A, stack.e_right, K_A * signs[:, None, :], raw.right)
     _store(core.spectrum, certificate, core.info, raw)
@@ -159,12 +162,12 @@ def _core(stack: Problem, q: int) -> _Core:
     return _Core(K_B, K_A, d[0], spectrum, bad, info)
 
 
-def _scaled(X: Tensor, spectrum: Spectrum, rank: Tensor, power: float, already: float, raw: RawProduct) -> Tensor:
-    """Columns of X (N, rows, k) times ``S^(power + already) 2^(e power)``, zero from the rank on, at most p_max of them."""
-    S = spectrum.S[:, : raw.S.shape[-1]]
+def _scaled(X: Tensor, spectrum: Spectrum, rank: Tensor, power: float, already: float) -> Tensor:
+    """Columns of X (N, rows, k) times ``S^(power + already) 2^(e power)``, zero from the rank on."""
+    S = spectrum.S[:, : X.shape[-1]]
     kept = torch.arange(S.shape[-1], device=S.device) < rank[:, None]
     factor = torch.where(kept, S ** (power + already), 0.0)
-    return scale_pow2(X[..., : S.shape[-1]] * factor[:, None, :], (spectrum.e * power).long())
+    return scale_pow2(X * factor[:, None, :], (spectrum.e * power).long())
 
 
 def _dense_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct) -> None:
@@ -179,8 +182,9 @@ def _dense_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct
 def _write(found: Decomposition, rule: RuleSpec, powers: Powers, raw: RawProduct) -> None:
     """Write one problem whose singular vectors are at hand."""
     certificate = certify(found.spectrum, rule)
-    U = _scaled(found.U, found.spectrum, certificate.rank, powers[0], 0.0, raw)
-    V = _scaled(found.V, found.spectrum, certificate.rank, powers[1], 0.0, raw)
+    width = int(certificate.rank)
+    U = _scaled(found.U[..., :width], found.spectrum, certificate.rank, powers[0], 0.0)
+    V = _scaled(found.V[..., :width], found.spectrum, certificate.rank, powers[1], 0.0)
     signs = column_signs(U)[:, None, :]
     raw.left.zero_()[..., : U.shape[-1]] = U * signs
     raw.right.zero_()[:, : V.shape[-1]] = (V * signs).mT
@@ -216,7 +220,8 @@ def _mark_nonfinite(raw: RawProduct, bad: Tensor) -> None:
 def _only(stack: Problem, i: int) -> Problem:
     one = slice(i, i + 1)
     B, A = [block[one] for block in stack.B], [block[one] for block in stack.A]
-    return Problem(B, A, stack.om[one], stack.e_left[one], stack.e_right[one], stack.e[one])
+    e_left, e_right = (None if e is None else e[one] for e in (stack.e_left, stack.e_right))
+    return Problem(B, A, stack.om[one], e_left, e_right, stack.e[one])
 
 
 def _rows(raw: RawProduct, part: slice) -> RawProduct:
