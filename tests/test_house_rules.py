@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import fedlora_kernels as fk
+from fedlora_kernels.reporting.methods import method_table
 
 REPO = Path(__file__).parent.parent
 SOURCES = [*REPO.glob("fedlora_kernels/**/*.py"), *REPO.glob("csrc/**/*"), REPO / "setup.py"]
@@ -35,8 +36,15 @@ def test_python_examples_in_documents_run(path, tmp_path, monkeypatch):
 
 def test_public_names_are_documented():
     api = (REPO / "docs/api.md").read_text()
-    public = [name for name in vars(fk) if not name.startswith("_") and getattr(fk, name).__class__.__name__ != "module"]
+    public = [
+        name for name in vars(fk) if not name.startswith("_") and getattr(fk, name).__class__.__name__ != "module"
+    ]
     missing = [name for name in public if f"`{name}" not in api]
     assert not missing, f"docs/api.md does not mention {missing}"
     listed = set(re.findall(r"^\| `([A-Za-z_]+)", api, flags=re.M))
     assert listed == set(public), f"docs/api.md and __init__ disagree on {sorted(listed ^ set(public))}"
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/algorithms.md"])
+def test_table_of_methods_is_that_of_the_registry(path):
+    assert method_table() in (REPO / path).read_text(), f"replace the table in {path} by:\n{method_table()}"
