@@ -1,7 +1,6 @@
 """The command line: arguments to calls, results to tables, failures to one line and an exit status.
 
 Status 0: done. 2: anything that arguments or input show. 1: the run failed. 130: interrupted; 128 + n: ended by signal n.
-torch is loaded only after the arguments have been read.
 """
 
 from __future__ import annotations
