@@ -19,7 +19,7 @@ from fedlora_kernels.adapters.model import Adapter, TensorSource, TensorSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.peft import read_layout
 from fedlora_kernels.adapters.policy import Limits
-from fedlora_kernels.adapters.safetensors import SafetensorsFile, parse_json
+from fedlora_kernels.adapters.safetensors import SafetensorsFile, open_file, parse_json
 from fedlora_kernels.errors import FedLoRAError, FormatError, InputError
 
 __all__ = ["ReadOptions", "SafetensorsFile", "StateDict", "open_adapter"]
@@ -81,6 +81,9 @@ class StateDict:
             if not isinstance(key, str) or not isinstance(value, Tensor | np.ndarray):
                 kind = type(value).__name__
                 raise FormatError(f"{where}: entry {printable(key)!r} is a {kind}; a tensor or NumPy array needed")
+            if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):
+                found = "on the meta device" if value.is_meta else str(value.layout).removeprefix("torch.")
+                raise FormatError(f"{where}: tensor {printable(key)!r} is {found}; a dense tensor with data needed")
             self.tensors[key] = TensorSpec(key, tuple(value.shape), _dtype(value, key, where))
 
     def read(self, key: str, out: Tensor | None = None) -> Tensor:
@@ -190,7 +193,7 @@ def _hint(folder: Path, entries: list[str]) -> str:
 def _read_config(path: Path) -> dict[str, Any]:
     where = printable(path)
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_file(path, where), "rb") as file:
             text = file.read(CONFIG_CAP + 1)
     except OSError as error:
         raise FormatError(f"{where}: cannot be read: {error.strerror}") from None
@@ -201,8 +204,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_pickle(path: Path) -> StateDict:
     where = printable(path)
+    file = os.fdopen(open_file(path, where), "rb")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load passes on whatever a broken or hostile pickle provokes
         raise FormatError(
             f"{where}: cannot be loaded with weights_only=True ({type(error).__name__}); re-save it as safetensors"
@@ -241,9 +246,9 @@ def _dtype(value: Tensor | np.ndarray, key: str, where: str) -> torch.dtype:
         return value.dtype
     try:
         return torch.from_numpy(np.empty(0, value.dtype)).dtype
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: bytes in the order of another machine
         raise FormatError(
-            f"{where}: tensor {printable(key)!r} is a NumPy array of {value.dtype}; float64, float32 or float16 needed"
+            f"{where}: tensor {printable(key)!r} is a NumPy array of {value.dtype}; native float64, float32 or float16 needed"
         ) from None
 
 

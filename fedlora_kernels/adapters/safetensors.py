@@ -10,6 +10,7 @@ import json
 import os
 import stat
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from fedlora_kernels.adapters.model import TensorSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.errors import FormatError, InputError, LimitError, RunError
 
-__all__ = ["SafetensorsFile", "SafetensorsWriter", "disc_errors", "parse_json"]
+__all__ = ["SafetensorsFile", "SafetensorsWriter", "disc_errors", "open_file", "parse_json"]
 
 HEADER_CAP = 100_000_000
 CHUNK = 1 << 30
@@ -53,8 +54,7 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise ValueError(f"key {printable(twice)!r} occurs twice")
         return made
 
@@ -80,7 +80,7 @@ class SafetensorsFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._where = printable(self.path)
-        self._fd = _open(self.path, self._where)
+        self._fd = open_file(self.path, self._where)
         try:
             self.tensors, self._offsets, self.metadata = self._read_header()
         except BaseException:
@@ -250,7 +250,8 @@ def disc_errors(path: object) -> Iterator[None]:
         raise RunError(f"{printable(path)}: cannot be written: {error.strerror or error}{remedy}") from error
 
 
-def _open(path: str, where: str) -> int:
+def open_file(path: str | os.PathLike[str], where: str) -> int:
+    """Open a regular file for reading and return its descriptor. FormatError, beginning with ``where``, for anything else."""
     try:
         # O_NONBLOCK: a pipe put in the file's place must not hang the open.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -277,3 +277,29 @@ def test_reading_imports_neither_peft_nor_the_safetensors_library(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert isinstance(open_adapter(tmp_path / "out"), Adapter)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path, name):
+    place = folder(tmp_path / "c0")
+    if name.endswith(".bin"):
+        (place / "adapter_model.safetensors").unlink()
+    (place / name).unlink(missing_ok=True)
+    os.mkfifo(place / name)
+    code = "import sys; from fedlora_kernels.adapters import open_adapter; open_adapter(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True, timeout=60, check=False)
+    assert f"{name}: not a regular file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda x: x.numpy().astype(">f4"), "is a NumPy array of >f4"),
+        (lambda x: x.to_sparse(), "is sparse_coo"),
+        (lambda x: x.to("meta"), "is on the meta device"),
+    ],
+)
+def test_tensors_that_hold_no_plain_numbers_are_refused(change, found):
+    tensors = {key: change(tensor) for key, tensor in state().items()}
+    with pytest.raises(FormatError, match=f"tensor '{next(iter(tensors))}' {found}"):
+        open_adapter((tensors, config()))

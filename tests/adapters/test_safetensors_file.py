@@ -2,6 +2,7 @@
 
 import os
 import struct
+import time
 
 import pytest
 import torch
@@ -187,3 +188,11 @@ def test_every_truncation_is_refused(tmp_path):
     for cut in range(len(GOOD)):
         with pytest.raises(FormatError):
             SafetensorsFile(written(tmp_path, GOOD[:cut]))
+
+
+def test_a_key_given_twice_among_very_many_is_found_at_once(tmp_path):
+    keys = b"".join(b'"%d":0,' % i for i in range(200_000))
+    started = time.perf_counter()
+    with pytest.raises(FormatError, match="key '199999' occurs twice"):
+        SafetensorsFile(written(tmp_path, raw_safetensors(b"{" + keys + b'"199999":0}')))
+    assert time.perf_counter() - started < 20
