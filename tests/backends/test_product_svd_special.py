@@ -121,6 +121,18 @@ def test_a_cutoff_above_everything_keeps_nothing(backend):
 
 
 @backends
+@pytest.mark.parametrize("ranks", [(4, 3), (12, 14)], ids=("stacked", "dense"))
+def test_a_cutoff_below_values_beyond_float64_keeps_them(backend, ranks):
+    base = gaussian(17, 13, ranks, 1)
+    huge = LoRAProblem(tuple(b * 1e200 for b in base.B), tuple(a * 1e200 for a in base.A), base.weights)
+    result = product(backend, huge, RuleSpec(RuleCode.ABSOLUTE, 1.0))
+    assert result.rank == min(13, sum(ranks))
+    assert result.info == Info.OVERFLOW
+    assert torch.isinf(result.S[: result.rank]).all()
+    assert torch.isinf(result.energy)
+
+
+@backends
 def test_a_cutoff_is_of_the_true_scale(backend):
     """Weights and blocks far from 1 are scaled inside; the cutoff must not be."""
     for dtype, factor in ((torch.float64, 1e200), (torch.float64, 1e-200), (torch.float32, 1e15)):
@@ -237,6 +249,34 @@ def test_float64_that_overflows_when_squared(backend, big, small):
         scale = {"usv": 1.0, "left": big * small, "balanced": (big * small) ** 0.5}[output]
         assert_close(other.left / scale, one.left, 1e-13)
         assert float(other.error_bound) == pytest.approx(float(one.error_bound), rel=0.5)
+
+
+@backends
+@pytest.mark.parametrize("ranks", [(4, 4), (12, 14)], ids=("stacked", "dense"))
+@pytest.mark.parametrize("exponent", [300, 900])
+def test_clients_in_opposite_gauges_at_the_ends_of_float64(backend, ranks, exponent):
+    """Powers of two that cancel, between the factors of a client or between factor and weight, leave no trace."""
+    t, base = 2.0**exponent, gaussian(17, 13, ranks, 1)
+    (B_0, B_1), (A_0, A_1), (w_0, w_1) = base.B, base.A, base.weights.tolist()
+    gauges = LoRAProblem((B_0 * t, B_1 / t), (A_0 / t, A_1 * t), base.weights)
+    weights = LoRAProblem((B_0, B_1 * t), (A_0 / t, A_1), torch.tensor([w_0 * t, w_1 / t], dtype=torch.float64))
+    expected = product(backend, base)
+    assert expected.rank == min(13, sum(ranks))
+    for other in (gauges, weights):
+        for one, found in zip(expected, product(backend, other), strict=True):
+            assert same_bits(one, found)
+
+
+@backends
+@pytest.mark.parametrize("ranks", [(4, 4, 3), (12, 14, 3)], ids=("stacked", "dense"))
+def test_a_zero_client_at_the_end_of_float64_hides_no_other(backend, ranks):
+    base = gaussian(17, 13, ranks, 1)
+    scale = (1e-140, 1e-140, 1e300)
+    A = tuple(a * x for a, x in zip(base.A, scale, strict=True))
+    result = product(backend, LoRAProblem((*base.B[:2], base.B[2] * 0), A, base.weights))
+    expected = product(backend, LoRAProblem(base.B[:2], base.A[:2], base.weights[:2]))
+    assert result.rank == expected.rank == min(13, sum(ranks[:2]))
+    assert_close(result.S[:8] / 1e-140, expected.S[:8], 1e-13)
 
 
 @backends

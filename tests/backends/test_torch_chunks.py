@@ -7,7 +7,7 @@ from products import ALL, energy, factors, matrix
 from fedlora_kernels.backends.contract import RuleCode, RuleSpec
 from fedlora_kernels.backends.torch import BACKEND, backtransform, gram, householder, product, svd
 from fedlora_kernels.backends.torch.cholesky import pivoted_cholesky
-from fedlora_kernels.backends.torch.chunks import U64, exponent, load, load_exponent, pow2, scale_pow2, slices
+from fedlora_kernels.backends.torch.chunks import U64, column_exponents, exponent, load, pow2, scale_pow2, slices
 from fedlora_kernels.testing import LoRAProblem, assert_close, prescribed, spectrum
 from fedlora_kernels.testing.factors import cancelling, gaussian
 
@@ -57,7 +57,7 @@ def test_load_keeps_the_layout_and_widens():
     assert stack.dtype == torch.float64
     assert torch.equal(stack, torch.cat([b.double() for b in blocks], -1)[:, 2:7])
     transposed = [torch.randn(2, 3, 9).mT, torch.randn(2, 2, 9).mT]
-    stack = load(transposed, slice(0, 9), torch.tensor([1, -2]))
+    stack = load(transposed, slice(0, 9), torch.tensor([[1], [-2]]))
     assert stack.mT.is_contiguous()
     assert torch.equal(stack, torch.cat(transposed, -1).double() * torch.tensor([0.5, 4.0])[:, None, None])
 
@@ -72,10 +72,14 @@ def test_powers_of_two_are_exact_over_the_whole_range():
 
 
 def test_only_float64_is_scaled_on_load():
-    assert load_exponent([torch.full((2, 3, 2), 1e30)]) is None
+    assert column_exponents([torch.full((2, 3, 2), 1e30)]) is None
     blocks = [torch.full((2, 3, 2), 8.0, dtype=torch.float64), torch.full((2, 3, 1), 100.0)]
-    blocks[0][1] = 1e200
-    assert load_exponent(blocks).tolist() == [6, 664]
+    blocks[0][1, :, 0] = -1e200
+    blocks[0][1, :, 1] = 0
+    e = column_exponents(blocks)
+    assert e.tolist() == [[3, 3, 6], [664, e[1, 1], 6]]
+    assert e[1, 1] < -4000
+    assert load(blocks, slice(0, 3), e).abs().amax(-2).tolist() == [[1, 1, 100 / 64], [1e200 / 2.0**664, 0, 100 / 64]]
 
 
 @pytest.mark.parametrize("R", [1, 5, 63, 64, 65, 150])

@@ -125,6 +125,18 @@ def test_float64_that_overflows_when_squared(backend, big, small):
 
 
 @backends
+@pytest.mark.parametrize("exponent", [300, 900])
+def test_opposite_gauges_at_the_ends_of_float64(backend, exponent):
+    t, base = 2.0**exponent, gaussian(19, 13, (4, 3), 1)
+    up = torch.tensor([t, 1 / t, 1.0, t], dtype=torch.float64)
+    (B_0, B_1), (A_0, A_1), (w_0, w_1) = base.B, base.A, base.weights.tolist()
+    weights = torch.tensor([w_0, w_1 / t], dtype=torch.float64)
+    wild = LoRAProblem((B_0 * up, B_1 * t), (A_0 / up[:, None], A_1), weights)
+    found, expected = (gram(backend, factors(problem))[0] for problem in (wild, base))
+    assert_close(found, expected, 1e-14)
+
+
+@backends
 def test_weights_act_as_numbers(backend):
     base = gaussian(19, 13, (4, 3), 1)
     heavy = dataclasses.replace(base, weights=torch.tensor([-2.0, 0.5], dtype=torch.float64))

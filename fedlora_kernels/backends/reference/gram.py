@@ -33,12 +33,17 @@ def _inner(B_i: Tensor, A_i: Tensor, w_i: Tensor, B_j: Tensor, A_j: Tensor, w_j:
     """``<w_i B_i A_i, w_j B_j A_j>`` as ``sum((B_i^T B_j) o (A_i A_j^T))``; NaN if a factor is not finite."""
     if not all(torch.isfinite(X).all() for X in (B_i, A_i, B_j, A_j)):
         return torch.tensor(torch.nan, dtype=torch.float64)
-    (B_i, b_i), (A_i, a_i), (B_j, b_j), (A_j, a_j) = (_in_range(X) for X in (B_i, A_i, B_j, A_j))
-    total = ((B_i.mT @ B_j) * (A_i @ A_j.mT)).sum()
-    return times_power(total * w_i * w_j, b_i + a_i + b_j + a_j)
+    B_i, A_i, e_i = _in_range(B_i.double(), A_i.double(), w_i)
+    B_j, A_j, e_j = _in_range(B_j.double(), A_j.double(), w_j)
+    return times_power(((B_i.mT @ B_j) * (A_i @ A_j.mT)).sum(), e_i + e_j)
 
 
-def _in_range(X: Tensor) -> tuple[Tensor, Tensor]:
-    """``X 2^-e`` in float64 with its largest element in [1/2, 1), and e: its squares stay in range."""
-    e = exponent_of(X.double().abs().amax() if X.numel() else torch.zeros(()))
-    return times_power(X.double(), -e), e
+def _in_range(B: Tensor, A: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """B', A', e with ``B' A' = w B A 2^-e``: columns of B' and the heaviest row of A' near 1, so that squares stay in range."""
+    live = B.any(0) & A.any(1)
+    B, A = B[:, live], A[live]
+    if not A.numel():
+        return B, A, torch.tensor(0)
+    b, a, e_w = exponent_of(B.abs().amax(0)), exponent_of(A.abs().amax(1)), exponent_of(w)
+    e = (b + a).max()
+    return times_power(B, -b), times_power(w, -e_w) * times_power(A, (b - e)[:, None]), e + e_w

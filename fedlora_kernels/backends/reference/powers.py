@@ -15,7 +15,7 @@ def exponent_of(x: Tensor) -> Tensor:
 
 
 def times_power(x: Tensor, exponent: Tensor) -> Tensor:
-    """Return ``x * 2^exponent`` for float64 x and integer exponents in +-2044, which broadcast; exact but for underflow."""
+    """Return ``x * 2^exponent`` for float64 x and integer exponents, which broadcast; exact where the answer is a normal number."""
     # in two halves, because 2^1074, which lifts the smallest subnormal to 1, is no float64 itself
     half = exponent // 2
     return x * _power(half) * _power(exponent - half)
@@ -23,4 +23,4 @@ def times_power(x: Tensor, exponent: Tensor) -> Tensor:
 
 def _power(exponent: Tensor) -> Tensor:
     # from the bits: exp2 and pow do not promise exact powers on every device, ldexp goes through float32
-    return ((exponent.long() + 1023) << 52).view(torch.float64)
+    return ((exponent.long().clamp(-1022, 1023) + 1023) << 52).view(torch.float64)

@@ -41,7 +41,7 @@ def _group(group: Factors, rule: RuleSpec, output: str, dtype: torch.dtype) -> R
         if torch.isfinite(B).all() and torch.isfinite(A).all():
             om = torch.cat([w.expand(block.shape[-1]) for w, block in zip(group.weights[i], group.B, strict=True)])
             try:
-                found = _decomposed(B, om, A, _load_exponents(group, i))
+                found = _decomposed(B, om, A)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 here.info.fill_(Info.NOT_CONVERGED)
             else:
@@ -90,25 +90,16 @@ class _Decomposition:
     is_dense: bool = False
 
 
-def _load_exponents(group: Factors, i: int) -> tuple[Tensor, Tensor]:
-    """Exponents of the largest elements of B and A: float64 may overflow when squared, the narrower types cannot."""
-    return _exponent([block[i] for block in group.B]), _exponent([block[i] for block in group.A])
-
-
-def _exponent(blocks: Sequence[Tensor]) -> Tensor:
-    largest = max(float(block.abs().max()) for block in blocks if block.numel())
-    wide = any(block.dtype == torch.float64 for block in blocks)
-    return exponent_of(torch.tensor(largest, dtype=torch.float64)) - 1 if wide and largest else torch.tensor(0)
-
-
-def _decomposed(B: Tensor, om: Tensor, A: Tensor, load: tuple[Tensor, Tensor]) -> _Decomposition:
-    """SVD of ``B diag(om) A``, brought into range by exact powers of two."""
-    e_B, e_A = load
-    e_om = exponent_of(om.abs().max()) - 1
-    e_om = e_om + (e_B + e_A + e_om) % 2  # an even sum has an exact square root, which the output "balanced" needs
-    B, A, om = times_power(B, -e_B), times_power(A, -e_A), times_power(om, -e_om)
+def _decomposed(B: Tensor, om: Tensor, A: Tensor) -> _Decomposition:
+    """SVD of ``B diag(om) A``, every column of B and row of A brought into range by exact powers of two."""
+    e_B, e_A = exponent_of(B.abs().amax(0)) - 1, exponent_of(A.abs().amax(1)) - 1
+    om = torch.where(B.any(0) & A.any(1), om, 0.0)
+    e_update = (e_B + e_A + exponent_of(om) - 1)[om != 0]
+    e = e_update.max() if e_update.numel() else torch.tensor(0)
+    e = e + e % 2  # an even exponent has an exact square root, which the output "balanced" needs
+    B, A, om = times_power(B, -e_B), times_power(A, -e_A[:, None]), times_power(om, e_B + e_A - e)
     route = _dense if B.shape[1] >= 2 * min(B.shape[0], A.shape[1]) else _factored
-    return route(B, om[:, None] * A, e_B + e_A + e_om)
+    return route(B, om[:, None] * A, e)
 
 
 def _factored(B: Tensor, A: Tensor, e: Tensor) -> _Decomposition:
@@ -169,12 +160,11 @@ def _norm_bound(G: Tensor) -> float:
 
 
 def _write(found: _Decomposition, rule: RuleSpec, output: str, raw: RawProduct) -> None:
-    true_s, true_floor = times_power(found.s, found.e), float(times_power(found.floor, found.e))
-    s, uncapped = found.s.tolist(), rule._replace(cap=0)
-    if rule.code == RuleCode.ABSOLUTE:
-        wanted = rank_of(true_s.tolist(), uncapped, 0.0, true_floor)
+    true_s, s = times_power(found.s, found.e), found.s.tolist()
+    if rule.code == RuleCode.ABSOLUTE:  # the only rule that knows a scale
+        wanted = int(((true_s > rule.value) & (found.s > found.floor)).sum())
     else:
-        wanted = rank_of(s, uncapped, found.energy, float(found.floor))
+        wanted = rank_of(s, rule._replace(cap=0), found.energy, float(found.floor))
     p = min(wanted, rule.cap) if rule.cap else wanted
 
     left, right = _POWERS[output]

@@ -54,12 +54,11 @@ class Certificate(NamedTuple):
 def certify(spectrum: Spectrum, rule: RuleSpec) -> Certificate:
     """Choose the rank and bound the errors."""
     S, energy, floor = spectrum.S, spectrum.energy, spectrum.floor
-    uncapped = rule._replace(cap=0)
     if rule.code == RuleCode.ABSOLUTE:
-        S_true, floor_true = scale_pow2(S, spectrum.e), scale_pow2(floor, spectrum.e)
-        wanted = select_rank(S_true, uncapped, torch.zeros_like(energy), floor_true)
+        # The only rule that knows a scale; a value beyond float64 is above every cutoff.
+        wanted = ((scale_pow2(S, spectrum.e) > rule.value) & (S > floor[:, None])).sum(-1)
     else:
-        wanted = select_rank(S, uncapped, energy, floor)
+        wanted = select_rank(S, rule._replace(cap=0), energy, floor)
     rank = wanted.clamp_max(rule.cap) if rule.cap else wanted
     numerical = (S > floor[:, None]).sum(-1)
     error, error_bound = _truncation(spectrum, rank)

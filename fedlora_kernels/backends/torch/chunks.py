@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["U64", "WORKSPACE", "exponent", "finite", "load", "load_exponent", "pow2", "scale_pow2", "slices"]
+__all__ = ["U64", "WORKSPACE", "column_exponents", "exponent", "finite", "load", "pow2", "scale_pow2", "slices"]
 
 U64 = 2.0**-53
 """Unit roundoff of float64."""
 
 WORKSPACE = 48 << 20
 """Bytes of temporaries an op may hold beyond inputs, outputs and a few R x R matrices of one problem."""
+
+
+_EXPONENT_OF_ZERO = -10000
 
 
 def slices(total: int, bytes_each: int, limit: int = WORKSPACE // 8) -> Iterator[slice]:
@@ -51,17 +54,19 @@ def finite(block: Tensor) -> Tensor:
     return torch.isfinite(low) & torch.isfinite(high)
 
 
-def load_exponent(blocks: Sequence[Tensor]) -> Tensor | None:
-    """Exponent (N,) of the largest element of N stacks if some block is float64; None for narrower types, which square safely."""
-    filled = [block for block in blocks if block.numel()]
-    if not filled or all(block.dtype != torch.float64 for block in blocks):
+def column_exponents(blocks: Sequence[Tensor]) -> Tensor | None:
+    """Exponents (N, R) of the largest element of every column if some block is float64; None for narrower types, which square safely.
+
+    A column of zeros gets one below all others, so that it never decides the scale of a matrix.
+    """
+    if not blocks[0].shape[1] or all(block.dtype != torch.float64 for block in blocks):
         return None
-    largest = [torch.linalg.vector_norm(block, float("inf"), dim=(-2, -1)).double() for block in filled]
-    return exponent(torch.stack(largest).amax(0)).clamp(-1022, 1022)
+    largest = torch.cat([torch.maximum(block.amax(-2), -block.amin(-2)).double() for block in blocks], -1)
+    return torch.where(largest == 0, _EXPONENT_OF_ZERO, exponent(largest).clamp(-1022, 1022))
 
 
 def load(blocks: Sequence[Tensor], rows: slice, e: Tensor | None) -> Tensor:
-    """Rows of the stack ``[X_1 | ... | X_K] 2^-e`` as float64 (N, rows, R), laid out in memory as the blocks are."""
+    """Rows of the stack ``[X_1 | ... | X_K] 2^-e``, e (N, R) or (N, 1), as float64 (N, rows, R), laid out as the blocks are."""
     N, R, count = blocks[0].shape[0], sum(block.shape[-1] for block in blocks), rows.stop - rows.start
     options: dict[str, Any] = {"dtype": torch.float64, "device": blocks[0].device}
     by_columns = blocks[0].stride(-1) > blocks[0].stride(-2)
@@ -70,4 +75,4 @@ def load(blocks: Sequence[Tensor], rows: slice, e: Tensor | None) -> Tensor:
     for block in blocks:
         stack[..., start : start + block.shape[-1]] = block[:, rows]
         start += block.shape[-1]
-    return stack if e is None else stack.mul_(pow2(-e)[:, None, None])
+    return stack if e is None else stack.mul_(pow2(-e)[:, None, :])

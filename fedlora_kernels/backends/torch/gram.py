@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import Factors
-from fedlora_kernels.backends.torch.chunks import finite, load, load_exponent, scale_pow2, slices
+from fedlora_kernels.backends.torch.chunks import column_exponents, exponent, finite, load, scale_pow2, slices
 
 __all__ = ["gram", "update_gram"]
 
@@ -16,7 +16,7 @@ _TILE = 1024
 
 
 def gram(blocks: Sequence[Tensor], e: Tensor | None) -> Tensor:
-    """``X^T X`` (N, R, R) float64 of the stack ``X = [X_1 | ... | X_K] 2^-e``, blocks (N, m, r_k)."""
+    """``X^T X`` (N, R, R) float64 of the stack ``X = [X_1 | ... | X_K] 2^-e``, blocks (N, m, r_k), e (N, R) or None."""
     N, m, _ = blocks[0].shape
     R = sum(block.shape[-1] for block in blocks)
     G = torch.zeros(N, R, R, dtype=torch.float64, device=blocks[0].device)
@@ -40,15 +40,28 @@ def _update_gram(group: Factors) -> Tensor:
     weights = group.weights.to(device)
     for part in slices(N, 8 * 4 * min(_TILE, group.width) ** 2):
         B, A = [block[part] for block in group.B], [block[part].mT for block in group.A]
-        e_B, e_A = load_exponent(B), load_exponent(A)
-        G = _inner_products(B, A, e_B, e_A) * weights[part, :, None] * weights[part, None, :]
+        e_B, e_A, e = _exponents(B, A)
+        e_w = exponent(weights[part])
+        w, e = scale_pow2(weights[part], -e_w), e + e_w
+        G = _inner_products(B, A, e_B, e_A) * w[:, :, None] * w[:, None, :]
         good = torch.stack([finite(b) & finite(a) for b, a in zip(B, A, strict=True)], -1)
         G.masked_fill_(~(good[:, :, None] & good[:, None, :]), torch.nan)
-        G = (G + G.mT) / 2
-        for e in (e_B, e_A):
-            G = G if e is None else scale_pow2(G, 2 * e)
-        out[part] = G
+        out[part] = scale_pow2((G + G.mT) / 2, e[:, :, None] + e[:, None, :])
     return out
+
+
+def _exponents(B: Sequence[Tensor], A: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Exponents (N, R) of the columns of B and of A, and (N, K) of the clients: what the columns leave of their updates."""
+    e = torch.zeros(B[0].shape[0], len(B), dtype=torch.int64, device=B[0].device)
+    e_B, e_A = column_exponents(B), column_exponents(A)
+    if e_B is None and e_A is None:
+        return None, None, e
+    ranks = torch.tensor([block.shape[-1] for block in B])
+    owner = torch.arange(len(B)).repeat_interleave(ranks).to(e.device)
+    e_B, e_A = (torch.zeros_like(e)[:, owner] if x is None else x for x in (e_B, e_A))
+    e = e.scatter_reduce(-1, owner.expand_as(e_B), e_B + e_A, "amax", include_self=False)
+    # A takes over the gauge of every column: the lighter ones of a client stay as light as they are.
+    return e_B, e[:, owner] - e_B, e
 
 
 def _inner_products(B: Sequence[Tensor], A: Sequence[Tensor], e_B: Tensor | None, e_A: Tensor | None) -> Tensor:
@@ -56,11 +69,12 @@ def _inner_products(B: Sequence[Tensor], A: Sequence[Tensor], e_B: Tensor | None
     G = torch.empty(B[0].shape[0], len(B), len(B), dtype=torch.float64, device=B[0].device)
     tiles = list(_tiles([block.shape[-1] for block in B]))
     for i, first in enumerate(tiles):
+        B_1, A_1 = _tile(B, e_B, first), _tile(A, e_A, first)
         for second in tiles[i:]:
             if second is first:
-                H = gram(B[first], e_B) * gram(A[first], e_A)
+                H = gram(*B_1) * gram(*A_1)
             else:
-                H = _cross_gram(B[first], B[second], e_B) * _cross_gram(A[first], A[second], e_A)
+                H = _cross_gram(*B_1, *_tile(B, e_B, second)) * _cross_gram(*A_1, *_tile(A, e_A, second))
             part = _sum_blocks(H, B[first], B[second])
             G[:, first, second] = part
             if second is not first:
@@ -78,12 +92,20 @@ def _tiles(ranks: Sequence[int]) -> Iterator[slice]:
     yield slice(start, len(ranks))
 
 
-def _cross_gram(first: Sequence[Tensor], second: Sequence[Tensor], e: Tensor | None) -> Tensor:
+def _tile(blocks: Sequence[Tensor], e: Tensor | None, clients: slice) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Blocks and column exponents of some clients."""
+    start, width = (sum(block.shape[-1] for block in part) for part in (blocks[: clients.start], blocks[clients]))
+    return blocks[clients], None if e is None else e[:, start : start + width]
+
+
+def _cross_gram(
+    first: Sequence[Tensor], e_first: Tensor | None, second: Sequence[Tensor], e_second: Tensor | None
+) -> Tensor:
     N, m, _ = first[0].shape
     P, Q = (sum(block.shape[-1] for block in blocks) for blocks in (first, second))
     G = torch.zeros(N, P, Q, dtype=torch.float64, device=first[0].device)
     for rows in slices(m, 8 * N * (P + Q)):
-        G.baddbmm_(load(first, rows, e).mT, load(second, rows, e))
+        G.baddbmm_(load(first, rows, e_first).mT, load(second, rows, e_second))
     return G
 
 

@@ -19,7 +19,11 @@ __all__ = ["Decomposition", "Problem", "dense", "orthogonalised", "row_bound"]
 
 
 class Problem(NamedTuple):
-    """One update (N = 1): B (1, m, r_k), A^T as blocks (1, n, r_k), om (1, R), exponents (1,) of B, A (None: not scaled) and the update."""
+    """N updates: B (N, m, r_k), A^T as blocks (N, n, r_k), om (N, R).
+
+    ``e_left`` and ``e_right`` are exponents (N, R) of the columns, taken out on loading (None: not scaled), ``e`` (N,) that of
+    the update.
+    """
 
     B: Sequence[Tensor]
     A: Sequence[Tensor]
@@ -87,8 +91,9 @@ def _form(problem: Problem) -> tuple[Tensor, Tensor]:
     for b, a in zip(problem.B, problem.A, strict=True):
         for part in slices(b.shape[-1], 8 * (m + n)):
             columns = slice(start + part.start, start + part.stop)
-            X = load([b[..., part]], slice(0, m), problem.e_left)
-            Y = load([a[..., part]], slice(0, n), problem.e_right).mul_(problem.om[:, None, columns])
+            e_left, e_right = (None if e is None else e[:, columns] for e in (problem.e_left, problem.e_right))
+            X = load([b[..., part]], slice(0, m), e_left)
+            Y = load([a[..., part]], slice(0, n), e_right).mul_(problem.om[:, None, columns])
             W.baddbmm_(X, Y.mT)
             formed += (torch.linalg.vector_norm(X, dim=1) * torch.linalg.vector_norm(Y, dim=1)).sum(-1)
         start += b.shape[-1]

@@ -136,7 +136,7 @@ def _cross_product(term: _Term) -> tuple[Tensor, Tensor, Tensor]:
     for wave in slices(N, 16 * r * 512, _TILE):
         X, Y = term.source[wave], term.target[wave]
         for part in slices(rows, 16 * r * X.shape[0], _TILE):
-            x, y = load([X], part, e_X[wave]), load([Y], part, e_Y[wave])
+            x, y = load([X], part, e_X[wave, None]), load([Y], part, e_Y[wave, None])
             M[wave].baddbmm_(x.mT, y)
             squares[0, wave] += x.square().sum((-2, -1))
             squares[1, wave] += y.square().sum((-2, -1))

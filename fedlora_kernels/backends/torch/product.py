@@ -15,9 +15,9 @@ from fedlora_kernels.backends.torch.cholesky import pivoted_cholesky
 from fedlora_kernels.backends.torch.chunks import (
     U64,
     WORKSPACE,
+    column_exponents,
     exponent,
     finite,
-    load_exponent,
     pow2,
     scale_pow2,
     slices,
@@ -79,15 +79,16 @@ def _zeros(group: Factors, dtype: torch.dtype, device: torch.device) -> RawProdu
 
 
 def _load_weights(group: Factors, part: slice, device: torch.device) -> Problem:
-    """The problems of one slice; e is the even exponent that brings blocks and weights into range."""
+    """The problems of one slice; e is the even exponent that brings the heaviest column of the update into range."""
     B, A = [block[part] for block in group.B], [block[part].mT for block in group.A]
     weights = group.weights[part].to(device)
-    e_B, e_A, e_w = load_exponent(B), load_exponent(A), exponent(weights.abs().amax(-1))
-    e = sum((e for e in (e_B, e_A) if e is not None), start=e_w)
-    e_w, e = e_w + e % 2, e + e % 2
     ranks = torch.tensor([block.shape[-1] for block in B], device=device)
-    om = scale_pow2(weights, -e_w).repeat_interleave(ranks, -1, output_size=group.width)
-    return Problem(B, A, om, e_B, e_A, e)
+    om = weights.repeat_interleave(ranks, -1, output_size=group.width)
+    e_B, e_A = column_exponents(B), column_exponents(A)
+    e_columns = sum((e for e in (e_B, e_A) if e is not None), start=torch.zeros_like(om, dtype=torch.int64))
+    e = (e_columns + exponent(om)).amax(-1)
+    e = e + e % 2
+    return Problem(B, A, scale_pow2(om, e_columns - e[:, None]), e_B, e_A, e)
 
 
 class _Core(NamedTuple):
