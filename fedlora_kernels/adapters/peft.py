@@ -20,6 +20,8 @@ __all__ = ["Layout", "LoRAConfig", "read_layout"]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 EMBEDDINGS = ("embed_tokens", "lm_head")
+Findings = dict[tuple[str, str], list[str]]
+"""Names by what was found ("module" or "tensor", text)."""
 
 
 @dataclass
@@ -146,10 +148,21 @@ def read_layout(
         raise FormatError(f"{who}: no tensors; an adapter needs at least one pair of lora_A and lora_B")
     config = LoRAConfig(raw, who)
     keys = canonical_keys(tensors, who, adapter_name)
-    warnings: list[str] = []
-    modules = _modules(keys, tensors, config, rank_from, warnings)
-    found = _extras(keys, tensors, config, modules, extras == "ignore", warnings)
-    return Layout(modules, found, tuple(warnings + config.warnings()), tuple(config.notes()))
+    findings: Findings = {}
+    modules = _modules(keys, tensors, config, rank_from, findings)
+    found = _extras(keys, tensors, config, modules, extras == "ignore", findings)
+    return Layout(modules, found, tuple(_warnings(who, findings) + config.warnings()), tuple(config.notes()))
+
+
+def _warnings(who: str, findings: Findings) -> list[str]:
+    """One text for each finding, however many modules or tensors it was made in."""
+    texts = []
+    for (kind, text), names in findings.items():
+        where = f"{kind} {printable(names[0])!r}"
+        texts.append(
+            f"{who}, {where}: {text}" if len(names) == 1 else f"{who}, {where} and {len(names) - 1} more: {text}"
+        )
+    return texts
 
 
 def _modules(
@@ -157,7 +170,7 @@ def _modules(
     tensors: Mapping[str, TensorSpec],
     config: LoRAConfig,
     rank_from: str,
-    warnings: list[str],
+    findings: Findings,
 ) -> dict[str, ModuleSpec]:
     factors: dict[str, dict[str, TensorSpec]] = {}
     for key in keys:
@@ -165,11 +178,11 @@ def _modules(
             factors.setdefault(key.name, {})[key.part] = tensors[key.key]
     if not factors:
         raise FormatError(f"{config.who}: no lora_A and lora_B among {len(keys)} tensors; is this a LoRA adapter?")
-    return {name: _module(name, pair, config, rank_from, warnings) for name, pair in factors.items()}
+    return {name: _module(name, pair, config, rank_from, findings) for name, pair in factors.items()}
 
 
 def _module(
-    name: str, pair: Mapping[str, TensorSpec], config: LoRAConfig, rank_from: str, warnings: list[str]
+    name: str, pair: Mapping[str, TensorSpec], config: LoRAConfig, rank_from: str, findings: Findings
 ) -> ModuleSpec:
     where = f"{config.who}, module {printable(name)!r}"
     for letter, other in ("A", "B"), ("B", "A"):
@@ -187,19 +200,21 @@ def _module(
         raise FormatError(
             f"{where}: lora_A {A.shape} has {rank} rows, lora_B {B.shape} has {B.shape[1]} columns; equal needed"
         )
-    scale = _scale(name, rank, config, rank_from, where, warnings)
+    scale = _scale(name, rank, config, rank_from, where, findings)
     return ModuleSpec(name, "linear", B.shape[0], A.shape[1], rank, scale, B, A)
 
 
-def _scale(name: str, rank: int, config: LoRAConfig, rank_from: str, where: str, warnings: list[str]) -> float:
+def _scale(name: str, rank: int, config: LoRAConfig, rank_from: str, where: str, findings: Findings) -> float:
     resolved, alpha = config.resolve(name)
     if resolved != rank:
-        found = f"{where}: the configuration says rank {resolved}, the tensors have {rank}"
+        found = f"the configuration says rank {resolved}, the tensors have {rank}"
         if rank_from != "tensor":
-            raise FormatError(f"{found}; equal ranks needed. Mend r or rank_pattern, or read with rank_from='tensor'")
-        warnings.append(f"{found}; the tensors' rank is used")
+            raise FormatError(
+                f"{where}: {found}; equal ranks needed. Mend r or rank_pattern, or read with rank_from='tensor'"
+            )
+        findings.setdefault(("module", f"{found}; the tensors' rank is used"), []).append(name)
     if alpha == 0:
-        warnings.append(f"{where}: lora_alpha is 0, so the update is zero")
+        findings.setdefault(("module", "lora_alpha is 0, so the update is zero"), []).append(name)
     return config.scale(alpha, rank)
 
 
@@ -226,7 +241,7 @@ def _extras(
     config: LoRAConfig,
     modules: Mapping[str, ModuleSpec],
     ignore: bool,
-    warnings: list[str],
+    findings: Findings,
 ) -> dict[str, ExtraSpec]:
     found: dict[str, ExtraSpec] = {}
     for key in keys:
@@ -242,7 +257,7 @@ def _extras(
                     f"{config.who}: unknown tensor {printable(key.key)!r}; neither a factor nor named by modules_to_save or "
                     "bias. Remove it, or drop such tensors with extras='ignore'"
                 )
-            warnings.append(f"{config.who}: tensor {printable(key.key)!r} is not understood and was dropped")
+            findings.setdefault(("tensor", "not understood, dropped"), []).append(key.key)
             continue
         else:
             continue

@@ -142,9 +142,7 @@ def _check_fields(adapters: Mapping[str, Adapter], extras: str, failures: list[F
         _, holder, reference = _majority(values)
         for client, value in values.items():
             if value != reference:
-                text = (
-                    f"{name} is {printable(value)} but {reference} in client {printable(holder)!r}; equal values needed"
-                )
+                text = f"{name} is {printable(value)} but {printable(reference)} in client {printable(holder)!r}; equal values needed"
                 failures.append(Failure(client, "configuration", MismatchError, text))
 
 

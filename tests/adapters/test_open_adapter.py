@@ -224,7 +224,7 @@ def test_unknown_tensors_are_refused_or_dropped_with_a_warning():
         open_adapter((tensors, settings))
     adapter = open_adapter((tensors, settings), ReadOptions(extras="ignore"))
     assert adapter.extras == {}
-    assert "tensor 'norm.bias' is not understood and was dropped" in adapter.warnings[0]
+    assert "tensor 'norm.bias': not understood, dropped" in adapter.warnings[0]
 
 
 def test_extra_tensors_must_be_floats_and_whole():

@@ -59,6 +59,19 @@ def test_alpha_zero_is_legal_and_warns():
     assert "lora_alpha is 0, so the update is zero" in adapter.warnings[0]
 
 
+def test_a_client_warns_once_however_many_modules_it_has():
+    tensors = {**state(), "base_model.model.norm.bias": torch.ones(3), "base_model.model.norm.scale": torch.ones(3)}
+    fields = {"rank_pattern": {}, "r": 5, "lora_alpha": 0}
+    adapter = open_adapter((tensors, config(**fields)), ReadOptions(rank_from="tensor", extras="ignore"), name="c")
+    assert adapter.warnings == (
+        "client 'c', module 'layers.0.q_proj' and 1 more: the configuration says rank 5, the tensors have 3; "
+        "the tensors' rank is used",
+        "client 'c', module 'layers.0.q_proj' and 2 more: lora_alpha is 0, so the update is zero",
+        "client 'c', module 'layers.0.v_proj': the configuration says rank 5, the tensors have 2; the tensors' rank is used",
+        "client 'c', tensor 'base_model.model.norm.bias' and 1 more: not understood, dropped",
+    )
+
+
 def test_fields_left_out_take_pefts_defaults():
     tensors = state({"q": (5, 7, 8)})
     assert open_adapter((tensors, {"peft_type": "LORA"})).modules["q"].scale == 1.0
