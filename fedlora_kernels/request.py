@@ -16,7 +16,7 @@ import torch
 from fedlora_kernels import backends
 from fedlora_kernels.adapters.reader import ReadOptions
 from fedlora_kernels.adapters.validation import Policy
-from fedlora_kernels.adapters.writer import WriteOptions
+from fedlora_kernels.adapters.writer import WriteOptions, check_out
 from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.arguments import RULE_FLAGS
 from fedlora_kernels.errors import InputError
@@ -38,7 +38,7 @@ def aggregate_request(options: argparse.Namespace) -> Callable[[Callable[[str, i
     Raises InputError, or the ValueError of an option, naming the flag.
     """
     check_backend(options.backend)
-    _check_parent(options.out)
+    check_out(options.out, options.overwrite)
     cls = method_class(options.method)
     rule = _rule(options, cls)
     settings = method_options(cls, options.set)
@@ -184,13 +184,6 @@ def _policy(options: argparse.Namespace) -> Policy:
 def _write_options(options: argparse.Namespace) -> WriteOptions:
     names = ("target", "output", "uniform_rank", "fill", "drop_zero")
     return WriteOptions(**{name: getattr(options, name) for name in names})
-
-
-def _check_parent(out: str) -> None:
-    parent = Path(os.path.abspath(out)).parent
-    if not parent.is_dir():
-        found = "is no folder" if os.path.lexists(parent) else "does not exist"
-        raise InputError(f"--out {out}: {parent} {found}; create it or choose another place")
 
 
 def _previous(path: str | None) -> str | None:

@@ -35,7 +35,7 @@ def check_out(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """Return the absolute path of an output folder that can be written, before any work is done for it.
 
     Raises InputError where it exists (unless ``overwrite`` and it holds only files written here), is a link or a file, or
-    where the folder around it cannot be written.
+    where the folder around it is missing or cannot be written: a mistyped path makes no folders.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
@@ -44,15 +44,11 @@ def check_out(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     where = printable(out)
     if not out.name:
         raise InputError(f"output {where} is no folder that can be replaced; name a new one")
+    _check_around(out)
     if out.is_symlink():
         raise InputError(f"output {where} is a symbolic link; name the folder itself")
     if os.path.lexists(out):
         _check_replaceable(out, overwrite)
-    around = next(parent for parent in out.parents if os.path.lexists(parent))
-    if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK):
-        raise InputError(
-            f"output {where}: {printable(around)} is not a folder that can be written; choose another place"
-        )
     return out
 
 
@@ -67,13 +63,12 @@ class OutputFolder:
     def __init__(self, out: str | os.PathLike[str], overwrite: bool = False) -> None:
         self.out = check_out(out, overwrite)
         self._overwrite = overwrite
-        self._stem = f".{self.out.name[:160]}.partial-"
+        self._stem = f".{_short(self.out.name)}.partial-"
         self.path = self.out.with_name(f"{self._stem}{os.getpid()}-{secrets.token_hex(4)}")
         self._lock = -1
 
     def __enter__(self) -> OutputFolder:
         with disc_errors(self.out):
-            self.out.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self.path.mkdir()
                 self._lock = _lock(self.path)
@@ -117,7 +112,7 @@ class OutputFolder:
 
     def _swap_aside(self) -> Path:
         """Replace in two renames, where the system cannot exchange."""
-        aside = self.out.with_name(f".{self.out.name[:160]}.old-{os.getpid()}-{secrets.token_hex(4)}")
+        aside = self.out.with_name(f".{_short(self.out.name)}.old-{os.getpid()}-{secrets.token_hex(4)}")
         with disc_errors(self.out):
             os.rename(self.out, aside)
         try:
@@ -149,6 +144,24 @@ class OutputFolder:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _check_around(out: Path) -> None:
+    where, around = printable(out), out.parent
+    if not os.path.isdir(around):
+        found = "is no folder" if os.path.lexists(around) else "does not exist"
+        raise InputError(f"output {where}: {printable(around)} {found}; create it or choose another place")
+    if not os.access(around, os.W_OK | os.X_OK):
+        raise InputError(
+            f"output {where}: {printable(around)} is not a folder that can be written; choose another place"
+        )
+    if len(os.fsencode(out.name)) > (longest := os.pathconf(around, "PC_NAME_MAX")):
+        raise InputError(f"output {where}: a name of at most {longest} bytes is needed; choose a shorter one")
+
+
+def _short(name: str) -> str:
+    """The beginning of a name, in bytes: with what stands around it, it must still be a file name."""
+    return os.fsencode(name)[:160].decode(errors="ignore")
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:

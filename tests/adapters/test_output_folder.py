@@ -48,13 +48,13 @@ def system(request, monkeypatch):
 
 
 def test_a_new_output_appears_on_commit_only(tmp_path):
-    with OutputFolder(tmp_path / "runs" / "1" / "out") as output:
-        assert output.path.parent == tmp_path / "runs" / "1"
+    with OutputFolder(tmp_path / "out") as output:
+        assert output.path.parent == tmp_path
         put(output.path)
-        assert not (tmp_path / "runs" / "1" / "out").exists()
+        assert not (tmp_path / "out").exists()
         output.commit()
-    assert content(tmp_path / "runs" / "1" / "out") == NEW
-    assert os.listdir(tmp_path / "runs" / "1") == ["out"]
+    assert content(tmp_path / "out") == NEW
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_an_old_output_is_replaced_in_one_step(tmp_path, system):
@@ -214,9 +214,11 @@ def test_outputs_that_cannot_be_written_are_seen_beforehand(tmp_path):
     for path, text in (
         (tmp_path / "out", "exists; replace it with overwrite"),
         (tmp_path / "file", "is a file"),
-        (tmp_path / "file" / "out", "is not a folder that can be written"),
+        (tmp_path / "file" / "out", "file is no folder; create it or choose another place"),
+        (tmp_path / "absent" / "deep" / "out", "deep does not exist; create it or choose another place"),
         ("/", "no folder that can be replaced"),
         ("/proc/out", "is not a folder that can be written"),
+        (tmp_path / ("\u6f22" * 86), "at most 255 bytes is needed"),
         ("", "is not a path"),
         ("a\0b", "is not a path"),
     ):
@@ -234,11 +236,12 @@ def test_the_current_folder_of_a_stranger_is_safe(tmp_path, monkeypatch):
         check_out(".", overwrite=True)
 
 
-def test_long_names_work(tmp_path):
-    with OutputFolder(tmp_path / ("x" * 250)) as output:
-        put(output.path)
-        output.commit()
-    assert content(tmp_path / ("x" * 250)) == NEW
+@pytest.mark.parametrize("name", ["x" * 250, "\u6f22" * 85], ids=["ascii", "wide"])
+def test_long_names_work(tmp_path, name, system):
+    for _ in range(2):
+        replace(tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
+    assert content(tmp_path / name) == NEW
 
 
 KILLED = """
