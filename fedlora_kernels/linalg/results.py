@@ -119,8 +119,8 @@ class ProductSVD:
     @property
     def kept(self) -> Array:
         """Share of the energy that is kept, ``(s_1^2 + ... + s_p^2) / |W|_F^2``; 1 where W is zero: nothing is lost."""
-        zero = self.energy == 0
-        return ((self.S * self.S).sum(-1) + zero) / (self.energy + zero)
+        # The quotient itself leaves the range of float64 long before W does.
+        return 1 - self.error * self.error
 
     def trim(self) -> ProductSVD:
         """Return the result without padding: cut to the largest rank of the batch, so that it stays one rectangular batch.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels import backends
-from fedlora_kernels.backends.contract import RuleSpec
+from fedlora_kernels.backends.contract import RuleCode, RuleSpec
 from fedlora_kernels.errors import InputError, MismatchError, NonFiniteError
 from fedlora_kernels.linalg.arrays import Caller
 from fedlora_kernels.linalg.blocks import Ragged, each_problem, unflatten
@@ -36,7 +36,7 @@ def select_rank(
     Args:
         S: ``(..., k)`` singular values, descending and >= 0, float64, float32, float16 or bfloat16; or `Ragged` of such.
         rule: any rank rule but `Budget`.
-        total_energy: ``(...)`` or one number, ``|W|_F^2``; None is the sum of s_i^2 in float64.
+        total_energy: ``(...)`` or one number, ``|W|_F^2``; None is the sum of s_i^2, free of overflow.
         floor: ``(...)`` or one number, below which a value is noise; None is ``4 k u s_1``, u the unit roundoff of S's dtype.
         check: raise for data that are no spectrum; False answers 0 where a value is not finite, and never waits.
         backend: ``auto`` or a name of ``fedlora env``.
@@ -68,19 +68,39 @@ def _select(where: str, S: Any, total_energy: Any, floor: Any, *, spec: RuleSpec
         raise MismatchError(f"{where}S is a single number; singular values (..., k) are needed")
     batch, k = tuple(given.shape[:-1]), given.shape[-1]
     values = given.to(torch.float64).reshape(math.prod(batch), k)
-    largest = values[:, 0] if k else values.sum(-1)
-    energies = _per_spectrum(caller, where, "total_energy", total_energy, batch, (values * values).sum(-1))
-    floors = _per_spectrum(caller, where, "floor", floor, batch, 2.0 * k * torch.finfo(given.dtype).eps * largest)
+    energies = _per_spectrum(caller, where, "total_energy", total_energy, batch)
+    floors = _per_spectrum(caller, where, "floor", floor, batch)
     if check:
-        _require_spectrum(where, batch, values, energies, floors)
+        zeros = values.new_zeros(len(values))
+        _require_spectrum(where, batch, values, *(zeros if x is None else x for x in (energies, floors)))
+
+    # Squares and sums are those of spectra with s_1 in [1, 2): their own may leave the range of float64.
+    largest = values[:, 0] if k else values.sum(-1)
+    power = _power_of_two_below(largest)
+    scaled, largest = values / power[:, None], largest / power
+    energies = (scaled * scaled).sum(-1) if energies is None else _divided(_divided(energies, power), power)
+    floors = 2.0 * k * torch.finfo(given.dtype).eps * largest if floors is None else _divided(floors, power)
+    if spec.code == RuleCode.ABSOLUTE:  # the only rule that knows a scale
+        scaled, floors = values, floors * power
     sizes = {"p": k, "N": len(values)}
     chosen = backends.choose("select_rank", backend, given.dtype, caller.device, sizes)
-    return caller.give(unflatten(chosen.select_rank(values, spec, energies, floors), batch))
+    return caller.give(unflatten(chosen.select_rank(scaled, spec, energies, floors), batch))
 
 
-def _per_spectrum(caller: Caller, where: str, name: str, value: Any, batch: tuple[int, ...], default: Tensor) -> Tensor:
+def _power_of_two_below(x: Tensor) -> Tensor:
+    """The largest power of two that is at most x; 1 where x is not positive and finite."""
+    usable = torch.where((x > 0) & x.isfinite(), x, 1.0)
+    return usable / (2 * torch.frexp(usable).mantissa)  # exact: the quotient is a power of two
+
+
+def _divided(x: Tensor, power: Tensor) -> Tensor:
+    """``x / power``, finite where x is."""
+    return torch.where(x.isfinite(), (x / power).clamp_max(torch.finfo(x.dtype).max), x)
+
+
+def _per_spectrum(caller: Caller, where: str, name: str, value: Any, batch: tuple[int, ...]) -> Tensor | None:
     if value is None:
-        return default
+        return None
     if isinstance(value, (int, float)):
         return torch.full((math.prod(batch),), float(value), dtype=torch.float64, device=caller.device)
     tensor = caller.take(name, value).to(torch.float64)

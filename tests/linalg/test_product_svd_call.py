@@ -176,8 +176,18 @@ def test_rules_and_caps_bound_the_columns():
     assert loose.left.shape == (M, 7)
     assert loose.trim().left.shape == (M, int(loose.rank))
     assert 0.5 <= float(loose.kept) < 1
-    assert float(loose.error) == pytest.approx((1 - float(loose.kept)) ** 0.5, rel=1e-9)
+    assert float(loose.kept) == pytest.approx(float((loose.S**2).sum() / loose.energy), rel=1e-13)
     assert loose.error <= loose.error_bound
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_the_share_kept_outlives_an_energy_beyond_float64(scale):
+    B, A = clients(dtype=torch.float64)
+    expected = product_svd(B, A, rule=Rank(2))
+    result = product_svd([b * scale for b in B], A, rule=Rank(2))
+    assert float(result.energy) in (0.0, float("inf"))
+    assert float(result.kept) == pytest.approx(float(expected.kept), rel=1e-12)
+    assert 0.1 < float(result.kept) < 0.999
 
 
 @pytest.mark.parametrize("view", ["transposed", "strided", "offset", "expanded"])

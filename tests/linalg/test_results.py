@@ -19,7 +19,7 @@ from fedlora_kernels.linalg.results import (
 )
 
 
-def product(make, ranks=(2, 0, 3), energies=(20.0, 0.0, 14.0)):
+def product(make, ranks=(2, 0, 3), errors=(0.5, 0.0, 0.0)):
     """A batch of three with p_max = 4: singular values rank..1, in torch or NumPy."""
     S = torch.zeros(3, 4, dtype=torch.float64)
     for row, rank in enumerate(ranks):
@@ -28,7 +28,7 @@ def product(make, ranks=(2, 0, 3), energies=(20.0, 0.0, 14.0)):
     right = torch.ones(3, 4, 5) * (S != 0)[:, :, None]
     zero = torch.zeros(3)
     certificate = Certificate(*(make(zero) for _ in range(5)))
-    fields = (left, S, right, torch.tensor(ranks), torch.tensor(energies, dtype=torch.float64), zero, zero)
+    fields = (left, S, right, torch.tensor(ranks), zero, torch.tensor(errors, dtype=torch.float64), zero)
     return ProductSVD(*(make(field) for field in fields), certificate, make(zero.int()), make(zero.int()))
 
 
@@ -36,8 +36,8 @@ def product(make, ranks=(2, 0, 3), energies=(20.0, 0.0, 14.0)):
 def test_kept_is_a_share_of_the_energy_and_one_for_zero(make):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert product(make).kept.tolist() == [0.25, 1.0, 1.0]
-    assert np.isnan(product(make, energies=(float("nan"), 0.0, 14.0)).kept.tolist()[0])
+        assert product(make).kept.tolist() == [0.75, 1.0, 1.0]
+    assert np.isnan(product(make, errors=(float("nan"), 0.0, 0.0)).kept.tolist()[0])
 
 
 @pytest.mark.parametrize("make", [lambda t: t, lambda t: t.numpy()], ids=["torch", "numpy"])

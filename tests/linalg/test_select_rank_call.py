@@ -1,11 +1,24 @@
 """select_rank as a caller sees it; the boundaries of the rules are in test_rules.py."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from fedlora_kernels.errors import InputError, MismatchError, NonFiniteError
-from fedlora_kernels.linalg import Budget, Energy, Ragged, Rank, SingularValueSum, product_svd, select_rank
+from fedlora_kernels.linalg import (
+    Absolute,
+    Budget,
+    Energy,
+    Frobenius,
+    Ragged,
+    Rank,
+    SingularValueRatio,
+    SingularValueSum,
+    product_svd,
+    select_rank,
+)
 
 S = torch.tensor([4.0, 2.0, 2.0, 1.0, 0.0], dtype=torch.float64)
 
@@ -42,6 +55,19 @@ def test_default_floor_is_the_rounding_of_the_dtype(dtype):
     for value, kept in ((limit * 1.25, 3), (limit, 2)):
         spectrum = torch.tensor([1.0, 0.5, value], dtype=torch.float64).to(dtype)
         assert select_rank(spectrum, Energy(1.0)) == kept
+
+
+@pytest.mark.parametrize("e", [-1073, -600, 600, 1021])
+@pytest.mark.parametrize(
+    ("rule", "rank"),
+    [(Energy(0.9), 3), (Frobenius(0.8), 1), (SingularValueSum(0.6), 2), (SingularValueRatio(2.0), 1), (Rank(9), 4)],
+    ids=str,
+)
+def test_powers_of_two_over_the_whole_of_float64_change_no_rank(rule, rank, e):
+    spectrum = torch.tensor([math.ldexp(s, e) for s in S.tolist()], dtype=torch.float64)
+    assert select_rank(spectrum, rule) == select_rank(S, rule) == rank
+    assert select_rank(spectrum, rule, floor=math.ldexp(1.5, e)) == min(rank, 3)
+    assert select_rank(spectrum, Absolute(math.ldexp(1.5, e))) == 3
 
 
 def test_a_given_floor_is_strict():
