@@ -108,14 +108,14 @@ def _gram_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct)
     rho_max = 16 if raw.left.dtype == torch.float64 else 1e4
     doubtful = (certificate.rho > rho_max) | ~(core.spectrum.energy > 0)
     again = (doubtful & (core.spectrum.energy_abs > 0) & ~core.bad).nonzero().flatten().tolist()
+    # Columns that no matrix keeps are zero already; most rules keep far fewer than p_max.
+    width = int(certificate.rank.amax())
     if len(again) < core.bad.shape[0]:
-        # Columns that no matrix keeps are zero already; most rules keep far fewer than p_max.
-        width = int(certificate.rank.amax())
         K_B = _scaled(core.K_B[..., :width], core.spectrum, certificate.rank, powers[0], -1.0)
         K_A = _scaled(core.K_A[..., :width], core.spectrum, certificate.rank, powers[1], -1.0)
         signs = write_left(stack.B, stack.e_left, K_B, raw.left)
         write_right(stack.A, stack.e_right, K_A * signs[:, None, :], raw.right)
-    _store(core.spectrum, certificate, core.info, raw)
+    _store(core.spectrum, certificate, core.info, powers, width, raw)
     for i in again:
         here = _rows(raw, slice(i, i + 1))
         found = orthogonalised(_only(stack, i), core.d[i : i + 1], core.spectrum.row(i))
@@ -189,10 +189,13 @@ def _write(found: Decomposition, rule: RuleSpec, powers: Powers, raw: RawProduct
     signs = column_signs(U)[:, None, :]
     raw.left.zero_()[..., : U.shape[-1]] = U * signs
     raw.right.zero_()[:, : V.shape[-1]] = (V * signs).mT
-    _store(found.spectrum, certificate, found.info, raw)
+    _store(found.spectrum, certificate, found.info, powers, width, raw)
 
 
-def _store(spectrum: Spectrum, certificate: Certificate, info: Tensor, raw: RawProduct) -> None:
+def _store(
+    spectrum: Spectrum, certificate: Certificate, info: Tensor, powers: Powers, width: int, raw: RawProduct
+) -> None:
+    """Write everything but the factors, of which only those that carry singular values can overflow."""
     S = spectrum.S[:, : raw.S.shape[-1]]
     kept = torch.arange(S.shape[-1], device=S.device) < certificate.rank[:, None]
     raw.S[:, : S.shape[-1]] = scale_pow2(torch.where(kept, S, 0.0), spectrum.e)
@@ -201,7 +204,10 @@ def _store(spectrum: Spectrum, certificate: Certificate, info: Tensor, raw: RawP
     raw.passes.fill_(spectrum.passes)
     for name, value in certificate._asdict().items():
         getattr(raw, name).copy_(value)
-    overflow = _has_inf(raw.left) | _has_inf(raw.right) | torch.isinf(raw.S).any(-1)
+    overflow = torch.isinf(raw.S).any(-1)
+    for factor, power in ((raw.left[..., :width], powers[0]), (raw.right[:, :width], powers[1])):
+        if power and width:
+            overflow |= _has_inf(factor)
     raw.info.copy_(info | Info.OVERFLOW * overflow)
     raw.notes.masked_fill_(info != 0, 0)  # nothing is known of an update whose SVD did not converge
 
@@ -212,6 +218,8 @@ def _has_inf(x: Tensor) -> Tensor:
 
 
 def _mark_nonfinite(raw: RawProduct, bad: Tensor) -> None:
+    if not bad.any():
+        return
     for field in raw:
         fill = torch.nan if field.dtype.is_floating_point else 0
         field.masked_fill_(bad.reshape(-1, *[1] * (field.ndim - 1)), fill)
