@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "owned",
     "padded_mean",
     "require_equal_ranks",
+    "svd_rounding",
     "zero_outcome",
 ]
 
@@ -59,6 +61,23 @@ def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     rounded = x.to(dtype)
     lost = torch.isfinite(x) & ~torch.isfinite(rounded)
     return rounded, lost.flatten(1).any(1).cpu(), norms(x - rounded)
+
+
+def svd_rounding(S: Tensor, m: int, n: int, dtype: torch.dtype, output: str) -> Tensor:
+    """What rounding the pair of a truncated SVD to ``dtype`` can add to ``|D - B A|_F``, (N,) float64.
+
+    ``S`` (N, P) are the singular values kept, then zeros, in float64. B and A have orthogonal columns and rows, so the changes of
+    B meet orthogonal rows and add up as squares, and likewise those of A; only the product of both changes adds up as it is.
+    A number below the normal range loses up to half the smallest one, whatever its size.
+    """
+    info = torch.finfo(dtype)
+    unit, least = info.eps / 2, info.smallest_normal * info.eps / 2
+    kept = (S > 0.0).to(torch.float64)
+    on_B, on_A = (S, kept) if output == "left" else (S.sqrt(), S.sqrt())
+    cut_B = unit * on_B + math.sqrt(m) * least * kept
+    cut_A = unit * on_A + math.sqrt(n) * least * kept
+    rounding: Tensor = (cut_B * on_A).norm(dim=1) + (on_B * cut_A).norm(dim=1) + (cut_B * cut_A).sum(1)
+    return rounding
 
 
 def zero_outcome(group: Group) -> Outcome:

@@ -12,7 +12,7 @@ from fedlora_kernels.errors import InputError
 from fedlora_kernels.linalg import product_svd
 from fedlora_kernels.linalg.rules import Budget, Energy, RankRule
 from fedlora_kernels.methods.contract import Group, Method, Outcome, Spectrum, register
-from fedlora_kernels.methods.factors import owned, zero_outcome
+from fedlora_kernels.methods.factors import owned, svd_rounding, zero_outcome
 
 __all__ = ["Florist"]
 
@@ -72,17 +72,19 @@ class Florist(Method):
             right = right.clone()
             right[zero.to(right.device), 0, 0] = 1.0
         certificate = svd.certificate
+        S, energy = svd.S.cpu(), svd.energy.cpu()
+        rounding = svd_rounding(S, group.m, group.n, group.dtype, self.output)
         return Outcome(
             B=svd.left,
             A=right,
             rank=torch.where(zero, torch.ones_like(rank), rank),
             error=svd.error.cpu(),
-            error_bound=svd.error_bound.cpu(),
+            error_bound=svd.error_bound.cpu() + torch.where(zero, 0.0, rounding / energy.sqrt()),
             notes=svd.notes.cpu(),
             info=info,
             spectrum=Spectrum(
-                S=svd.S.cpu(),
-                energy=svd.energy.cpu(),
+                S=S,
+                energy=energy,
                 numerical_rank=certificate.numerical_rank.cpu(),
                 rho=certificate.rho.cpu(),
                 sigma_err=certificate.sigma_err.cpu(),

@@ -262,3 +262,17 @@ def test_wrong_options_are_refused(options, text):
 def test_tau_outside_its_range_is_refused(tau):
     with pytest.raises(ValueError, match="Energy"):
         Energy(tau)
+
+
+@pytest.mark.parametrize("output", ["left", "balanced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.3, 1e-7])
+@pytest.mark.parametrize("rule", [ALL, Rank(3)])
+def test_the_rounding_of_the_answer_is_within_the_bound(output, dtype, scale, rule):
+    p = standard(scale=(scale,) * 5, ranks=(4, 4, 8, 8, 12) if rule is ALL else (3,) * 5)
+    outcome = p.run(rule=rule, output=output, dtype=dtype)
+    assert outcome.B.dtype == dtype
+    found, bound = distance(product(outcome), p.dense()), float(outcome.error_bound[0])
+    assert 0.0 < found <= bound
+    if scale == 0.3:
+        assert bound < float(outcome.error[0]) + 4 * torch.finfo(dtype).eps
