@@ -139,6 +139,15 @@ def _load_block(plan: Plan, adapters: Sequence[Adapter], pin: bool) -> Block:
     return Block(plan, tuple(Bs), tuple(As))
 
 
+def _await(thread: threading.Thread) -> None:
+    """Wait for the end of a thread, interrupted or not: the files that it uses are closed next."""
+    try:
+        thread.join()
+    except BaseException:
+        thread.join()
+        raise
+
+
 class Prefetch(Generic[S, T]):
     """Iterate over ``load(item)`` for each item, one item ahead, in a thread. A context manager; errors of ``load`` surface here."""
 
@@ -159,7 +168,7 @@ class Prefetch(Generic[S, T]):
     ) -> None:
         self._stop.set()
         self._slots.release()
-        self._thread.join()
+        _await(self._thread)
 
     def _run(self) -> None:
         for item in self._items:
@@ -206,7 +215,7 @@ class Drain(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._queue.put(None)
-        self._thread.join()
+        _await(self._thread)
         if error is None:
             self._raise()
 

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 from adapter_problems import SHAPES, client
-from fedlora_kernels.engine.slabs import Drain, Prefetch, load_slab, plan_slabs
 
 from fedlora_kernels.adapters.reader import open_adapter
+from fedlora_kernels.engine.slabs import Drain, Prefetch, load_slab, plan_slabs
 
 EVERYTHING = {"limit": 1 << 30, "itemsize": 4}
 
@@ -148,3 +148,21 @@ def test_an_error_of_the_writer_surfaces_at_the_next_put_or_at_the_end(count):
 def test_an_error_of_the_caller_wins_over_the_writers():
     with pytest.raises(ValueError, match="mine"):
         drain_all(fail_at(1, OSError("full")), [1], ValueError("mine"))
+
+
+@pytest.mark.parametrize("work", [Drain, lambda load: Prefetch([1], load)])
+def test_an_interrupt_while_a_thread_is_awaited_still_awaits_it(work, monkeypatch):
+    """Its files are closed next: a thread that still wrote would write into a file opened since."""
+    thread, calls = work(lambda item: time.sleep(0.3)), []
+    join = thread._thread.join
+
+    def interrupted():
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        join()
+
+    monkeypatch.setattr(thread._thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt), thread:
+        getattr(thread, "put", id)(1)
+    assert not thread._thread.is_alive()
