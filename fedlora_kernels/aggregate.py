@@ -15,7 +15,7 @@ from fedlora_kernels import backends
 from fedlora_kernels.adapters.reader import ReadOptions
 from fedlora_kernels.adapters.validation import Policy
 from fedlora_kernels.adapters.writer import OutputFolder, WriteOptions, check_out
-from fedlora_kernels.engine.clients import admit, open_clients
+from fedlora_kernels.engine.clients import admit, check_apart, open_clients
 from fedlora_kernels.engine.passes import Progress
 from fedlora_kernels.engine.result import Result, State
 from fedlora_kernels.engine.run import Run
@@ -123,6 +123,8 @@ def aggregate(
         roster = open_clients(clients, weights, normalize=normalize, read=settings.read)
         for client in roster:
             stack.callback(client.close)
+        if out is not None:
+            check_apart(roster, out)
         seen = stack.enter_context(backends.record())
         run = Run(settings, roster, admit(roster, settings.policy, settings.read))
         folder = None if out is None else stack.enter_context(OutputFolder(out, overwrite))

@@ -1,6 +1,7 @@
 """`aggregate`: exact sums over awkward inputs, clients, weights, order, arguments."""
 
 import json
+import time
 import warnings
 from pathlib import Path
 
@@ -460,3 +461,25 @@ def test_a_change_in_one_client_changes_the_answer():
     pairs = clients()
     other = [changed(pairs[0], "B", lambda t: t * 1.01), *pairs[1:]]
     assert distance(products(aggregate(pairs, rule=ALL).adapter), products(aggregate(other, rule=ALL).adapter)) > 1e-4
+
+
+def test_very_many_clients_of_one_name_are_told_apart_at_once():
+    from fedlora_kernels.engine.clients import _unique
+
+    started = time.perf_counter()
+    names = [name for name, _ in _unique([("a_3", 0), *[("a", 0)] * 50_000, ("a_2", 0)])]
+    assert len(set(names)) == 50_002
+    assert names[:4] == ["a_3", "a", "a_4", "a_5"]
+    assert names[-1] == "a_2"
+    assert time.perf_counter() - started < 20
+
+
+def test_one_folder_under_several_paths_warns(tmp_path, monkeypatch):
+    from make_adapters import write
+
+    write(tmp_path / "c", *client())
+    (tmp_path / "link").symlink_to(tmp_path / "c")
+    monkeypatch.chdir(tmp_path)
+    for other in ("c/", str(tmp_path / "c"), "link", "../" + tmp_path.name + "/c"):
+        with pytest.warns(UserWarning, match="same adapter"):
+            aggregate(["c", other])

@@ -307,3 +307,17 @@ def test_many_client_names_fit_into_the_metadata(tmp_path):
     result = aggregate(pairs, rule=ALL, out=tmp_path / "out")
     assert json.loads(result.adapter.metadata["fedlora.clients"]) == list(pairs)
     assert distance(products(result.adapter), weighted(list(pairs.values()))) < 1e-6
+
+
+@pytest.mark.parametrize("out", ["c0", "c0/", "link/c0", "round"])
+def test_the_output_never_replaces_a_client(tmp_path, monkeypatch, out):
+    """A client's folder looks like one of ours: replacing it would destroy what the client trained."""
+    from make_adapters import write
+
+    sources = [write(tmp_path / "c0", *client(0)), write(tmp_path / "round" / "clients" / "c1", *client(1))]
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"client 'c.': .* another folder"):
+        aggregate(sources, out=out, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -7,7 +7,7 @@ import pytest
 import torch
 from adapter_problems import FIRST, changed, client, clients, distance, poison, products, updates, weighted, without
 
-from fedlora_kernels.aggregate import Policy, aggregate
+from fedlora_kernels.aggregate import Policy, ReadOptions, aggregate
 from fedlora_kernels.errors import InputError, MismatchError, NonFiniteError
 from fedlora_kernels.linalg.rules import Energy
 
@@ -111,15 +111,11 @@ def test_a_client_that_lacks_a_module_fails_only_where_missing_is_an_error():
     with pytest.warns(UserWarning, match="client 'c' was dropped"):
         dropped = aggregate(sources, rule=ALL, policy="drop")
     assert dropped.report["clients"][2]["status"] == "dropped"
-    from fedlora_kernels.aggregate import ReadOptions
-
     kept = aggregate(sources, rule=ALL, policy="drop", read=ReadOptions(missing="zero"))
     assert kept.report["clients"][2]["status"] == "used"
 
 
 def test_the_last_owner_of_a_module_can_be_dropped():
-    from fedlora_kernels.aggregate import ReadOptions
-
     sources = {"a": without(client(0), FIRST), "b": without(client(1), FIRST), "nan": changed(client(2), "A", poison())}
     for memory in (None, 4096):
         with pytest.warns(UserWarning, match="client 'nan' was dropped"):
@@ -212,3 +208,34 @@ def test_policies_warn_only_of_what_happened():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         aggregate(clients(), policy="drop")
+
+
+@pytest.mark.parametrize("memory", [None, 64])
+def test_modules_are_dropped_one_by_one_from_what_was_read(memory):
+    """A block of equal shapes may hold modules of which only some have an owner left: a scale of 0 is not read either."""
+    first, second = next(iter(updates_shapes().items())), ("model.layers.2.self_attn.q_proj", (37, 23))
+    still = client(0, alpha=0, shapes=dict([first]))
+    for names in ([first, second], [second, first]):
+        bad = changed(client(1, shapes=dict(names)), "A", poison())
+        with pytest.warns(UserWarning, match="dropped"), pytest.warns(UserWarning, match="lora_alpha is 0"):
+            result = aggregate(
+                {"still": still, "bad": bad},
+                policy=Policy("drop", min_weight=0),
+                read=ReadOptions(missing="renormalize"),
+                memory=memory,
+            )
+        assert list(result.adapter) == [FIRST]
+        assert result.report["modules"][0]["notes"] == ["ZERO"]
+
+
+def test_the_reason_for_a_drop_is_cut():
+    shapes = {f"layers.{i}.q_proj": (5, 3) for i in range(90)}
+    pairs = {
+        "a": client(0, shapes=shapes),
+        "b": client(1, shapes=shapes),
+        "c": client(2, shapes={FIRST: (5, 3), "layers.0.q_proj": (5, 3)}),
+    }
+    with pytest.warns(UserWarning, match="'c' was dropped"):
+        result = aggregate(pairs, policy="drop")
+    assert result.report["clients"][2]["reason"].count("; ... and 71 more") == 1
+    assert result.report["clients"][2]["reason"].count("client 'c'") == 19

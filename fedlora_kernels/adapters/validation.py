@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -300,7 +301,7 @@ def _duplicates(adapters: Mapping[str, Adapter]) -> list[str]:
     texts = []
     for client, adapter in adapters.items():
         path = getattr(adapter.source, "path", None)
-        other = seen.setdefault(path or id(adapter.source), client)
+        other = seen.setdefault(os.path.realpath(path) if path else id(adapter.source), client)
         if other != client:
             texts.append(
                 f"clients {printable(other)!r} and {printable(client)!r} are the same adapter; it counts twice"

@@ -18,7 +18,7 @@ from fedlora_kernels.adapters.reader import ReadOptions, open_adapter
 from fedlora_kernels.adapters.validation import ClientCheck, Failure, Policy, failure_text, validate_clients
 from fedlora_kernels.errors import FedLoRAError, InputError, LimitError, WeightError
 
-__all__ = ["PRESENT", "Client", "admit", "drop", "normalised", "open_clients", "present"]
+__all__ = ["PRESENT", "Client", "admit", "check_apart", "drop", "normalised", "open_clients", "present"]
 
 SPARE_FILES = 64
 """Open files beside those of the clients."""
@@ -43,7 +43,7 @@ class Client:
     @property
     def reason(self) -> str | None:
         """Why the client was dropped."""
-        return "; ".join(map(str, self.failures)) or None
+        return "; ".join(failure_text(self.failures).splitlines()) or None
 
     @property
     def opened(self) -> Adapter:
@@ -97,6 +97,17 @@ def open_clients(clients: Any, weights: Any, *, normalize: bool, read: ReadOptio
     return opened
 
 
+def check_apart(roster: Sequence[Client], out: str | os.PathLike[str]) -> None:
+    """Raise InputError where the output is the folder of a client, or holds it: replacing it would destroy the client."""
+    place = os.path.realpath(out)
+    for client in roster:
+        folder = os.path.realpath(client.source)
+        if os.path.isdir(folder) and os.path.commonpath([place, folder]) == place:
+            raise InputError(
+                f"client {printable(client.name)!r}: the output {printable(place)} would replace its folder; name another folder"
+            )
+
+
 def _allow_files(count: int) -> None:
     """Make room for one open file per client: a limit of this process must not look like a client's fault."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -136,11 +147,13 @@ def _name(source: Any, position: int) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     taken = {name for name, _ in pairs}
     seen: set[str] = set()
+    following: dict[str, int] = {}
     result = []
     for name, source in pairs:
-        unique, number = name, 2
+        unique, number = name, following.get(name, 2)
         while unique in seen or (unique != name and unique in taken):
             unique, number = f"{name}_{number}", number + 1
+        following[name] = number
         seen.add(unique)
         result.append((unique, source))
     return result

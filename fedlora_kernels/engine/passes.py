@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -205,9 +205,9 @@ class Engine:
         """The same work for some of the clients, with what has been read so far."""
         cached = None
         if self.cached is not None:
-            chosen = [Loaded([_select(b, keep) for b in loaded.blocks], keep=True) for loaded in self.cached]
             known = set(modules)
-            cached = [Loaded([b for b in x.blocks if b.plan.modules[0] in known], keep=True) for x in chosen]
+            chosen = [[_select(block, keep, known) for block in loaded.blocks] for loaded in self.cached]
+            cached = [Loaded([block for block in blocks if block.plan.modules], keep=True) for blocks in chosen]
         rows = [self._index[name] for name in modules]
         return dataclasses.replace(
             self,
@@ -329,10 +329,14 @@ def _drop(row: dict[str, Any]) -> bool:
     return True
 
 
-def _select(block: Block, keep: Sequence[int]) -> Block:
+def _select(block: Block, keep: Sequence[int], known: Container[str]) -> Block:
+    """The clients ``keep`` and the modules ``known`` of a block; what all of it needs is not copied."""
+    left = [i for i, name in enumerate(block.plan.modules) if name in known]
+    rows = slice(None) if len(left) == len(block.plan.modules) else left
     plan = dataclasses.replace(
         block.plan,
+        modules=tuple(block.plan.modules[i] for i in left),
         ranks=tuple(block.plan.ranks[k] for k in keep),
         dtypes=tuple(dtype for k in keep for dtype in block.plan.dtypes[2 * k : 2 * k + 2]),
     )
-    return Block(plan, tuple(block.B[k] for k in keep), tuple(block.A[k] for k in keep))
+    return Block(plan, tuple(block.B[k][rows] for k in keep), tuple(block.A[k][rows] for k in keep))
