@@ -101,4 +101,7 @@ def _overall(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     if any(row[key] is None or row["energy"] is None for row in rows):
         return None
     energy = math.fsum(row["energy"] for row in rows)
-    return math.sqrt(math.fsum(row[key] ** 2 * row["energy"] for row in rows) / energy) if energy > 0.0 else 0.0
+    if energy > 0.0:
+        return math.sqrt(math.fsum(row[key] ** 2 * row["energy"] for row in rows) / energy)
+    # all updates are zero, or too small to be squared
+    return max((row[key] for row in rows), default=0.0)

@@ -22,6 +22,9 @@ from fedlora_kernels.methods.contract import Method
 
 __all__ = ["Result", "State"]
 
+SMALLEST_ENERGY = 2.0**-960
+"""Below it the squares of small singular values underflow."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -160,6 +163,10 @@ class Result:
         values = row["singular_values"]
         if not values:  # a zero update keeps its rank of 1, or 0 where it was left out
             return row
+        if row["energy"] is None or row["energy"] < SMALLEST_ENERGY:
+            raise InputError(
+                f"at({rule}): module {printable(row['name'])!r}: |D|_F^2 leaves float64; aggregate again with this rule"
+            )
         S = torch.tensor([values], dtype=torch.float64)
         energy = torch.tensor([row["energy"]], dtype=torch.float64)
         # every value listed is above the noise floor already

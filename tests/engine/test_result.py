@@ -1,10 +1,23 @@
 """`Result`: what a client receives, and other thresholds from one decomposition."""
 
 import json
+import re
 
 import pytest
 import torch
-from adapter_problems import FIRST, PREFIX, SHAPES, client, clients, config, distance, products, weighted, without
+from adapter_problems import (
+    FIRST,
+    PREFIX,
+    SHAPES,
+    changed,
+    client,
+    clients,
+    config,
+    distance,
+    products,
+    weighted,
+    without,
+)
 
 from fedlora_kernels.aggregate import ReadOptions, WriteOptions, aggregate
 from fedlora_kernels.errors import InputError, OutputOverflowError
@@ -240,3 +253,24 @@ def test_at_takes_a_rule_for_one_matrix(rule):
 def test_what_a_client_receives_follows_the_cut():
     cut = aggregate(clients((8, 8, 4)), rule=ALL).at(Rank(2))
     assert cut.for_client(0).modules[FIRST].rank == 2
+
+
+@pytest.mark.parametrize("size", [1e-90, 1e77])
+def test_at_says_where_an_energy_leaves_float64(size):
+    pairs = [changed(changed(client(k, dtype=torch.float64), part="B", change=lambda x: x * size), "A", lambda x: x * size)
+             for k in range(2)]  # fmt: skip
+    full = aggregate(pairs, rule=ALL)
+    with pytest.raises(InputError, match=f"module '{re.escape(FIRST)}'.* float64"):
+        full.at(Rank(2))
+
+
+def test_updates_too_small_to_square_still_have_an_error_bound():
+    tiny = {"q": (7, 5)}
+    pairs = [client(k, dtype=torch.float64, shapes=tiny) for k in range(2)]
+    pairs = [
+        ({key: x * 1e-90 for key, x in state.items()}, {**settings, "target_modules": ["q"]})
+        for state, settings in pairs
+    ]
+    report = aggregate(pairs, rule=Rank(1)).report
+    assert report["totals"]["error"] == report["modules"][0]["error"] > 0.1
+    assert report["totals"]["error_bound"] == report["modules"][0]["error_bound"]
