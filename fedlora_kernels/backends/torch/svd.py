@@ -76,6 +76,6 @@ def svd(C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def column_signs(X: Tensor) -> Tensor:
     """Signs (N, p) that make the first (nearly) largest element of each column of X (N, m, p) positive."""
     # The window lets backends agree on near ties (docs/numerics.md, Sign rule).
-    largest = torch.maximum(X.amax(-2), -X.amin(-2))
-    first = (X.abs() >= _TIE * largest[:, None, :]).to(torch.uint8).argmax(-2, keepdim=True)
+    size = X.abs()
+    first = (size >= _TIE * size.amax(-2, keepdim=True)).to(torch.uint8).argmax(-2, keepdim=True)
     return torch.where(X.gather(-2, first).squeeze(-2) < 0, -1.0, 1.0).to(X.dtype)
