@@ -16,7 +16,7 @@ def random_rows(seed: int, round: int, module: str, rows: Iterable[int], n: int)
     """Return rows of A, (len(rows), n) float64 on the host, uniform in [-1/sqrt(n), 1/sqrt(n)] as PEFT draws them.
 
     Each row comes from a Philox stream keyed by (seed, round, module, row), so it depends neither on the order of modules
-    nor on how the work is split (docs/algorithms.md, "Random rows"). ``round`` counts from 0.
+    nor on how the work is split (docs/algorithms.md, Rules that hold for every method). ``round`` counts from 0.
     """
     drawn = [_row(f"{seed}\0{round}\0{module}\0{row}", n) for row in rows]
     return torch.from_numpy(np.stack(drawn) if drawn else np.empty((0, n)))

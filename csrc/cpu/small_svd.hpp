@@ -1,4 +1,4 @@
-// One-sided Jacobi SVD of small matrices, one matrix per SIMD lane (docs/numerics.md, core SVD).
+// One-sided Jacobi SVD of small matrices, one matrix per SIMD lane (docs/numerics.md, Core SVD).
 //
 // Included once per instruction set after simd.hpp. Every lane runs the same instructions on its own matrix and keeps its
 // values by masks, so that the result of a matrix depends on nothing but the matrix.

@@ -23,7 +23,7 @@ def peft_config(
     *,
     uniform_rank: int | None = None,
 ) -> dict[str, Any]:
-    """Return the configuration of an output adapter whose factors carry their scale (docs/formats.md, "PEFT folder").
+    """Return the configuration of an output adapter whose factors carry their scale (docs/formats.md, What is written).
 
     Args:
         adapters: the clients, the first one giving what they share.

@@ -1,7 +1,7 @@
 """`rank_pattern` and `alpha_pattern`: which entry applies to a module, decided in bounded time.
 
 Patterns come from untrusted clients. Keys without operators are compared directly; any other pattern must be a regular expression
-without the constructs that make matching exponential (docs/formats.md, "Scale").
+without the constructs that make matching exponential (docs/formats.md, Scale).
 """
 
 from __future__ import annotations

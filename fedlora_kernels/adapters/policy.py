@@ -36,7 +36,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Policy:
-    """What happens to a client that fails a check (docs/formats.md, "Policies"); checked on creation.
+    """What happens to a client that fails a check (docs/algorithms.md, Policies); checked on creation.
 
     Args:
         kind: "strict" stops, "drop" leaves the client out, "clip" drops and scales updates down to a norm bound.

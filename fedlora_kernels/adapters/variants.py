@@ -1,4 +1,4 @@
-"""Adapter variants and initialisations that are refused by name (docs/formats.md, "Variants refused by name")."""
+"""Adapter variants and initialisations that are refused by name (docs/formats.md, What is read)."""
 
 from __future__ import annotations
 

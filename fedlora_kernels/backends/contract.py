@@ -5,7 +5,7 @@ problems per list entry, with the leading batch dimensions flattened to ``N``. A
 batch is several, and a backend is free to launch them all at once. Results come back as one raw record per group.
 
 ``weights`` are host (CPU) float64 and never zero: blocks whose weight is zero are removed before a backend is called.
-Codes follow docs/numerics.md: `Info` is trouble, `Note` is fact; both are per matrix and stay on the device.
+Codes follow docs/numerics.md, Special inputs: `Info` is trouble, `Note` is fact; both are per matrix and stay on the device.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ NOTE_TEXT: Mapping[Note, str] = {
 
 
 class RuleCode(IntEnum):
-    """Rank rules as the kernels know them (docs/numerics.md, rank rules)."""
+    """Rank rules as the kernels know them (docs/numerics.md, Rank rules)."""
 
     ENERGY = 0
     RANK = 1

@@ -86,7 +86,7 @@ class CpuBackend:
         return self.available()
 
     def core_svd(self, groups: Sequence[Tensor], *, max_sweeps: int = 0) -> list[RawSVD]:
-        """SVD of each matrix of ``(N, p, q)``, p and q at most 32, by one-sided Jacobi (docs/numerics.md, core SVD).
+        """SVD of each matrix of ``(N, p, q)``, p and q at most 32, by one-sided Jacobi (docs/numerics.md, Core SVD).
 
         Args:
             groups: CPU tensors ``(N, p, q)`` of any strides; float64, float32, float16 or bfloat16.

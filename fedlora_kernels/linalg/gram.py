@@ -38,7 +38,7 @@ def update_gram(B: Any, A: Any, *, weights: Any = None, check: bool = True, back
         OutputOverflowError: a squared norm beyond float64 (``check=True``).
         MismatchError, WeightError, InputError, TypeError, BackendError: as in `product_svd`.
 
-    Source: docs/numerics.md, one pass: stacked Grams and a small core.
+    Source: docs/algorithms.md, Inner products of updates.
     """
     caller = Caller("update_gram")
     problems = factor_problems(caller, B, A, weights)

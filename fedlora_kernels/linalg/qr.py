@@ -38,7 +38,7 @@ def stacked_qr(blocks: Any, *, weights: Any = None, mode: str = "r", check: bool
         NonFiniteError: NaN or Inf in a block (``check=True``; the message names the matrix).
         MismatchError, WeightError, InputError, TypeError, BackendError: as in `product_svd`.
 
-    Source: docs/numerics.md, stacked QR.
+    Source: docs/numerics.md, Stacked QR.
     """
     caller = Caller("stacked_qr")
     if mode not in ("r", "reduced"):

@@ -82,7 +82,7 @@ class Rotation:
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """What a truncated SVD vouches for, per matrix (docs/numerics.md, floor and certificate).
+    """What a truncated SVD vouches for, per matrix (docs/numerics.md, Floor and certificate).
 
     ``rho`` float64 measures cancellation (infinite if nothing is kept), ``sigma_err`` float64 bounds the relative error of
     every kept singular value, ``passes`` int32 is 1 or 2, ``energy_abs`` float64 is the sum of the magnitudes whose signed

@@ -1,4 +1,4 @@
-"""Rank rules: how many singular values to keep. Frozen, checked when made; boundaries as in docs/numerics.md."""
+"""Rank rules: how many singular values to keep. Frozen, checked when made; boundaries as in docs/numerics.md, Rank rules."""
 
 from __future__ import annotations
 

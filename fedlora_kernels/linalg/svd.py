@@ -47,7 +47,7 @@ def core_svd(C: Array | Ragged, *, check: bool = True, backend: str = "auto") ->
         ConvergenceError: the iteration hit its guard (``check=True``).
         InputError, TypeError, BackendError: shape, dtype, framework, device, backend.
 
-    Source: docs/numerics.md, core SVD; Demmel and Veselic (1992), Drmac and Veselic (2008).
+    Source: docs/numerics.md, Core SVD; Demmel and Veselic (1992), Drmac and Veselic (2008).
     """
     caller = Caller("core_svd")
     problems = [matrix_problem(caller, where, C=values[0]) for where, values in each_problem(caller.function, C=C)]
@@ -107,7 +107,7 @@ def product_svd(
         ValueError: the rule is a `Budget`. TypeError: it is no rule, or frameworks are mixed.
         InputError, BackendError: dtype, output, device, backend.
 
-    Source: docs/numerics.md, one pass: stacked Grams and a small core; FLoRIST, arXiv 2506.09199.
+    Source: docs/numerics.md, One pass; FLoRIST, arXiv 2506.09199.
     """
     caller = Caller("product_svd")
     spec = spec_of(rule)

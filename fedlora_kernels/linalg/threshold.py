@@ -28,7 +28,7 @@ def select_rank(
     check: bool = True,
     backend: str = "auto",
 ) -> Any:
-    """Rank that ``rule`` chooses for each spectrum: counts, with boundaries as in docs/numerics.md, rank rules.
+    """Rank that ``rule`` chooses for each spectrum: counts, with boundaries as in docs/numerics.md, Rank rules.
 
     Never more than the numerical rank ``#{s_i > floor}``; 0 for a zero spectrum. On the S of a `ProductSVD` pass its
     ``energy`` as ``total_energy`` and cap the answer at its ``certificate.numerical_rank``.
@@ -49,7 +49,7 @@ def select_rank(
         InputError: S negative or not descending, total_energy or floor negative or not finite (``check=True``); dtype.
         MismatchError: shapes that do not fit. ValueError: the rule is a `Budget`. TypeError, BackendError.
 
-    Source: docs/numerics.md, rank rules.
+    Source: docs/numerics.md, Rank rules.
     """
     spec = spec_of(rule)
     results = [

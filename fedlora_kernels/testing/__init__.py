@@ -1,6 +1,7 @@
 """Test material, public: matrices with prescribed spectra, adversarial factors, limits derived from rounding, exact answers.
 
-Every generator takes ``seed`` and answers the same numbers for the same seed. Source of the limits: docs/numerics.md.
+Every generator takes ``seed`` and answers the same numbers for the same seed.
+Source of the limits: docs/numerics.md, Limits that tests hold.
 """
 
 from fedlora_kernels.testing.check import Check, check_product

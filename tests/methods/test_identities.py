@@ -1,4 +1,4 @@
-"""Identities between methods (docs/algorithms.md, "Cross-method identities"), on the dense float64 model."""
+"""Identities between methods (docs/algorithms.md, Identities between methods), on the dense float64 model."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Second pass and dense route: Householder QR of one problem at a time (docs/numerics.md, Second pass, Dense fallback).
+"""Second pass and dense route: Householder QR of one problem at a time (docs/numerics.md, Second pass; docs/numerics.md, Dense fallback).
 
 Both answer ``W = 2^e U diag(S) V^T`` with orthonormal U and V in float64, so that nothing is lost to a Gram.
 """
