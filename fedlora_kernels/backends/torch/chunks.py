@@ -14,7 +14,8 @@ U64 = 2.0**-53
 """Unit roundoff of float64."""
 
 WORKSPACE = 48 << 20
-"""Bytes of temporaries an op may hold beyond inputs, outputs and a few R x R matrices of one problem."""
+"""Bytes of temporaries an op may hold beyond inputs, outputs, a few R x R matrices of one problem, and the copies of its stack that
+Householder works on."""
 
 
 _EXPONENT_OF_ZERO = -10000

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import Info, Note, RawQR, Stack
-from fedlora_kernels.backends.torch.chunks import U64, exponent, load, scale_pow2, slices
+from fedlora_kernels.backends.torch.chunks import U64, exponent, load, pow2, scale_pow2, slices
 from fedlora_kernels.backends.torch.gram import gram
 
 __all__ = ["stacked_qr"]
@@ -108,20 +108,20 @@ def _one_pass(out: RawQR, blocks: list[Tensor], weights: Tensor) -> Tensor:
 def _householder(out: RawQR, blocks: list[Tensor], weights: Tensor, where: Tensor) -> None:
     """Householder QR of the scaled float64 stacks, written into the matrices ``where`` of ``out``."""
     X = torch.cat([block.double() for block in blocks], dim=-1)
-    largest = X.abs().amax(-2)
+    largest = torch.maximum(X.amax(-2), -X.amin(-2))
     bad = ~torch.isfinite(largest).all(-1)
     X.masked_fill_(bad[:, None, None], 0.0)
-    e = exponent(largest)
-    X = scale_pow2(X, -e[:, None, :])
+    e = exponent(largest).clamp(-1022, 1022)
+    X.mul_(pow2(-e)[:, None, :])
     rest = exponent(torch.linalg.vector_norm(X, dim=-2)) + 1
-    X = scale_pow2(X, -rest[:, None, :]) * weights.sign()[:, None, :]
+    X.mul_((pow2(-rest) * weights.sign())[:, None, :])
     Q, T = _tall_qr(X, want_q=out.Q is not None)
     diagonal = T.diagonal(dim1=-2, dim2=-1)
     sign = torch.where(diagonal < 0, -1.0, 1.0).to(T.dtype)
     T = T * sign[:, :, None]
     rank = torch.full_like(where, T.shape[1])
     if out.Q is not None:
-        Q = Q * sign[:, None, :]
+        Q *= sign[:, None, :]
     tolerance = 16 * X.shape[-1] * U64
     for i in torch.nonzero((diagonal.abs() <= tolerance).any(-1)).flatten().tolist():
         Q_s, T[i], rank[i] = _echelon(T[i], tolerance)
@@ -142,7 +142,7 @@ def _tall_qr(X: Tensor, want_q: bool) -> tuple[Tensor, Tensor]:
     if m <= height:
         Q, T = torch.linalg.qr(X, mode="reduced" if want_q else "r")
         return Q, T
-    leaves = torch.nn.functional.pad(X, (0, 0, 0, -m % height)).view(N, -1, height, R)
+    leaves = (torch.nn.functional.pad(X, (0, 0, 0, -m % height)) if m % height else X).view(N, -1, height, R)
     Q, T = torch.linalg.qr(leaves, mode="reduced" if want_q else "r")
     top, T = _tall_qr(T.reshape(N, -1, R), want_q)
     return ((Q @ top.view(N, -1, R, R)).view(N, -1, R)[:, :m] if want_q else top), T
