@@ -239,3 +239,21 @@ def test_the_reason_for_a_drop_is_cut():
         result = aggregate(pairs, policy="drop")
     assert result.report["clients"][2]["reason"].count("; ... and 71 more") == 1
     assert result.report["clients"][2]["reason"].count("client 'c'") == 19
+
+
+@pytest.mark.parametrize("method", ["florist", "hetlora"])
+def test_only_a_method_that_decides_pays_for_pairs_of_clients(monkeypatch, method):
+    """K^2 numbers for every module are gigabytes where the norms of the clients are kilobytes."""
+    from fedlora_kernels.methods import factors
+
+    plain, asked = factors.update_gram, []
+
+    def counted(B, A, **options):
+        asked.append(len(B))
+        return plain(B, A, **options)
+
+    monkeypatch.setattr(factors, "update_gram", counted)
+    pairs = clients()
+    result = aggregate(pairs, method, policy="drop")
+    assert (max(asked[:3]) == 1) == (method == "florist")
+    assert [row["norm"] for row in result.report["clients"]] == pytest.approx([norm(pair) for pair in pairs], rel=1e-12)

@@ -24,7 +24,7 @@ from fedlora_kernels.engine.report import module_rows
 from fedlora_kernels.engine.slabs import Block, Drain, Loaded, Plan, Prefetch, load_slab, plan_slabs
 from fedlora_kernels.errors import ConvergenceError, FedLoRAError, OutputOverflowError, RunError, WeightError
 from fedlora_kernels.methods.contract import Census, Group, Method, Outcome
-from fedlora_kernels.methods.factors import client_gram
+from fedlora_kernels.methods.factors import client_gram, client_squares
 
 __all__ = ["Engine", "Progress", "SurveyResult"]
 
@@ -176,12 +176,13 @@ class Engine:
     def _survey_block(self, block: Block, result: SurveyResult) -> None:
         group = self._group(block)
         rows = [self._index[name] for name in group.modules]
-        gram = client_gram(group).numpy()
-        squares = np.einsum("nkk->nk", gram)
+        if result.gram is None:
+            squares = client_squares(group).numpy()
+        else:
+            result.gram[rows] = gram = client_gram(group).numpy()
+            squares = np.einsum("nkk->nk", gram)
         finite = np.isfinite(squares)
         result.squares[rows], result.finite[rows] = squares, finite
-        if result.gram is not None:
-            result.gram[rows] = gram
         for k in np.flatnonzero(~finite.all(0)).tolist():
             i = int(np.flatnonzero(~finite[:, k])[0])
             result.errors.setdefault(k, self._locate(block, i, k) or self._beyond_float64(block, i, k))

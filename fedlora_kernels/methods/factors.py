@@ -18,6 +18,7 @@ from fedlora_kernels.methods.contract import Group, Outcome
 __all__ = [
     "cast",
     "client_gram",
+    "client_squares",
     "drift",
     "mean_outcome",
     "owned",
@@ -50,6 +51,20 @@ def client_gram(group: Group) -> Tensor:
     if B:
         gram[:, keep[:, None], keep] = update_gram(B, A, weights=scale, check=False, backend=group.backend).cpu()
     return gram
+
+
+def client_squares(group: Group) -> Tensor:
+    """Squared norms of the clients' scaled updates, (N, K) float64 on the host; NaN for a client that is not finite.
+
+    The diagonal of `client_gram` at a K-th of its cost, and without K^2 numbers for every module.
+    """
+    squares = torch.zeros(group.batch, len(group.B), dtype=torch.float64)
+    for k, rank in enumerate(group.ranks):
+        if rank > 0:
+            one = [group.B[k]], [group.A[k]]
+            gram = update_gram(*one, weights=group.scale[:, k : k + 1], check=False, backend=group.backend)
+            squares[:, k] = gram.cpu()[:, 0, 0]
+    return squares
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
