@@ -39,6 +39,7 @@ class _Given(NamedTuple):
     norm: float
     passes: int
     energy: float
+    energy_abs: float
     energy_ratio: float
     dtype: torch.dtype
     dense: bool
@@ -77,6 +78,7 @@ def _given(result: Any, output: str) -> _Given:
         norm=max(norm, math.sqrt(energy_abs)) if dense else norm,
         passes=int(certificate.passes),
         energy=energy,
+        energy_abs=energy_abs,
         energy_ratio=energy_abs / energy if energy else math.inf,
         dtype=result.left.dtype,
         dense=dense,
@@ -141,8 +143,13 @@ def _rank(given: _Given, exact: Exact, rule: RuleSpec, width: int) -> list[Check
     """P5: the rank of the exact spectrum, unless a threshold is so near that rounding decides."""
     s = exact.s
     root = math.sqrt(width) if given.dense else width
+    if not given.p:
+        # Balanced columns and rows have norms within a factor 3: |B||A| <= 3 sum |b_j||a_j| <= 3 sqrt(R Eabs).
+        floor = 4 * root * U64 * 3 * math.sqrt(width * given.energy_abs)
+        lost = rule.code != RuleCode.ABSOLUTE and float(s[0]) > 100 * floor
+        return [Check("P5", 1, 0)] if lost else []
     floor = 4 * root * U64 * given.norm
-    if not given.p or ((s > floor / 100) & (s < floor * 100)).any():
+    if ((s > floor / 100) & (s < floor * 100)).any():
         return []
     numerical = int((s > floor).sum())
     wanted = numerical

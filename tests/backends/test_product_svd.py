@@ -127,6 +127,16 @@ def test_each_metric_can_fail(backend, metric):
 
 
 @backends
+@pytest.mark.parametrize("shape", SAMPLED)
+def test_an_update_lost_altogether_is_seen(backend, shape):
+    problem, exact = solved("gaussian", shape, torch.float32)
+    nothing = product(backend, problem, RuleSpec(RuleCode.ABSOLUTE, 1e30))
+    assert nothing.rank == 0
+    failed = [check.name for check in check_product(nothing, exact, ALL, "usv", sum(problem.ranks)) if not check.passed]
+    assert failed == ["P5"]
+
+
+@backends
 @pytest.mark.parametrize("exponent", range(1, 8))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_id)
 def test_cancellation_is_certified(backend, dtype, exponent):
