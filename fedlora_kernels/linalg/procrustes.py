@@ -48,7 +48,7 @@ def procrustes_rotation(
         special: restrict to det Q = +1; otherwise a reflection is a legitimate answer.
         blend: t in [0, 1]: the polar factor of ``(1 - t) I + t Q`` instead of Q. 0 is the identity. With ``special=False`` the
             part of Q that is a reflection jumps from the identity to itself at 1/2.
-        check: read ``info`` once and raise for trouble; False never raises for data and never waits for the device.
+        check: read ``info`` once and raise for trouble; False never raises for data, nor waits for the device but where the backend must.
         backend: ``auto`` or a name of ``fedlora env``.
 
     Returns:
@@ -89,7 +89,7 @@ def rotate_factors(
         B: ``(..., m, r)`` float64, float32, float16 or bfloat16, or `Ragged` of such.
         A: ``(..., r, n)``, likewise.
         Q: ``(..., r, r)``, likewise, usually float64; its orthogonality is the caller's promise.
-        check: raise if an answer is not finite; False never raises for data and never waits for the device.
+        check: raise if an answer is not finite; False never raises for data, nor waits for the device but where the backend must.
         backend: ``auto`` or a name of ``fedlora env``.
 
     Returns:
@@ -149,7 +149,7 @@ def align_factors(
         side: "A", "B", or (alpha, beta), both finite and >= 0, not both 0.
         special: restrict to det Q = +1.
         blend: t in [0, 1], as in `procrustes_rotation`; 0 returns the factors as they are.
-        check: read ``info`` once and raise for trouble; False never raises for data and never waits for the device.
+        check: read ``info`` once and raise for trouble; False never raises for data, nor waits for the device but where the backend must.
         backend: ``auto`` or a name of ``fedlora env``.
 
     Returns:

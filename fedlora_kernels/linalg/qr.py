@@ -28,7 +28,7 @@ def stacked_qr(blocks: Any, *, weights: Any = None, mode: str = "r", check: bool
             float16 or bfloat16.
         weights: None (all 1), ``(K,)`` or ``(..., K)`` finite reals. Columns of a client of weight 0 are zero in R, unread.
         mode: ``r`` computes R alone (Q is None), ``reduced`` Q as well.
-        check: read ``info`` once and raise for trouble; False never raises for data and never waits for the device.
+        check: read ``info`` once and raise for trouble; False never raises for data, nor waits for the device but where the backend must.
         backend: ``auto`` or a name of ``fedlora env``.
 
     Returns:

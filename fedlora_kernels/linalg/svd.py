@@ -29,14 +29,15 @@ _OUTPUTS = ("usv", "left", "balanced")
 
 
 def core_svd(C: Array | Ragged, *, check: bool = True, backend: str = "auto") -> Any:
-    """SVD of each matrix of a batch, ``C = U diag(S) Vh`` with k = min(p, q) columns, by one-sided Jacobi or better.
+    """SVD of each matrix of a batch, ``C = U diag(S) Vh`` with k = min(p, q) columns.
 
-    Small singular values are accurate relative to themselves as far as the column scaling of C allows; U and Vh are complete
-    and orthonormal even where C is deficient. The largest component of every column of U is positive.
+    Singular values are accurate to some rounding units of the largest. The backend ``cpu``, one-sided Jacobi for matrices up to
+    32 x 32, does more: small ones are accurate relative to themselves, as far as the scaling of the shorter side of C allows.
+    U and Vh are complete and orthonormal even where C is deficient; the common sign of a pair of vectors is the backend's choice.
 
     Args:
         C: ``(..., p, q)`` float64, float32, float16 or bfloat16, or `Ragged` of such.
-        check: read ``info`` once and raise for trouble; False never raises for data and never waits for the device.
+        check: read ``info`` once and raise for trouble; False never raises for data, nor waits for the device but where the backend must.
         backend: ``auto`` or a name of ``fedlora env``.
 
     Returns:
@@ -81,8 +82,9 @@ def product_svd(
     """Truncated SVD of ``W = sum_k w_k B_k A_k``, which is never formed.
 
     The rank p is what ``rule`` chooses from float64 singular values, never more than the numerical rank. ``error`` is
-    ``|W - W_p|_F / |W|_F`` and is at most ``error_bound``; ``certificate.sigma_err`` bounds the relative error of every kept
-    singular value. W_p is the best approximation of its rank to within those bounds.
+    ``|W - W_p|_F / |W|_F`` before the factors are rounded to their dtype; ``error_bound`` is what it surely does not exceed.
+    ``certificate.sigma_err`` bounds the relative error of every kept singular value. W_p is the best approximation of its rank
+    to within those bounds.
 
     Args:
         B: ``(..., m, R)``, or a list of client blocks ``(..., m, r_k)``, or `Ragged` of either; float64, float32, float16
@@ -93,7 +95,7 @@ def product_svd(
         rule: any rank rule but `Budget`.
         output: ``usv``: left = U, right = V^T. ``left``: left = U S (FLoRIST's pair). ``balanced``: sqrt(S) on either side.
         dtype: of left and right; None is the common dtype of the blocks (NumPy arrays of bfloat16 answer in float32).
-        check: read ``info`` once and raise for trouble; False never raises for data and never waits for the device.
+        check: read ``info`` once and raise for trouble; False never raises for data, nor waits for the device but where the backend must.
         backend: ``auto`` or a name of ``fedlora env``.
 
     Returns:
