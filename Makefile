@@ -1,4 +1,4 @@
-# Two commands matter: `make demo` and `make test`. Each makes its own .venv and needs only Python, pip, g++ and make.
+# Two commands matter: `make demo` and `make test`. Both make .venv on their first run, from Python, pip, g++ and make alone.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -28,6 +28,7 @@ demo: $(VENV)/.demo $(CACHE)/vaderSentiment-3.3.2.tar.gz
 
 bench: $(VENV)/.test
 	$(BIN)/python bench/small_svd.py
+	$(BIN)/python bench/product.py
 
 # torch first and pinned: left to the resolver, a newer build pulls in gigabytes of CUDA packages.
 $(VENV)/.torch: constraints.txt
@@ -49,5 +50,8 @@ $(CACHE)/vaderSentiment-3.3.2.tar.gz: | $(VENV)/.torch
 	mkdir -p $(CACHE)
 	$(PIP) download --no-deps --no-binary :all: --no-build-isolation -d $(CACHE) vaderSentiment==3.3.2
 
+# Keeps $(CACHE), which holds what `make demo` downloaded and trained.
 clean:
 	rm -rf $(VENV) build dist demo_output *.egg-info fedlora_kernels/_lib/*.so
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find bench csrc fedlora_kernels tests -name __pycache__ -prune -exec rm -rf {} +
