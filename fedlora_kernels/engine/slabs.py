@@ -139,6 +139,15 @@ def _load_block(plan: Plan, adapters: Sequence[Adapter], pin: bool) -> Block:
     return Block(plan, tuple(Bs), tuple(As))
 
 
+def _start(thread: threading.Thread, end: Callable[[], None]) -> None:
+    """Start a thread; an interrupt meanwhile tells it to ``end``: it may run already, and nobody else would."""
+    try:
+        thread.start()
+    except BaseException:
+        end()
+        raise
+
+
 def _await(thread: threading.Thread) -> None:
     """Wait for the end of a thread, interrupted or not: the files that it uses are closed next."""
     try:
@@ -160,15 +169,18 @@ class Prefetch(Generic[S, T]):
         self._thread = threading.Thread(target=self._run, name="fedlora-reader", daemon=True)
 
     def __enter__(self) -> Iterator[T]:
-        self._thread.start()
+        _start(self._thread, self._end)
         return self._loaded()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+        _await(self._thread)
+
+    def _end(self) -> None:
         self._stop.set()
         self._slots.release()
-        _await(self._thread)
 
     def _run(self) -> None:
         for item in self._items:
@@ -202,7 +214,7 @@ class Drain(Generic[T]):
         self._thread = threading.Thread(target=self._run, name="fedlora-writer", daemon=True)
 
     def __enter__(self) -> Drain[T]:
-        self._thread.start()
+        _start(self._thread, self._end)
         return self
 
     def put(self, item: T) -> None:
@@ -214,10 +226,13 @@ class Drain(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._queue.put(None)
+        self._end()
         _await(self._thread)
         if error is None:
             self._raise()
+
+    def _end(self) -> None:
+        self._queue.put(None)
 
     def _raise(self) -> None:
         if self._error is not None:

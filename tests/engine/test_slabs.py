@@ -166,3 +166,19 @@ def test_an_interrupt_while_a_thread_is_awaited_still_awaits_it(work, monkeypatc
     with pytest.raises(KeyboardInterrupt), thread:
         getattr(thread, "put", id)(1)
     assert not thread._thread.is_alive()
+
+
+@pytest.mark.parametrize("work", [Drain, lambda load: Prefetch(range(5), load)])
+def test_an_interrupt_while_a_thread_starts_ends_it(work, monkeypatch):
+    thread = work(lambda item: item)
+    start = thread._thread.start
+
+    def interrupted():
+        start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(thread._thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), thread:
+        pass
+    thread._thread.join(5)
+    assert not thread._thread.is_alive()
