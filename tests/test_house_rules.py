@@ -129,3 +129,12 @@ def test_flags_of_the_command_line_are_described():
         assert not {flag for flag in flags if not re.search(rf"`{flag}[` ]", document)}, (
             f"docs/command-line.md on {command}"
         )
+
+
+@pytest.mark.usefixtures("three_clients")
+def test_keys_of_the_report_are_described():
+    report = fk.aggregate(["client_0", "client_1"], rule=fk.Energy(0.9)).report
+    described = set(re.findall(r"`(\w+)`", (REPO / "docs/formats.md").read_text()))
+    parts = (report, report["method"], report["backend"], report["totals"], report["seconds"])
+    keys = {key for part in (*parts, *report["clients"], *report["modules"]) for key in part}
+    assert not keys - described
