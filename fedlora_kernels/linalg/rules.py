@@ -196,7 +196,7 @@ def parse_size(text: int | str) -> int:
 
 @dataclass(frozen=True)
 class Budget(RankRule):
-    """One size in bytes shared over all modules of an adapter; only `aggregate` can evaluate it, never a single-matrix call."""
+    """One size in bytes shared over all modules of an adapter. It needs all their spectra; no call of this version takes it."""
 
     size: int | str
 
