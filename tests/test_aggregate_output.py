@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 
 import pytest
@@ -321,3 +322,19 @@ def test_the_output_never_replaces_a_client(tmp_path, monkeypatch, out):
     with pytest.raises(InputError, match=r"client 'c.': .* another folder"):
         aggregate(sources, out=out, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("factor", ["B", "A"])
+def test_what_was_written_is_compared_with_what_was_computed(tmp_path, monkeypatch, uniform, factor):
+    plain = PeftFileWriter.add_pair
+
+    def wrong(self, name, B, A):
+        if name == FIRST:
+            B, A = (B * 1.001, A) if factor == "B" else (B, A * 1.001)
+        plain(self, name, B, A)
+
+    monkeypatch.setattr(PeftFileWriter, "add_pair", wrong)
+    with pytest.raises(RunError, match=f"module '{re.escape(FIRST)}' reads back with other numbers"):
+        aggregate(clients(), out=tmp_path / "out", write=WriteOptions(uniform_rank=uniform))
+    assert list(tmp_path.iterdir()) == []

@@ -197,10 +197,28 @@ def pad_to_uniform(
     return rank
 
 
-def verify_adapter(folder: str | os.PathLike[str], ranks: Mapping[str, int]) -> None:
-    """Read back what was written: the same modules, the ranks intended, every scale exactly 1. RunError otherwise."""
+def verify_adapter(
+    folder: str | os.PathLike[str],
+    ranks: Mapping[str, int],
+    sample: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> None:
+    """Read back what was written: the same modules, the ranks intended, every scale exactly 1. RunError otherwise.
+
+    ``sample`` holds pairs (B, A) by module, in the dtype of the file, that must read back bit by bit, padding by zeros in B aside.
+    """
     adapter = open_adapter(folder)
-    adapter.close()
+    try:
+        _verify_header(folder, adapter, ranks)
+        for name, (B, A) in (sample or {}).items():
+            pair, rank = adapter[name], A.shape[0]
+            same = torch.equal(pair.B[:, :rank], B) and torch.equal(pair.A[:rank], A)
+            if not same or bool(pair.B[:, rank:].any()):
+                raise RunError(f"{printable(folder)}: module {printable(name)!r} reads back with other numbers")
+    finally:
+        adapter.close()
+
+
+def _verify_header(folder: str | os.PathLike[str], adapter: Adapter, ranks: Mapping[str, int]) -> None:
     found = {name: module.rank for name, module in adapter.modules.items()}
     if found != dict(ranks):
         raise RunError(f"{printable(folder)}: modules or ranks read back differ from those written")

@@ -145,26 +145,31 @@ class FolderOutput:
         entries = PeftFileWriter.entries(shapes, extras, dtype)
         self._file = PeftFileWriter(Path(folder.path) / WEIGHTS_NAME, entries, metadata)
         self._ranks: dict[str, int] = {}
+        self._first: Pair | None = None
+        self._last: Pair | None = None
 
     def add_pairs(self, pairs: Sequence[Pair]) -> None:
         """Append the pairs to the file."""
-        for name, B, A in pairs:
+        for pair in pairs:
+            name, B, A = pair
             self._file.add_pair(name, B, A)
             self._ranks[name] = A.shape[0]
+            self._first, self._last = self._first or pair, pair
 
     def add_extra(self, name: str, tensor: Tensor) -> None:
         """Append the tensor to the file."""
         self._file.add_extra(name, tensor)
 
     def finish(self, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-        """Fill in the header, pad to one rank if asked, and read everything back."""
+        """Fill in the header, pad to one rank if asked, and read back: all shapes, and the numbers of two modules."""
         path = Path(self._folder.path)
         self._file.close(metadata)
         write_config(path / CONFIG_NAME, config)
+        ranks = self._ranks
         if self._write.pads:
-            pad_to_uniform(path, None, self._write.fill, seed=self._seed, round=self._round)
-        else:
-            verify_adapter(path, self._ranks)
+            rank = pad_to_uniform(path, None, self._write.fill, seed=self._seed, round=self._round)
+            ranks = dict.fromkeys(ranks, rank)
+        verify_adapter(path, ranks, {pair[0]: pair[1:] for pair in (self._first, self._last) if pair is not None})
 
     def commit(self, report: Mapping[str, Any]) -> Adapter:
         """Write the report, put the folder in place and open it."""
