@@ -76,7 +76,7 @@ INFO_TEXT: Mapping[Info, str] = {
 NOTE_TEXT: Mapping[Note, str] = {
     Note.ZERO: "the update is zero, or cancels to rounding noise",
     Note.RANK_DEFICIENT: "the numerical rank is below the number of columns given",
-    Note.TWO_PASS: "contributions cancel strongly; an orthogonalised second pass was used",
+    Note.TWO_PASS: "cancellation or dependent columns hide small singular values from Grams; an orthogonalised second pass was used",
     Note.DENSE: "the stack is at least twice as wide as the matrix; the dense route was used",
     Note.CAPPED: "a cap cut the rank that the rule asked for",
     Note.LOW_ACCURACY: "the smallest kept singular values are certified to less than 1e-6",

@@ -78,6 +78,37 @@ def test_graded_blocks_in_a_cancelling_pair_keep_every_value(backend):
     assert ((result.S[:6] - exact.s[:6]).abs() / exact.s[:6]).max() <= result.sigma_err
 
 
+NEARLY_EQUAL_RULES = {
+    "all": (ALL, 6),
+    "rank": (RuleSpec(RuleCode.RANK, 5.0), 5),
+    "cap": (energy(1.0, 4), 4),
+    "ratio": (RuleSpec(RuleCode.SV_RATIO, 1e15), 6),
+    "cutoff": (RuleSpec(RuleCode.ABSOLUTE, 0.0), 6),
+}
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("delta", [1e-7, 1e-8, 1e-9, 1e-10])
+@pytest.mark.parametrize("rule", NEARLY_EQUAL_RULES)
+def test_what_nearly_equal_clients_differ_by_is_kept(backend, rule, delta, dtype):
+    """Values that Grams cannot see, with nothing between them and the large ones that would tell of them."""
+    base, other = gaussian(29, 23, (3, 3), 1), gaussian(29, 23, (3, 3), 2)
+    problem = LoRAProblem((base.B[0], base.B[0] + delta * other.B[0]), base.A, base.weights)
+    exact, (spec, rank) = exact_svd(problem), NEARLY_EQUAL_RULES[rule]
+    result = product(backend, problem, spec, dtype=dtype)
+    assert result.rank == rank
+    assert ((result.S[:rank] - exact.s[:rank]).abs() / exact.s[:rank]).max() <= result.sigma_err
+
+
+def test_what_no_rule_asks_for_needs_no_second_pass():
+    problem = identical_clients(29, 23, (3, 3), 1).to(torch.float32)
+    backend = registry.get("torch")
+    for rule, passes in ((ALL, 2), (energy(0.9), 1), (energy(1.0, 3), 1), (RuleSpec(RuleCode.RANK, 3.0), 1)):
+        (raw,) = backend.product_svd([factors(problem)], rule, "usv", torch.float32)
+        assert (raw.passes, raw.rank) == (passes, min(3, int(raw.rank)))
+
+
 @backends
 def test_rank_is_found_where_clients_repeat_or_have_not_trained(backend):
     twins, partly = identical_clients(29, 23, (4, 4, 4), 1), zero_client(29, 23, (4, 3), 1)

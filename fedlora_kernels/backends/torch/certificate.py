@@ -11,7 +11,7 @@ from fedlora_kernels.backends.contract import Note, RuleCode, RuleSpec
 from fedlora_kernels.backends.torch.chunks import U64, scale_pow2
 from fedlora_kernels.backends.torch.threshold import select_rank
 
-__all__ = ["Certificate", "Spectrum", "certify"]
+__all__ = ["Certificate", "Spectrum", "certify", "overlooked"]
 
 _LOW_ACCURACY = 1e-6
 
@@ -53,12 +53,8 @@ class Certificate(NamedTuple):
 
 def certify(spectrum: Spectrum, rule: RuleSpec) -> Certificate:
     """Choose the rank and bound the errors."""
-    S, energy, floor = spectrum.S, spectrum.energy, spectrum.floor
-    if rule.code == RuleCode.ABSOLUTE:
-        # The only rule that knows a scale; a value beyond float64 is above every cutoff.
-        wanted = ((scale_pow2(S, spectrum.e) > rule.value) & (S > floor[:, None])).sum(-1)
-    else:
-        wanted = select_rank(S, rule._replace(cap=0), energy, floor)
+    S, floor = spectrum.S, spectrum.floor
+    wanted = _wanted(spectrum, S, rule)
     rank = wanted.clamp_max(rule.cap) if rule.cap else wanted
     numerical = (S > floor[:, None]).sum(-1)
     error, error_bound = _truncation(spectrum, rank)
@@ -75,6 +71,28 @@ def certify(spectrum: Spectrum, rule: RuleSpec) -> Certificate:
         | Note.LOW_ACCURACY * low
     )
     return Certificate(rank, numerical, error, error_bound, rho, sigma_err, notes.int())
+
+
+def overlooked(spectrum: Spectrum, rule: RuleSpec, certificate: Certificate, count: Tensor) -> Tensor:
+    """Whether the rule might keep values that one pass cannot see, of updates that have ``count`` (N,) columns to give.
+
+    The Cholesky drops what lies below some ``sqrt(u64)`` of the largest column. The rule is asked again with as many values of
+    that size as are missing.
+    """
+    S, numerical = spectrum.S, certificate.numerical_rank
+    hidden = torch.minimum(_kept(S, numerical), spectrum.width * U64**0.5 * spectrum.norm)
+    place = torch.arange(S.shape[-1], device=S.device)
+    missing = (place >= numerical[:, None]) & (place < count[:, None])
+    more = _wanted(spectrum, torch.where(missing, hidden[:, None], S), rule)
+    return (more.clamp_max(rule.cap) if rule.cap else more) > certificate.rank
+
+
+def _wanted(spectrum: Spectrum, S: Tensor, rule: RuleSpec) -> Tensor:
+    """Rank (N,) that the rule asks for, but for its cap, if the singular values are S."""
+    if rule.code == RuleCode.ABSOLUTE:
+        # The only rule that knows a scale; a value beyond float64 is above every cutoff.
+        return ((scale_pow2(S, spectrum.e) > rule.value) & (S > spectrum.floor[:, None])).sum(-1)
+    return select_rank(S, rule._replace(cap=0), spectrum.energy, spectrum.floor)
 
 
 def _kept(S: Tensor, rank: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedlora_kernels.backends.contract import Factors, Info, Note, RawProduct, RuleSpec
 from fedlora_kernels.backends.torch.backtransform import write_left, write_right
-from fedlora_kernels.backends.torch.certificate import Certificate, Spectrum, certify
+from fedlora_kernels.backends.torch.certificate import Certificate, Spectrum, certify, overlooked
 from fedlora_kernels.backends.torch.cholesky import pivoted_cholesky
 from fedlora_kernels.backends.torch.chunks import (
     U64,
@@ -97,6 +97,7 @@ class _Core(NamedTuple):
     K_B: Tensor
     K_A: Tensor
     d: Tensor
+    live: Tensor
     spectrum: Spectrum
     bad: Tensor
     info: Tensor
@@ -107,6 +108,7 @@ def _gram_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct)
     certificate = certify(core.spectrum, rule)
     rho_max = 16 if raw.left.dtype == torch.float64 else 1e4
     doubtful = (certificate.rho > rho_max) | ~(core.spectrum.energy > 0)
+    doubtful |= overlooked(core.spectrum, rule, certificate, core.live)
     again = (doubtful & (core.spectrum.energy_abs > 0) & ~core.bad).nonzero().flatten().tolist()
     # Columns that no matrix keeps are zero already; most rules keep far fewer than p_max.
     width = int(certificate.rank.amax())
@@ -160,7 +162,7 @@ def _core(stack: Problem, q: int) -> _Core:
     )
     K_B = d[0, :, :, None] * (L_A @ Vh[:, :k].mT)
     K_A = (om * d[1])[:, :, None] * (L_B @ U[..., :k])
-    return _Core(K_B, K_A, d[0], spectrum, bad, info)
+    return _Core(K_B, K_A, d[0], width, spectrum, bad, info)
 
 
 def _scaled(X: Tensor, spectrum: Spectrum, rank: Tensor, power: float, already: float) -> Tensor:
