@@ -1,8 +1,9 @@
 """Truncated SVD of stacked low-rank factors: `product_svd` against the routes that users take today, in one run.
 
 Peers, in float32, at the better of 1 and all threads, looped over modules (their better choice on a CPU): QR + QR + core SVD,
-two thin SVDs + core (the published FLoRIST code), and the dense SVD of B A (PEFT's ``svd`` merge, FlexLoRA). Beside each
-time: the worst relative error of a kept singular value and the worst departure of U from orthonormal columns.
+two thin SVDs + core (the published FLoRIST code), and the dense SVD of B A (PEFT's ``svd`` merge, FlexLoRA; timed on one
+module). Beside each time, for the first module: the worst relative error of a kept singular value and the worst departure of
+U from orthonormal columns. Peers return all R columns, `product_svd` the p that its rule keeps.
 
     python bench/product.py [--quick] [--json FILE]
 """
