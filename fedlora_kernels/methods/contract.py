@@ -1,7 +1,7 @@
 """What an aggregation method is, and the registry of them.
 
 A method is a frozen dataclass of its options. It sees groups of equally shaped modules as batched tensors and knows
-neither files nor clients' names; the engine (aggregate.py) owns both. `combine` is required. `survey` and `decide` exist
+neither files nor clients' names; the engine (`engine/`) owns both. `combine` is required. `survey` and `decide` exist
 only for methods that need a decision over the whole model, and cost a second pass over the data.
 """
 
@@ -113,6 +113,7 @@ class Outcome:
     """What a method made of a group.
 
     Common pair: ``B`` (N, m, P), ``A`` (N, P, n), cut per module to ``rank`` (N,); None where the method has none.
+    A module of rank 0 is left out of the output; rank 1 with B = 0 and A = e_1 keeps a zero update in it.
     ``error`` and ``error_bound`` (N,) float64: |D - B A|_F / |D|_F. ``notes`` (N,) int, facts; ``info`` (N,) int, trouble
     (None: none), on which the engine raises. ``energy`` (N,) float64: |D|_F^2, where no spectrum says it. ``residual`` is a
     pair of the same form with its own ranks. ``state`` maps names to tensors with leading dimension N. ``personal`` maps a
