@@ -311,6 +311,17 @@ def test_a_zero_client_at_the_end_of_float64_hides_no_other(backend, ranks):
 
 
 @backends
+@pytest.mark.parametrize("ranks", [(4, 4, 3), (12, 14, 3)], ids=("stacked", "dense"))
+def test_a_zero_client_of_great_weight_hides_no_other(backend, ranks):
+    base = gaussian(17, 13, ranks, 1).to(torch.float32)
+    weights = torch.tensor([1e-200, 1e-201, 1e100], dtype=torch.float64)
+    result = product(backend, LoRAProblem((*base.B[:2], base.B[2] * 0), base.A, weights))
+    expected = product(backend, LoRAProblem(base.B[:2], base.A[:2], weights[:2] * 1e200))
+    assert result.rank == expected.rank == min(13, sum(ranks[:2]))
+    assert_close(result.S[:8] / 1e-200, expected.S[:8], 1e-13)
+
+
+@backends
 @pytest.mark.parametrize("weight", [1e-300, 1e-30, 1e30, 1e300])
 def test_extreme_weights(backend, weight):
     base = gaussian(29, 23, (4, 3), 1).to(torch.float32)

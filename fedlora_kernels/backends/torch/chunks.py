@@ -55,12 +55,13 @@ def finite(block: Tensor) -> Tensor:
     return torch.isfinite(low) & torch.isfinite(high)
 
 
-def column_exponents(blocks: Sequence[Tensor]) -> Tensor | None:
+def column_exponents(blocks: Sequence[Tensor], always: bool = False) -> Tensor | None:
     """Exponents (N, R) of the largest element of every column if some block is float64; None for narrower types, which square safely.
 
-    A column of zeros gets one below all others, so that it never decides the scale of a matrix.
+    ``always`` answers for those too. A column of zeros gets one below all others, so that it never decides the scale of a matrix.
     """
-    if not blocks[0].shape[1] or all(block.dtype != torch.float64 for block in blocks):
+    narrow = not always and all(block.dtype != torch.float64 for block in blocks)
+    if narrow or not blocks[0].shape[1]:
         return None
     largest = torch.cat([torch.maximum(block.amax(-2), -block.amin(-2)).double() for block in blocks], -1)
     return torch.where(largest == 0, _EXPONENT_OF_ZERO, exponent(largest).clamp(-1022, 1022))

@@ -30,6 +30,9 @@ __all__ = ["product_svd"]
 
 Powers = tuple[float, float]
 
+_FAR_APART = 200
+"""Exponents between weights whose squares, times squares of float32, might leave the range of float64."""
+
 _POWERS: dict[str, Powers] = {"usv": (0.0, 0.0), "left": (1.0, 0.0), "balanced": (0.5, 0.5)}
 """Powers of the singular values that the left and right factor carry."""
 
@@ -84,7 +87,10 @@ def _load_weights(group: Factors, part: slice, device: torch.device) -> Problem:
     weights = group.weights[part].to(device)
     ranks = torch.tensor([block.shape[-1] for block in B], device=device)
     om = weights.repeat_interleave(ranks, -1, output_size=group.width)
-    e_B, e_A = column_exponents(B), column_exponents(A)
+    # Weights far apart: the greatest may belong to a column of zeros, and then must not set the scale.
+    e_w = exponent(group.weights[part])
+    apart = bool((e_w.amax(-1) - e_w.amin(-1) > _FAR_APART).any())
+    e_B, e_A = column_exponents(B, apart), column_exponents(A, apart)
     e_columns = sum((e for e in (e_B, e_A) if e is not None), start=torch.zeros_like(om, dtype=torch.int64))
     e = (e_columns + exponent(om)).amax(-1)
     e = e + e % 2
