@@ -140,6 +140,15 @@ def test_lora_bias_takes_weights_of_any_sum():
     torch.testing.assert_close(result.adapter.extra(BIAS).double(), wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("missing", "share"), [("zero", 6.0), ("renormalize", 4.0)])
+def test_lora_bias_of_a_missing_module_follows_the_module(missing, share):
+    sources, values = biased()
+    sources[1] = without(sources[1], FIRST)
+    result = aggregate(sources, weights=[1, 2, 3], read=ReadOptions(missing=missing))
+    wanted = sum(w / share * s * v.double() for w, s, v in zip((1, 0, 3), (2.0, 4.0, 6.0), values, strict=True))
+    torch.testing.assert_close(result.adapter.extra(BIAS).double(), wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_a_bias_is_clipped_with_its_client():
     from fedlora_kernels.aggregate import Policy
 

@@ -166,7 +166,11 @@ def test_clip_per_module():
     result = aggregate(pairs, rule=ALL, policy=Policy("clip", max_update_norm=bound, per="module"))
     wanted = {n: sum(d[n] * min(1.0, bound / float(d[n].norm())) / 3 for d in dense) for n in dense[0]}
     assert distance(products(result.adapter), wanted) < 1e-12
-    assert any(min(1.0, bound / float(d[n].norm())) < 1 for d in dense for n in d)
+    for row, d in zip(result.report["clients"], dense, strict=True):
+        strongest = min(1.0, *(bound / float(x.norm()) for x in d.values()))
+        assert row["factor"] == pytest.approx(strongest, rel=1e-12)
+        assert row["status"] == ("clipped" if strongest < 1.0 else "used")
+    assert min(row["factor"] for row in result.report["clients"]) < 1.0
 
 
 def test_an_infinite_bound_is_refused_and_a_large_one_clips_nothing():

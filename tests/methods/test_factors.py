@@ -8,7 +8,7 @@ from method_problems import standard
 
 from fedlora_kernels.methods import factors
 from fedlora_kernels.methods.contract import make_method
-from fedlora_kernels.methods.factors import cast, share
+from fedlora_kernels.methods.factors import cast, share, svd_rounding
 
 
 def batch(count=5):
@@ -61,3 +61,12 @@ def test_a_cast_measures_what_rounding_takes_even_below_the_normal_range(size):
     x = size * torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     rounded, _, taken = cast(x, torch.float16)
     torch.testing.assert_close(taken, (x - rounded.double()).flatten(1).norm(dim=1))
+
+
+@pytest.mark.parametrize("entry", [1.0 + 0.499 * 2**-10, 1.49 * 2**-24])
+def test_the_rounding_of_an_svd_holds_where_both_factors_lose_the_most(entry):
+    """Half a unit in B and in A, in the normal range of float16 and below it."""
+    S = torch.tensor([[entry * entry]], dtype=torch.float64)
+    rounded = float(torch.tensor(entry, dtype=torch.float64).half().double()) ** 2
+    bound = float(svd_rounding(S, 1, 1, torch.float16, "balanced")[0])
+    assert abs(rounded - entry * entry) <= bound <= 1.5 * abs(rounded - entry * entry)
