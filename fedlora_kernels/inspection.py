@@ -31,6 +31,8 @@ FACTORS = (("lora_A", "A"), ("lora_B", "B"))
 OUTLIER_SCORE = 3.5
 OUTLIER_FACTOR = 2.0
 NEAR_DUPLICATE = 1e-3
+LARGEST_ENERGY = 2.0**1000
+"""Squared norms from here on are left out: sums over modules must stay within float64."""
 
 
 @dataclass
@@ -129,6 +131,9 @@ def _examine(module: str, pair: LoRAFactors, tally: _Tally, backend: str) -> boo
     if info := int(svd.info):
         tally.broken.append(f"module {module!r}: {'; '.join(info_text(info))}")
         return False
+    if not float(svd.energy) < LARGEST_ENERGY:
+        tally.broken.append(f"module {module!r}: the squared norm of the update leaves float64")
+        return False
     rank = int(svd.rank)
     values = svd.S[:rank].cpu()
     energy = torch.cumsum(values.square(), 0)
@@ -209,7 +214,9 @@ def _suspicions(adapters: Mapping[str, Adapter], tallies: Mapping[str, _Tally]) 
     for name, adapter in adapters.items():
         tally = tallies[name]
         findings += adapter.warnings
-        findings += [f"{name!r}, {place}; left out of norms and cosines" for place in tally.broken]
+        if tally.broken:
+            more = f" (and {len(tally.broken) - 1} more modules)" if len(tally.broken) > 1 else ""
+            findings.append(f"{name!r}, {tally.broken[0]}{more}; left out of norms and cosines")
         # a scale of 0 is already among the reader's warnings
         unexplained = [module for module in tally.zero if adapter.modules[module].scale != 0.0]
         if unexplained and len(unexplained) == len(tally.rows):

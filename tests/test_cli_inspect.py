@@ -77,6 +77,32 @@ def test_what_looks_wrong_is_said(tmp_path, options, said):
     assert any(all(text in finding for text in said) for finding in findings), findings
 
 
+def all_nan(tensors):
+    for tensor in tensors.values():
+        tensor[0, 0] = math.nan
+
+
+def huge(tensors):
+    for tensor in tensors.values():
+        tensor.mul_(1e100)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (all_nan, ", lora_A[0, 0]: NaN or Inf (and 3 more modules); left out of norms and cosines"),
+        (huge, ": the squared norm of the update leaves float64 (and 3 more modules); left out of norms and cosines"),
+    ],
+)
+def test_an_adapter_broken_everywhere_is_one_finding_and_ends_nothing(tmp_path, change, said):
+    paths = make_clients(tmp_path)
+    broken = make_adapter(tmp_path / "x", seed=7, dtype=torch.float64, change=change)
+    report = inspect_adapters([*paths, str(broken)])
+    assert report["findings"] == [f"'x', module '{min(SHAPES)}'{said}"]
+    assert report["adapters"][3]["norm"] is None
+    assert report["cosines"][3][:3] == [0.0, 0.0, 0.0]
+
+
 def test_a_gauge_of_every_client_changes_nothing(tmp_path):
     plain = inspect_adapters(make_clients(tmp_path / "plain"))
     turned = inspect_adapters(make_clients(tmp_path / "turned", change=halve))
