@@ -261,3 +261,16 @@ def test_only_a_method_that_decides_pays_for_pairs_of_clients(monkeypatch, metho
     result = aggregate(pairs, method, policy="drop")
     assert (max(asked[:3]) == 1) == (method == "florist")
     assert [row["norm"] for row in result.report["clients"]] == pytest.approx([norm(pair) for pair in pairs], rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["drop", "clip"])
+def test_too_few_clients_are_too_few_even_if_none_fails(kind):
+    with pytest.raises(InputError, match=r"3 of 3 clients with 1 of the weight remain; at least 4 and 0\.5 needed"):
+        aggregate(clients(), policy=Policy(kind, min_clients=4))
+
+
+def test_huge_weights_do_not_overflow_the_share_that_remains():
+    bad = changed(client(9), "A", poison())
+    with pytest.warns(UserWarning, match="dropped"):
+        result = aggregate([client(0), client(1), client(2), bad], weights=[1e308] * 4, policy="drop")
+    assert [row["weight"] for row in result.report["clients"]] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.0])

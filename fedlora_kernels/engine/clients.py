@@ -233,6 +233,8 @@ def admit(roster: Sequence[Client], policy: Policy, read: ReadOptions) -> Client
         if not failing:
             break
         drop(roster, failing, policy)
+    if policy.kind != "strict":
+        _check_remaining(roster, policy)
     check = _check(present(roster), read)
     warnings.update(dict.fromkeys(check.warnings))
     return replace(check, warnings=tuple(warnings))
@@ -251,13 +253,19 @@ def drop(roster: Sequence[Client], failing: Sequence[Client], policy: Policy) ->
         raise kind(failure_text(found))
     for client in failing:
         client.status = "dropped"
-    total = math.fsum(abs(client.weight) for client in roster)
-    left = present(roster)
-    share = math.fsum(abs(client.weight) for client in left) / total
+    _check_remaining(roster, policy)
+
+
+def _check_remaining(roster: Sequence[Client], policy: Policy) -> None:
+    left, top = present(roster), max(abs(client.weight) for client in roster)
+    # scaled first, as in `normalised`
+    total, remaining = (math.fsum(abs(client.weight) / top for client in part) for part in (roster, left))
+    share = remaining / total
     needed = max(1, policy.min_clients)
     if len(left) < needed or share < policy.min_weight:
         reasons = failure_text([failure for client in roster for failure in client.failures])
+        listing = f":\n{reasons}" if reasons else ""
         raise InputError(
             f"policy {policy.kind!r}: {len(left)} of {len(roster)} clients with {share:.3g} of the weight remain; at least {needed} "
-            f"and {policy.min_weight:g} needed. Repair the failing clients or lower min_clients or min_weight:\n{reasons}"
+            f"and {policy.min_weight:g} needed. Repair the failing clients or lower min_clients or min_weight{listing}"
         )
