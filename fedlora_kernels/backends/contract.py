@@ -22,6 +22,7 @@ __all__ = [
     "INFO_TEXT",
     "NOTE_TEXT",
     "OPS",
+    "U64",
     "Backend",
     "Factors",
     "Info",
@@ -34,6 +35,9 @@ __all__ = [
     "RuleSpec",
     "Stack",
 ]
+
+U64 = 2.0**-53
+"""Unit roundoff of float64."""
 
 OPS = (
     "stacked_qr",

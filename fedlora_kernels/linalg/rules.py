@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fedlora_kernels.backends.contract import RuleCode, RuleSpec
+from fedlora_kernels.errors import InputError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,7 +33,7 @@ def _real(rule: RankRule, name: str) -> float:
     """Return a field as a Python float and store it so, whatever real number type it came in."""
     value = getattr(rule, name)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{type(rule).__name__}: {name} is {value!r}; a number is needed")
+        raise InputError(f"{type(rule).__name__}: {name} is {value!r}; a number is needed")
     number = float(value)
     object.__setattr__(rule, name, number)
     return number
@@ -40,7 +41,7 @@ def _real(rule: RankRule, name: str) -> float:
 
 def _count(rule: RankRule, name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
-        raise ValueError(f"{type(rule).__name__}: {name} is {value!r}; an integer >= 1 is needed")
+        raise InputError(f"{type(rule).__name__}: {name} is {value!r}; an integer >= 1 is needed")
     return int(value)
 
 
@@ -77,7 +78,7 @@ class RankRule:
 def _unit_interval(rule: RankRule, name: str) -> None:
     value = _real(rule, name)
     if not 0.0 < value <= 1.0:
-        raise ValueError(f"{type(rule).__name__}: {name} is {value!r}; 0 < {name} <= 1 is needed")
+        raise InputError(f"{type(rule).__name__}: {name} is {value!r}; 0 < {name} <= 1 is needed")
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class SingularValueRatio(RankRule):
         super().__post_init__()
         number = _real(self, "ratio")
         if not 1.0 <= number < math.inf:
-            raise ValueError(f"SingularValueRatio: ratio is {self.ratio!r}; 1 <= ratio < inf is needed")
+            raise InputError(f"SingularValueRatio: ratio is {self.ratio!r}; 1 <= ratio < inf is needed")
 
     def spec(self) -> RuleSpec:
         """Return the rule as plain numbers for a backend."""
@@ -167,7 +168,7 @@ class Absolute(RankRule):
         super().__post_init__()
         number = _real(self, "cutoff")
         if not 0.0 <= number < math.inf:
-            raise ValueError(f"Absolute: cutoff is {self.cutoff!r}; 0 <= cutoff < inf is needed")
+            raise InputError(f"Absolute: cutoff is {self.cutoff!r}; 0 <= cutoff < inf is needed")
 
     def spec(self) -> RuleSpec:
         """Return the rule as plain numbers for a backend."""
@@ -182,15 +183,15 @@ _UNIT = {
 
 
 def parse_size(text: int | str) -> int:
-    """Bytes from an integer or a text such as ``10MB`` (10^7) or ``10MiB`` (10 * 2^20). ValueError on anything else."""
+    """Bytes from an integer or a text such as ``10MB`` (10^7) or ``10MiB`` (10 * 2^20). InputError on anything else."""
     if isinstance(text, int) and not isinstance(text, bool):
         size = text
     elif isinstance(text, str) and (match := _SIZE.fullmatch(text.strip())):
         size = int(float(match[1]) * _UNIT[match[2]])
     else:
-        raise ValueError(f"size {text!r} is not understood; write bytes or a number with kB, MB, GB, KiB, MiB or GiB")
+        raise InputError(f"size {text!r} is not understood; write bytes or a number with kB, MB, GB, KiB, MiB or GiB")
     if size < 1:
-        raise ValueError(f"size {text!r} must be at least one byte")
+        raise InputError(f"size {text!r} must be at least one byte")
     return size
 
 
@@ -206,13 +207,13 @@ class Budget(RankRule):
 
     def spec(self) -> RuleSpec:
         """Raise: a budget is no rule for one matrix."""
-        raise ValueError(
-            "Budget needs the spectra of all modules; pass it to aggregate(rule=...), not to a single-matrix call"
+        raise InputError(
+            "Budget needs the spectra of all modules, which no call of this version has; use a rule for one matrix, such as Energy(0.9)"
         )
 
 
 def spec_of(rule: object) -> RuleSpec:
-    """Return the plain numbers of a rule for one matrix. TypeError for anything but a `RankRule`, ValueError for `Budget`."""
+    """Return the plain numbers of a rule for one matrix. TypeError for anything but a `RankRule`, InputError for `Budget`."""
     if not isinstance(rule, RankRule):
         raise TypeError(f"rule is {rule!r}; a rank rule is needed, such as Energy(0.9) or Rank(8)")
     return rule.spec()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
@@ -73,10 +73,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a first pass keeps of a group: small arrays with leading dimension N, and optional tensors worth carrying."""
+    """What a first pass keeps of a group: small arrays with leading dimension N."""
 
     stats: Mapping[str, np.ndarray]
-    carry: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,7 @@ class Outcome:
     Common pair: ``B`` (N, m, P), ``A`` (N, P, n), cut per module to ``rank`` (N,); None where the method has none.
     A module of rank 0 is left out of the output; rank 1 with B = 0 and A = e_1 keeps a zero update in it.
     ``error`` and ``error_bound`` (N,) float64: |D - B A|_F / |D|_F. ``notes`` (N,) int, facts; ``info`` (N,) int, trouble
-    (None: none), on which the engine raises. ``energy`` (N,) float64: |D|_F^2, where no spectrum says it. ``residual`` is a
-    pair of the same form with its own ranks. ``state`` maps names to tensors with leading dimension N. ``personal`` maps a
-    position in ``Group.clients`` to a pair (B, A).
+    (None: none), on which the engine raises. ``energy`` (N,) float64: |D|_F^2, where no spectrum says it.
     """
 
     B: Tensor | None
@@ -129,9 +126,6 @@ class Outcome:
     info: Tensor | None = None
     energy: Tensor | None = None
     spectrum: Spectrum | None = None
-    residual: tuple[Tensor, Tensor, Tensor] | None = None
-    state: Mapping[str, Tensor] = field(default_factory=dict)
-    personal: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,9 +141,7 @@ class Method:
     broadcast: ClassVar[str] = ""
     download: ClassVar[str] = ""
     equal_ranks: ClassVar[bool] = False
-    frozen: ClassVar[str | None] = None
     needs_previous: ClassVar[bool] = False
-    needs_round: ClassVar[bool] = False
     uses_weights: ClassVar[bool] = True
     takes_rule: ClassVar[bool] = False
     product_only: ClassVar[bool] = False
@@ -189,25 +181,29 @@ def register(cls: M) -> M:
     return cls
 
 
-def _load_plugins() -> None:
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        if entry.name not in _REGISTRY:
-            entry.load()
-
-
 def method_names() -> list[str]:
     """Return the names of all methods, our own first."""
-    _load_plugins()
-    return list(_REGISTRY)
+    return list(dict.fromkeys([*_REGISTRY, *(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))]))
 
 
 def method_class(name: str) -> type[Method]:
-    """Return the class of a method by name. InputError lists the known names."""
+    """Return the class of a method by name. InputError lists the known names, or names a package that cannot be loaded."""
     if name not in _REGISTRY:
-        _load_plugins()
+        _load(name)
     if name not in _REGISTRY:
-        raise InputError(f"unknown method {name!r}; known methods: {', '.join(sorted(_REGISTRY))}")
+        raise InputError(f"unknown method {name!r}; known methods: {', '.join(sorted(method_names()))}")
     return _REGISTRY[name]
+
+
+def _load(name: str) -> None:
+    for entry in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        package = entry.dist.name if entry.dist else "an unknown package"
+        try:
+            entry.load()
+        except Exception as error:
+            raise InputError(
+                f"method {name!r} of {package} cannot be loaded from {entry.value}: {error}. Repair or uninstall {package}"
+            ) from error
 
 
 def make_method(name: str, options: Mapping[str, Any], rule: RankRule | None = None) -> Method:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import Info, Note
+from fedlora_kernels.backends.contract import U64, Info, Note
 from fedlora_kernels.errors import MismatchError
 from fedlora_kernels.linalg import update_gram
 from fedlora_kernels.methods.contract import Group, Outcome
@@ -28,7 +28,6 @@ __all__ = [
     "zero_outcome",
 ]
 
-U64 = 2.0**-53
 CHUNK = 64 << 20
 """Bytes of float64 factors that a method of factor means converts at once."""
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from products import ALL, energy, factors, matrix
 
-from fedlora_kernels.backends.contract import RuleCode, RuleSpec
+from fedlora_kernels.backends.contract import U64, RuleCode, RuleSpec
 from fedlora_kernels.backends.torch import BACKEND, backtransform, gram, householder, product, svd
 from fedlora_kernels.backends.torch.cholesky import pivoted_cholesky
-from fedlora_kernels.backends.torch.chunks import U64, column_exponents, exponent, load, pow2, scale_pow2, slices
+from fedlora_kernels.backends.torch.chunks import column_exponents, exponent, load, pow2, scale_pow2, slices
 from fedlora_kernels.testing import LoRAProblem, assert_close, prescribed, spectrum
 from fedlora_kernels.testing.factors import cancelling, gaussian
 

@@ -146,7 +146,7 @@ def test_things_that_are_no_rules(thing):
 
 def test_a_budget_is_no_rule_for_one_matrix():
     assert Budget("10MB").capped(4).cap == 4
-    with pytest.raises(ValueError, match="aggregate"):
+    with pytest.raises(ValueError, match="spectra of all modules"):
         spec_of(Budget("10MB"))
 
 

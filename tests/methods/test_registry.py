@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from typing import ClassVar
 
 import pytest
@@ -60,3 +61,18 @@ def test_a_name_is_taken_once(monkeypatch):
     assert make_method("mine", {"strength": 3.0}).options() == {"strength": 3.0}
     with pytest.raises(ValueError, match="'mine'"):
         register(Mine)
+
+
+def test_a_broken_package_of_methods_is_named_and_harms_no_other_name(monkeypatch):
+    broken = EntryPoint("theirs", "no_such_package.methods", contract.ENTRY_POINT_GROUP)
+
+    def found(group, name=None):
+        assert group == contract.ENTRY_POINT_GROUP
+        return [broken] if name in (None, "theirs") else []
+
+    monkeypatch.setattr(contract, "entry_points", found)
+    assert "theirs" in method_names()
+    with pytest.raises(InputError, match="'theirs' of an unknown package cannot be loaded from no_such_package"):
+        method_class("theirs")
+    with pytest.raises(InputError, match="unknown method 'thiers'; known methods: .*theirs"):
+        method_class("thiers")

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import Info, Note, RawRotation
+from fedlora_kernels.backends.contract import U64, Info, Note, RawRotation
 from fedlora_kernels.backends.reference.powers import exponent_of, times_power
 
 __all__ = ["align_factors", "procrustes_rotation", "rotate_factors"]
 
-UNIT = 2.0**-53
 SINGULAR_BLEND = 1e-6
 
 
@@ -111,7 +110,7 @@ def _rotation(
         return _Rotation(one, one.new_zeros(0), True, 0.0)
     M, size, exponent = _correlation(terms)
     U, s, Vh = torch.linalg.svd(M)
-    threshold = 8 * r * UNIT * size
+    threshold = 8 * r * U64 * size
     reflected = special and bool(torch.linalg.det(U @ Vh) < 0)
     Q = _polar(M, threshold, special)
     if blend == 0:

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import Factors, Info, Note, RawProduct, RuleCode, RuleSpec
+from fedlora_kernels.backends.contract import U64, Factors, Info, Note, RawProduct, RuleCode, RuleSpec
 from fedlora_kernels.backends.reference.powers import exponent_of, times_power
 from fedlora_kernels.backends.reference.svd import signs_of
 from fedlora_kernels.backends.reference.threshold import rank_of
 
 __all__ = ["product_svd"]
 
-U64 = 2.0**-53
 LOW_ACCURACY = 1e-6
 _POWERS = {"usv": (0.0, 0.0), "left": (1.0, 0.0), "balanced": (0.5, 0.5)}
 

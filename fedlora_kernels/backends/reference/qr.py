@@ -8,12 +8,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import Info, Note, RawQR, Stack
+from fedlora_kernels.backends.contract import U64, Info, Note, RawQR, Stack
 from fedlora_kernels.backends.reference.powers import exponent_of, times_power
 
 __all__ = ["stacked_qr"]
-
-UNIT = 2.0**-53
 
 
 def stacked_qr(groups: Sequence[Stack], want_q: bool) -> list[RawQR]:
@@ -93,7 +91,7 @@ def _echelon_qr(F: Tensor) -> tuple[Tensor, Tensor, int]:
             break
         x = F[i:, j].clone()
         norm = torch.linalg.vector_norm(x)
-        if norm <= 16 * columns * UNIT:
+        if norm <= 16 * columns * U64:
             # a dependent column: its rounding noise must not decide the direction of the later rows
             F[i:, j] = 0
             continue

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import Note, RuleCode, RuleSpec
-from fedlora_kernels.backends.torch.chunks import U64, scale_pow2
+from fedlora_kernels.backends.contract import U64, Note, RuleCode, RuleSpec
+from fedlora_kernels.backends.torch.chunks import scale_pow2
 from fedlora_kernels.backends.torch.threshold import select_rank
 
 __all__ = ["Certificate", "Spectrum", "certify", "overlooked"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.torch.chunks import U64
+from fedlora_kernels.backends.contract import U64
 
 __all__ = ["pivoted_cholesky"]
 

@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["U64", "WORKSPACE", "column_exponents", "exponent", "finite", "load", "pow2", "scale_pow2", "slices"]
-
-U64 = 2.0**-53
-"""Unit roundoff of float64."""
+__all__ = ["WORKSPACE", "column_exponents", "exponent", "finite", "load", "pow2", "scale_pow2", "slices"]
 
 WORKSPACE = 48 << 20
 """Bytes of temporaries an op may hold beyond inputs, outputs, a few R x R matrices of one problem, and the copies of its stack that

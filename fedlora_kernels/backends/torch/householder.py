@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedlora_kernels.backends.contract import U64
 from fedlora_kernels.backends.torch.certificate import Spectrum
-from fedlora_kernels.backends.torch.chunks import U64, load, slices
+from fedlora_kernels.backends.torch.chunks import load, slices
 from fedlora_kernels.backends.torch.svd import svd
 
 __all__ = ["Decomposition", "Problem", "dense", "orthogonalised", "row_bound"]

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import Info, Note, RawRotation
-from fedlora_kernels.backends.torch.chunks import U64, exponent, load, scale_pow2, slices
+from fedlora_kernels.backends.contract import U64, Info, Note, RawRotation
+from fedlora_kernels.backends.torch.chunks import exponent, load, scale_pow2, slices
 from fedlora_kernels.backends.torch.svd import svd
 
 __all__ = ["align_factors", "procrustes_rotation", "rotate_factors"]

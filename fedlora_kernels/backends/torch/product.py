@@ -8,12 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import Factors, Info, Note, RawProduct, RuleSpec
+from fedlora_kernels.backends.contract import U64, Factors, Info, Note, RawProduct, RuleSpec
 from fedlora_kernels.backends.torch.backtransform import write_left, write_right
 from fedlora_kernels.backends.torch.certificate import Certificate, Spectrum, certify, overlooked
 from fedlora_kernels.backends.torch.cholesky import pivoted_cholesky
 from fedlora_kernels.backends.torch.chunks import (
-    U64,
     WORKSPACE,
     column_exponents,
     exponent,

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import Info, Note, RawQR, Stack
-from fedlora_kernels.backends.torch.chunks import U64, exponent, load, pow2, scale_pow2, slices
+from fedlora_kernels.backends.contract import U64, Info, Note, RawQR, Stack
+from fedlora_kernels.backends.torch.chunks import exponent, load, pow2, scale_pow2, slices
 from fedlora_kernels.backends.torch.gram import gram
 
 __all__ = ["stacked_qr"]
