@@ -74,5 +74,5 @@ def test_a_broken_package_of_methods_is_named_and_harms_no_other_name(monkeypatc
     assert "theirs" in method_names()
     with pytest.raises(InputError, match="'theirs' of an unknown package cannot be loaded from no_such_package"):
         method_class("theirs")
-    with pytest.raises(InputError, match="unknown method 'thiers'; known methods: .*theirs"):
+    with pytest.raises(InputError, match=r"unknown method 'thiers'; known methods: .*theirs"):
         method_class("thiers")
