@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -138,3 +139,10 @@ def test_keys_of_the_report_are_described():
     parts = (report, report["method"], report["backend"], report["totals"], report["seconds"])
     keys = {key for part in (*parts, *report["clients"], *report["modules"]) for key in part}
     assert not keys - described
+
+
+def test_speed_tables_are_those_of_the_committed_figures():
+    tables = runpy.run_path(str(REPO / "bench/tables.py"))
+    readme = (REPO / "README.md").read_text()
+    for name in ("small_svd", "product"):
+        assert tables[name]() in readme, f"replace the table {name} in README.md by the one of bench/tables.py"

@@ -1,0 +1,65 @@
+"""The README's speed tables, from the newest committed figures: ``python bench/tables.py`` prints them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def two_digits(value: float) -> str:
+    """A number to two significant digits, without an exponent."""
+    return f"{float(f'{value:.2g}'):g}"
+
+
+def load(name: str) -> dict[str, Any]:
+    """Figures and machine of one file under results/."""
+    figures: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return figures
+
+
+def small_svd() -> str:
+    """Batched small SVD: our time, the peer's, their ratio and the orthogonality of both."""
+    head = ("dtype", "r", "batch", "us per matrix", "`torch.linalg.svd`", "ratio", "orthogonality, ours and torch")
+    rows = [
+        (
+            row["dtype"],
+            str(row["r"]),
+            str(row["batch"]),
+            two_digits(row["ours_us"]),
+            two_digits(row["torch_us"]),
+            f"{row['ratio']:.1f}",
+            f"{row['ours_orthogonality']:.0e}, {row['torch_orthogonality']:.0e}",
+        )
+        for row in load("small-svd-epyc-2core.json")["rows"]
+    ]
+    return markdown(head, rows)
+
+
+def product() -> str:
+    """Truncated SVD of stacked factors: each route's time as a multiple of ours, worst error of a singular value."""
+    head = ("m = n", "R", "route", "ms per layer", "times ours", "worst error of a kept singular value")
+    rows = [
+        (
+            str(row["m"]),
+            str(row["R"]),
+            row["route"],
+            two_digits(row["ms_per_module"]),
+            two_digits(row["times_ours"]),
+            f"{row['sigma_error']:.0e}",
+        )
+        for row in load("product-epyc-2core.json")["rows"]
+    ]
+    return markdown(head, rows)
+
+
+if __name__ == "__main__":
+    print(small_svd(), product(), sep="\n\n")
