@@ -276,7 +276,7 @@ def test_control_characters_in_names_reach_neither_terminal_nor_path(tmp_path, c
     assert main(["aggregate", f"{name}={client}", "-o", str(tmp_path / "out")]) == 0
     captured = capsys.readouterr()
     assert "\x1b" not in captured.out + captured.err
-    assert "c]0;owned[2J" in captured.out
+    assert "c?]0;owned??[2J" in captured.out
     assert sorted(os.listdir(tmp_path / "out")) == WRITTEN
 
 

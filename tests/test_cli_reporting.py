@@ -9,7 +9,7 @@ import torch
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.reporting.json import check_target, plain, write_json
 from fedlora_kernels.reporting.tables import MODULE_ROWS, aggregate_tables, number, size
-from fedlora_kernels.reporting.terminal import ProgressBar, clean, one_line, show
+from fedlora_kernels.reporting.terminal import ProgressBar, one_line, show
 
 EVIL = "c\x1b[31m\x07\u202e\u2028\x9b2J[bold]:smile:\ud800"
 
@@ -35,18 +35,17 @@ def report(modules=3, **client):
     }  # fmt: skip
 
 
-def test_clean_leaves_no_control_character():
-    assert clean(EVIL) == "c[31m2J[bold]:smile:"
-    assert clean("plain é 名") == "plain é 名"
-    assert one_line("first\n  second\r\n\nthird\x1b[2J") == "first; second; third[2J"
+def test_one_line_of_several():
+    assert one_line("first\n  second\r\n\nthird\x1b[2J") == "first; second; third?[2J"
+    assert len(one_line("x" * 900)) == 900
 
 
 def test_names_are_shown_without_escapes_or_markup(capsys):
     show(aggregate_tables(report(name=EVIL, status="dropped", reason="lora_B\x1b[0m has NaN"), "out\x1b]0;x\x07"))
     out = capsys.readouterr().out
     assert "\x1b" not in out
-    assert "c[31m2J[bold]:smile:" in out
-    assert "lora_B[0m has NaN" in out
+    assert "c?[31m????2J[bold]:smile:?" in out
+    assert "lora_B?[0m has NaN" in out
 
 
 def test_each_module_and_client_has_a_row_in_a_pipe(capsys):
@@ -95,6 +94,22 @@ def test_missing_figures_are_dashes(capsys):
     out = capsys.readouterr().out
     assert "-" in next(line for line in out.splitlines() if line.startswith("model.layers.0"))
     assert "scaled by 0.25" in out
+
+
+def test_a_client_that_was_never_opened_has_no_rank(capsys):
+    show(aggregate_tables(report(1, name="gone", status="dropped", rank_min=None, rank_max=None, bytes=None), "out"))
+    out = capsys.readouterr().out
+    assert "None" not in out
+    (line,) = (line for line in out.splitlines() if line.startswith("gone"))
+    assert line.split()[:4] == ["gone", "0.5", "dropped", "-"]
+
+
+def test_a_method_without_kernels_needs_no_backend(capsys):
+    content = report(1)
+    content["backend"] |= {"used": [], "fallbacks": []}
+    show(aggregate_tables(content, "out"))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("backend"))
+    assert line.split(maxsplit=1)[1] == "none needed"
 
 
 @pytest.mark.parametrize(

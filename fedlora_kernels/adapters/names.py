@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-import unicodedata
+
+from fedlora_kernels.text import harmless
 
 __all__ = ["path_name", "printable"]
 
@@ -12,9 +13,7 @@ LONGEST_SHOWN = 200
 
 def printable(name: object) -> str:
     """Return ``name`` as one line without control, format or surrogate characters, cut to 200 characters."""
-    text = str(name)
-    if not text.isprintable():
-        text = "".join("?" if unicodedata.category(char)[0] == "C" or char in "\u2028\u2029" else char for char in text)
+    text = harmless(name)
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 

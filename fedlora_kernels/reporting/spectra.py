@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from fedlora_kernels.reporting.tables import MODULE_ROWS, layer_type, number, size, table
+from fedlora_kernels.reporting.tables import MODULE_ROWS, layer_type, number, size, span, table
 from fedlora_kernels.reporting.terminal import text
 
 __all__ = ["inspect_tables"]
@@ -45,11 +45,10 @@ def _adapters(adapters: Sequence[Mapping[str, Any]]) -> Table:
     columns = ("adapter", ">modules", ">rank", ">scale", "dtype", ">|D|_F", ">size", "base model", "extras")
     rows = table("Adapters", *columns)
     for adapter in adapters:
-        low, high = adapter["rank_min"], adapter["rank_max"]
         rows.add_row(
             text(adapter["name"]),
             text(len(adapter["modules"])),
-            text(low if low == high else f"{low}-{high}"),
+            text(span(adapter["rank_min"], adapter["rank_max"])),
             text(_span(adapter["scales"])),
             text(", ".join(adapter["dtypes"])),
             text(number(adapter["norm"])),

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from fedlora_kernels.reporting.terminal import text
 
-__all__ = ["aggregate_tables", "layer_type", "number", "size", "table"]
+__all__ = ["aggregate_tables", "layer_type", "number", "size", "span", "table"]
 
 MODULE_ROWS = 40
 """More modules than this are shown by layer type."""
@@ -56,6 +56,13 @@ def size(count: float | None) -> str:
     return f"{count:.1f} TiB"
 
 
+def span(low: int | None, high: int | None) -> str:
+    """Return the ranks from ``low`` to ``high``; a dash where nothing was read."""
+    if low is None:
+        return "-"
+    return str(low) if low == high else f"{low}-{high}"
+
+
 def layer_type(module: str) -> str:
     """Return a module's name with its numbers as ``*``: what layers of one kind share."""
     return _LAYER_NUMBER.sub("*", module)
@@ -81,7 +88,7 @@ def _totals(report: Mapping[str, Any], out: str) -> Table:
         "rank": f"{totals['rank_in']} in, {totals['rank']} out (sums over modules)",
         "size": f"{totals['parameters']} parameters, {size(totals['bytes'])}",
         "error": f"{number(totals['error'])} of |D|_F, certified at most {number(totals['error_bound'])}",
-        "backend": f"{_joined(backend['used'])} on {backend['device']}",
+        "backend": f"{_joined(backend['used'])} on {backend['device']}" if backend["used"] else "none needed",
         "seconds": ", ".join(f"{stage} {number(spent)}" for stage, spent in seconds.items()),
     }
     for name, value in lines.items():
@@ -135,13 +142,12 @@ def _by_layer(modules: Sequence[Mapping[str, Any]]) -> Table:
 def _clients(clients: Iterable[Mapping[str, Any]]) -> Table:
     rows = table("Clients", "client", ">weight", "status", ">rank", ">norm", ">size", "reason")
     for client in clients:
-        low, high = client["rank_min"], client["rank_max"]
         status = client["status"]
         rows.add_row(
             text(client["name"]),
             text(number(client["weight"], 4)),
             text(status, "" if status == "used" else "yellow"),
-            text(low if low == high else f"{low}-{high}"),
+            text(span(client["rank_min"], client["rank_max"])),
             text(number(client["norm"])),
             text(size(client["bytes"])),
             text(_reason(client)),

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from fedlora_kernels.text import harmless
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["ProgressBar", "clean", "console", "one_line", "show", "text"]
+__all__ = ["ProgressBar", "console", "one_line", "show", "text"]
 
 PIPE_WIDTH = 1000
 """Columns of a console that is no terminal: tables are never cut there."""
 
 
-def clean(name: str) -> str:
-    """Return ``name`` without control, format, surrogate and line-separator characters: it may come from a stranger."""
-    return "".join(char for char in name if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
-
-
 def one_line(message: str) -> str:
-    """Return a message of several lines as one, cleaned."""
-    return clean("; ".join(line.strip() for line in message.splitlines() if line.strip()))
+    """Return a message of several lines as one, harmless."""
+    return harmless("; ".join(line.strip() for line in message.splitlines() if line.strip()))
 
 
 def text(value: object, style: str = "") -> Text:
-    """Return ``value`` as cleaned text in which nothing is read as markup."""
-    return Text(clean(str(value)), style=style)
+    """Return ``value`` as harmless text in which nothing is read as markup."""
+    return Text(harmless(value), style=style)
 
 
 def console(*, error: bool = False) -> Console:
@@ -79,5 +75,5 @@ class ProgressBar:
         if self._bar is None:
             return
         if stage not in self._tasks:
-            self._tasks[stage] = self._bar.add_task(clean(stage), total=total)
+            self._tasks[stage] = self._bar.add_task(harmless(stage), total=total)
         self._bar.update(self._tasks[stage], completed=done, total=total)
