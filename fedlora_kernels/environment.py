@@ -18,10 +18,13 @@ from torch import Tensor
 
 from fedlora_kernels import backends, linalg
 from fedlora_kernels._version import __version__
-from fedlora_kernels.errors import BackendError
+from fedlora_kernels.backends.cpu import thread_count
+from fedlora_kernels.errors import BackendError, FedLoRAError, InputError
 
 __all__ = ["survey"]
 
+SCHEMA = 1
+"""Version of this report."""
 PACKAGES = ("torch", "numpy", "rich", "safetensors", "peft", "transformers", "triton", "scipy")
 COMPILERS = ("g++", "nvcc")
 SELF_TEST_SECONDS = 1.0
@@ -37,11 +40,13 @@ _X86_LEVELS = (
 def survey() -> dict[str, Any]:
     """Return versions, processor, GPUs, backends and FEDLORA_ variables as plain values.
 
-    ``healthy`` is False if a backend that is on fails its self-test. Nothing here raises for what is missing.
+    ``problems`` are variables that would end a run; ``healthy`` is False if there is one, or if a backend that is on fails its
+    self-test. Nothing here raises for what is missing.
     """
+    problems = _wrong_variables()
     rows = [_backend(name, on, reason) for name, (on, reason) in backends.status().items()]
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "tool": {"name": "fedlora_kernels", "version": __version__},
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
@@ -51,8 +56,24 @@ def survey() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "backends": rows,
         "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("FEDLORA_")},
-        "healthy": all(row["passed"] for row in rows if row["on"]),
+        "problems": problems,
+        "healthy": not problems and all(row["passed"] for row in rows if row["on"]),
     }
+
+
+def _wrong_variables() -> list[str]:
+    problems = []
+    name = os.environ.get("FEDLORA_BACKEND") or "auto"
+    if name != "auto":
+        try:
+            backends.get(name)
+        except FedLoRAError as error:
+            problems.append(f"FEDLORA_BACKEND: {error}")
+    try:
+        thread_count()
+    except InputError as error:
+        problems.append(str(error))
+    return problems
 
 
 def processor() -> dict[str, Any]:

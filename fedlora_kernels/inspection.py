@@ -27,6 +27,9 @@ from fedlora_kernels.linalg.rules import Energy
 
 __all__ = ["effective_rank", "inspect_adapters"]
 
+SCHEMA = 1
+"""Version of this report."""
+
 FACTORS = (("lora_A", "A"), ("lora_B", "B"))
 OUTLIER_SCORE = 3.5
 OUTLIER_FACTOR = 2.0
@@ -99,7 +102,7 @@ def _report(adapters: Mapping[str, Adapter], backend: str, progress: Callable[[s
     ]
     findings = _suspicions(adapters, tallies) + findings + _outliers(names, norms) + _twins(names, gram)
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "tool": {"name": "fedlora_kernels", "version": __version__},
         "adapters": records,
         "cosines": _cosines(gram, norms),

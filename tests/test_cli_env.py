@@ -16,11 +16,52 @@ def test_env_says_versions_processor_and_backends(capsys, monkeypatch):
     captured = capsys.readouterr()
     assert captured.err == ""
     assert "\x1b" not in captured.out
-    for text in (platform.python_version(), torch.__version__, "FEDLORA_SOMETHING=value", "passed", "Backends"):
+    for text in (platform.python_version(), torch.__version__, "FEDLORA_SOMETHING=va?lue", "passed", "Backends"):
         assert text in captured.out
     for name, (on, _) in backends.status().items():
         (line,) = (line for line in captured.out.splitlines() if line.split()[:1] == [name])
         assert line.split()[1] == ("on" if on else "off")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [
+        ("FEDLORA_BACKEND", "bogus", ["unknown backend 'bogus'", *backends.NAMES]),
+        ("FEDLORA_NUM_THREADS", "many", ["FEDLORA_NUM_THREADS='many'", "whole number"]),
+        ("FEDLORA_NUM_THREADS", "0", ["FEDLORA_NUM_THREADS='0'", "whole number"]),
+    ],
+)
+def test_a_variable_that_ends_every_run_is_a_problem(capsys, monkeypatch, variable, value, named):
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(backends, "status", dict)
+    assert main(["env"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "problem: " in out
+    for text in named:
+        assert text in out.partition("problem: ")[2]
+
+
+@pytest.mark.parametrize("value", ["", "auto", "reference"])
+def test_a_variable_that_can_be_used_is_none(monkeypatch, value):
+    monkeypatch.setenv("FEDLORA_BACKEND", value)
+    monkeypatch.setenv("FEDLORA_NUM_THREADS", "1")
+    monkeypatch.setattr(backends, "status", dict)
+    report = environment.survey()
+    assert report["problems"] == []
+    assert report["healthy"]
+
+
+def test_env_stays_narrow_in_a_pipe(capsys, monkeypatch):
+    reason = "cannot be loaded: " + "/a/long/path/" * 30 + "lib.so: " + "no such symbol, " * 20
+    status = {"cpu": (False, reason), "reference": (True, "always there")}
+    monkeypatch.setattr(backends, "status", lambda: status)
+    monkeypatch.setenv("FEDLORA_SOMETHING", "x" * 500)
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 120
+    joined = "".join(out.split())
+    assert reason.replace(" ", "") in joined
+    assert "x" * 500 in joined
 
 
 @pytest.mark.parametrize("name", backends.NAMES)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedlora_kernels.backends.contract import RawSVD
 from fedlora_kernels.errors import BackendError, InputError
 
-__all__ = ["BACKEND", "CpuBackend", "abi_stamp"]
+__all__ = ["BACKEND", "CpuBackend", "abi_stamp", "thread_count"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARY = _PACKAGE / "_lib" / "libfedlora_cpu.so"
@@ -108,7 +108,7 @@ class CpuBackend:
         tables = [_table(inputs)]
         for field in ("U", "S", "Vh", "info", "notes"):
             tables.append(_table([_rows(getattr(result, field)) for result in results]))
-        threads = _thread_count()
+        threads = thread_count()
         needed = ctypes.c_int64()
         _check(library.fedlora_core_svd_workspace(tables[0], len(inputs), threads, ctypes.byref(needed)))
         workspace = torch.empty(needed.value, dtype=torch.uint8)
@@ -224,8 +224,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _thread_count() -> int:
-    """FEDLORA_NUM_THREADS, else torch's; 1 in a forked child."""
+def thread_count() -> int:
+    """Return FEDLORA_NUM_THREADS, else torch's; 1 in a forked child. InputError where the variable is no such number."""
     if _forked:
         return 1
     setting = os.environ.get("FEDLORA_NUM_THREADS", "").strip()

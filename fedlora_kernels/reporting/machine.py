@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.constrain import Constrain
 from rich.table import Table
+from rich.text import Text
 
 from fedlora_kernels.reporting.tables import table
 from fedlora_kernels.reporting.terminal import text
 
 __all__ = ["env_tables"]
+
+WIDTH = 120
+"""Columns of the block, in a pipe too: it is made to be pasted."""
 
 
 def env_tables(report: Mapping[str, Any]) -> RenderableType:
@@ -30,22 +35,34 @@ def env_tables(report: Mapping[str, Any]) -> RenderableType:
         "variables": ", ".join(f"{name}={value}" for name, value in report["variables"].items()) or "no FEDLORA_ set",
     }
     grid = Table.grid(padding=(0, 2))
+    grid.add_column()
+    grid.add_column(overflow="fold")
     for name, value in lines.items():
         if value:
             grid.add_row(text(name, "bold"), text(value))
-    rows = table(
-        "Backends, in the order of auto", "backend", "", "why", "self-test", ">error", ">limit", "ran", "left out"
-    )
-    for backend in report["backends"]:
+    problems = [text(f"problem: {problem}", "red") for problem in report["problems"]]
+    return Constrain(Group(grid, _backends(report["backends"]), *problems), WIDTH)
+
+
+def _backends(backends: Sequence[Mapping[str, Any]]) -> Table:
+    rows = table("Backends, in the order of auto", "backend", "", "self-test", ">error", ">limit", "details")
+    for backend in backends:
         on, passed = backend["on"], backend["passed"]
         rows.add_row(
             text(backend["name"]),
             text("on" if on else "off", "green" if on else "yellow"),
-            text(backend["reason"]),
-            text(("passed" if passed else f"FAILED: {backend['failure']}") if on else "-", "" if passed else "red"),
+            text(("passed" if passed else "FAILED") if on else "-", "" if passed else "red"),
             text(f"{backend['error']:.1e}" if on else "-"),
             text(f"{backend['limit']:.0e}" if on else "-"),
-            text(", ".join(backend["tested"]) if on else ""),
-            text("; ".join(reason.split(":")[0] for reason in backend["left_out"]) if on else ""),
+            _details(backend),
         )
-    return Group(grid, rows)
+    return rows
+
+
+def _details(backend: Mapping[str, Any]) -> Text:
+    lines = {"": backend["reason"]}
+    if backend["on"]:
+        lines["failure: "] = backend["failure"]
+        lines["ran: "] = ", ".join(backend["tested"])
+        lines["left out: "] = ", ".join(reason.split(":")[0] for reason in backend["left_out"])
+    return Text("\n").join(text(f"{name}{value}") for name, value in lines.items() if value)
