@@ -4,6 +4,7 @@ import logging
 
 from fedlora_kernels._version import __version__ as __version__
 from fedlora_kernels.adapters import Adapter as Adapter
+from fedlora_kernels.adapters import Limits as Limits
 from fedlora_kernels.adapters import LoRAFactors as LoRAFactors
 from fedlora_kernels.adapters import open_adapter as open_adapter
 from fedlora_kernels.aggregate import Policy as Policy

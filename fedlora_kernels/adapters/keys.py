@@ -53,7 +53,12 @@ def _chosen(parsed: list[TensorKey], adapter_name: str | None, who: str) -> Iter
     if adapter_name is None and len(names) > 1:
         listing = ", ".join(printable(name) for name in names[:10])
         raise FormatError(f"{who}: several adapters in one file ({listing}); choose one with adapter_name=")
-    if adapter_name is not None and names and adapter_name not in names:
+    if adapter_name is not None and parsed and not names:
+        raise FormatError(
+            f"{who}: no adapter {printable(adapter_name)!r}; there is one without a name, as in {printable(parsed[0].key)!r}. "
+            "Leave out adapter_name="
+        )
+    if adapter_name is not None and adapter_name not in names:
         listing = ", ".join(printable(name) for name in names[:10])
         raise FormatError(f"{who}: no adapter {printable(adapter_name)!r}; there are {listing}")
     return (item for item in parsed if adapter_name is None or item.adapter in (None, adapter_name))

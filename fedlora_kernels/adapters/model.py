@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fedlora_kernels.adapters.names import printable
+
 __all__ = ["Adapter", "ExtraSpec", "LoRAFactors", "ModuleSpec", "TensorSource", "TensorSpec"]
 
 
@@ -100,6 +102,11 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        ranks = sorted({module.rank for module in self.modules.values()})
+        rank = "-".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1]))) if ranks else "none"
+        return f"Adapter({printable(self.label)!r}, {len(self)} modules, rank {rank}, {self.nbytes} bytes)"
 
     def __len__(self) -> int:
         return len(self.modules)

@@ -13,8 +13,9 @@ from fedlora_kernels.adapters.keys import TensorKey, canonical_keys
 from fedlora_kernels.adapters.model import ExtraSpec, ModuleSpec, TensorSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.patterns import PatternTable
+from fedlora_kernels.adapters.policy import Limits
 from fedlora_kernels.adapters.variants import LATER, check_variant, refuse_variant
-from fedlora_kernels.errors import FormatError
+from fedlora_kernels.errors import FormatError, LimitError
 
 __all__ = ["Layout", "LoRAConfig", "read_layout"]
 
@@ -133,6 +134,7 @@ def read_layout(
     adapter_name: str | None = None,
     rank_from: str = "config",
     extras: str = "strict",
+    limits: Limits | None = None,
 ) -> Layout:
     """Match tensors with configuration: modules with their scales, extra tensors with their rules.
 
@@ -143,13 +145,14 @@ def read_layout(
         adapter_name: which adapter, where keys carry several adapter names.
         rank_from: "config" refuses a rank that differs from the tensor's; "tensor" takes the tensor's and warns.
         extras: "ignore" drops unknown tensors with a warning; anything else refuses them.
+        limits: caps; the number of modules counts here, before each is looked up in the patterns.
     """
     if not tensors:
         raise FormatError(f"{who}: no tensors; an adapter needs at least one pair of lora_A and lora_B")
     config = LoRAConfig(raw, who)
     keys = canonical_keys(tensors, who, adapter_name)
     findings: Findings = {}
-    modules = _modules(keys, tensors, config, rank_from, findings)
+    modules = _modules(keys, tensors, config, rank_from, findings, limits or Limits())
     found = _extras(keys, tensors, config, modules, extras == "ignore", findings)
     return Layout(modules, found, tuple(_warnings(who, findings) + config.warnings()), tuple(config.notes()))
 
@@ -171,6 +174,7 @@ def _modules(
     config: LoRAConfig,
     rank_from: str,
     findings: Findings,
+    limits: Limits,
 ) -> dict[str, ModuleSpec]:
     factors: dict[str, dict[str, TensorSpec]] = {}
     for key in keys:
@@ -178,6 +182,8 @@ def _modules(
             factors.setdefault(key.name, {})[key.part] = tensors[key.key]
     if not factors:
         raise FormatError(f"{config.who}: no lora_A and lora_B among {len(keys)} tensors; is this a LoRA adapter?")
+    if len(factors) > limits.modules_per_client:
+        raise LimitError(f"{config.who}: {limits.over('modules_per_client', len(factors))}")
     return {name: _module(name, pair, config, rank_from, findings) for name, pair in factors.items()}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fedlora_kernels.adapters.names import printable
-from fedlora_kernels.errors import InputError
+from fedlora_kernels.errors import InputError, LimitError
 
 __all__ = ["Limits", "Policy"]
 
@@ -16,11 +16,12 @@ __all__ = ["Limits", "Policy"]
 class Limits:
     """Size caps on untrusted input; raise one with ``ReadOptions(limits=Limits(...))``.
 
-    Ranks are columns, sizes bytes, ``output_elements`` counts numbers in one factor of the output.
+    Ranks are columns, sizes bytes, names characters, ``output_elements`` counts numbers in one factor of the output.
     """
 
     rank_per_client: int = 4096
     stacked_rank: int = 16384
+    modules_per_client: int = 65536
     clients: int = 65536
     output_elements: int = 1 << 31
     bytes_per_client: int = 32 << 30
@@ -32,6 +33,13 @@ class Limits:
             value = getattr(self, item.name)
             if type(value) is not int or value < 1:
                 raise InputError(f"Limits: {item.name} is {printable(value)}; an integer of at least 1 needed")
+
+    def over(self, cap: str, found: int) -> LimitError:
+        """Return the error of a cap that was exceeded, with how to raise it."""
+        words = cap.replace("_", " ")
+        return LimitError(
+            f"{words} is {found}; at most {getattr(self, cap)}. Raise it with ReadOptions(limits=Limits({cap}={found}))"
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Policy:
             return cls(value)
         if isinstance(value, cls):
             return value
-        raise InputError(f"policy is a {type(value).__name__}; a name or Policy(...) needed")
+        raise InputError(f"policy is of type {type(value).__name__}; a name or Policy(...) needed")
 
 
 def _positive(value: Any) -> bool:

@@ -64,11 +64,11 @@ class ReadOptions:
             if getattr(self, name) not in (None, False):
                 raise InputError(f"ReadOptions({name}=...) is not in this version; leave it out")
         if self.config is not None and not isinstance(self.config, Mapping) and not hasattr(self.config, "to_dict"):
-            raise InputError(f"ReadOptions: config is a {type(self.config).__name__}; a mapping needed")
+            raise InputError(f"ReadOptions: config is of type {type(self.config).__name__}; a mapping needed")
         if self.adapter_name is not None and (not isinstance(self.adapter_name, str) or not self.adapter_name):
             raise InputError(f"ReadOptions: adapter_name is {printable(self.adapter_name)!r}; a name needed")
         if not isinstance(self.limits, Limits):
-            raise InputError(f"ReadOptions: limits is a {type(self.limits).__name__}; Limits(...) needed")
+            raise InputError(f"ReadOptions: limits is of type {type(self.limits).__name__}; Limits(...) needed")
 
 
 class StateDict:
@@ -80,7 +80,9 @@ class StateDict:
         for key, value in self._state.items():
             if not isinstance(key, str) or not isinstance(value, Tensor | np.ndarray):
                 kind = type(value).__name__
-                raise FormatError(f"{where}: entry {printable(key)!r} is a {kind}; a tensor or NumPy array needed")
+                raise FormatError(
+                    f"{where}: entry {printable(key)!r} is of type {kind}; a tensor or NumPy array needed"
+                )
             if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):
                 found = "on the meta device" if value.is_meta else str(value.layout).removeprefix("torch.")
                 raise FormatError(f"{where}: tensor {printable(key)!r} is {found}; a dense tensor with data needed")
@@ -119,6 +121,8 @@ def open_adapter(source: Any, options: ReadOptions | None = None, *, name: str |
     if isinstance(source, str | os.PathLike):
         label = os.fspath(source)
         with _named(name):
+            if not label:
+                raise InputError("the path is empty; the folder of an adapter needed")
             tensors, config = _open_folder(Path(source), options)
         metadata = dict(getattr(tensors, "metadata", {}))
     else:
@@ -134,6 +138,7 @@ def open_adapter(source: Any, options: ReadOptions | None = None, *, name: str |
             adapter_name=options.adapter_name,
             rank_from=options.rank_from,
             extras=options.extras,
+            limits=options.limits,
         )
     except BaseException:
         tensors.close()
@@ -220,7 +225,7 @@ def _read_pickle(path: Path) -> StateDict:
 def _plain_config(config: Any) -> dict[str, Any]:
     value = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(value, Mapping):
-        raise InputError(f"config is a {type(config).__name__}; a mapping needed")
+        raise InputError(f"config is of type {type(config).__name__}; a mapping needed")
     return {str(key): _plain(entry) for key, entry in value.items()}
 
 
@@ -255,3 +260,7 @@ def _dtype(value: Tensor | np.ndarray, key: str, where: str) -> torch.dtype:
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise InputError(f"ReadOptions: {name} is {printable(value)!r}; one of {', '.join(known)} needed")
+
+
+WRITTEN_HERE = ReadOptions(limits=Limits(modules_per_client=1 << 62))
+"""For what this package wrote: the union of many clients' modules may exceed the cap on one client's."""

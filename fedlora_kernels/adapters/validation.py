@@ -88,7 +88,7 @@ def validate_clients(
     if not adapters:
         raise InputError("no clients; at least one needed")
     if len(adapters) > limits.clients:
-        raise _over("clients", len(adapters), limits)
+        raise limits.over("clients", len(adapters))
     failures: list[Failure] = []
     warnings = _duplicates(adapters) + _bases(adapters)
     _check_limits(adapters, limits, failures)
@@ -106,34 +106,27 @@ def _check_limits(adapters: Mapping[str, Adapter], limits: Limits, failures: lis
     for client, adapter in adapters.items():
         total += adapter.nbytes
         if adapter.nbytes > limits.bytes_per_client:
-            failures.append(Failure(client, "", LimitError, str(_over("bytes_per_client", adapter.nbytes, limits))))
+            failures.append(Failure(client, "", LimitError, str(limits.over("bytes_per_client", adapter.nbytes))))
         for name, module in adapter.modules.items():
             if module.rank > limits.rank_per_client:
-                text = str(_over("rank_per_client", module.rank, limits))
+                text = str(limits.over("rank_per_client", module.rank))
                 failures.append(Failure(client, _at(name), LimitError, text))
         for name in (*adapter.modules, *adapter.extras):
             if len(name) > limits.name_length:
-                text = str(_over("name_length", len(name), limits))
+                text = str(limits.over("name_length", len(name)))
                 failures.append(Failure(client, _at(name), LimitError, text))
     if total > limits.bytes_total:
-        raise _over("bytes_total", total, limits)
+        raise limits.over("bytes_total", total)
 
 
 def _check_stack(adapters: Mapping[str, Adapter], modules: Mapping[str, ModuleSpec], limits: Limits) -> None:
     for name, module in modules.items():
         stacked = sum(adapter.modules[name].rank for adapter in adapters.values() if name in adapter.modules)
         if stacked > limits.stacked_rank:
-            raise LimitError(f"module {printable(name)!r}: {_over('stacked_rank', stacked, limits)}")
+            raise LimitError(f"module {printable(name)!r}: {limits.over('stacked_rank', stacked)}")
         elements = max(module.m, module.n) * min(stacked, module.m, module.n)
         if elements > limits.output_elements:
-            raise LimitError(f"module {printable(name)!r}: {_over('output_elements', elements, limits)}")
-
-
-def _over(cap: str, found: int, limits: Limits) -> LimitError:
-    words = cap.replace("_", " ")
-    return LimitError(
-        f"{words} is {found}; at most {getattr(limits, cap)}. Raise it with ReadOptions(limits=Limits({cap}={found}))"
-    )
+            raise LimitError(f"module {printable(name)!r}: {limits.over('output_elements', elements)}")
 
 
 def _check_fields(adapters: Mapping[str, Adapter], extras: str, failures: list[Failure]) -> None:

@@ -17,7 +17,7 @@ from fedlora_kernels.adapters.folder import OutputFolder, check_out
 from fedlora_kernels.adapters.keys import PREFIX, factor_keys
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.names import printable
-from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
+from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, WRITTEN_HERE, open_adapter
 from fedlora_kernels.adapters.safetensors import SafetensorsWriter, disc_errors
 from fedlora_kernels.errors import InputError, OutputOverflowError, RunError
 from fedlora_kernels.rows import random_rows
@@ -165,7 +165,7 @@ def pad_to_uniform(
         round: key of the random rows, counted from 0.
     """
     folder = Path(folder)
-    adapter = open_adapter(folder)
+    adapter = open_adapter(folder, WRITTEN_HERE)
     largest = max(module.rank for module in adapter.modules.values())
     rank = largest if rank is None else rank
     if rank < largest:
@@ -206,7 +206,7 @@ def verify_adapter(
 
     ``sample`` holds pairs (B, A) by module, in the dtype of the file, that must read back bit by bit, padding by zeros in B aside.
     """
-    adapter = open_adapter(folder)
+    adapter = open_adapter(folder, WRITTEN_HERE)
     try:
         _verify_header(folder, adapter, ranks)
         for name, (B, A) in (sample or {}).items():

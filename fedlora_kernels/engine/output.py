@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.keys import PREFIX, factor_keys
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
-from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
+from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, WRITTEN_HERE, open_adapter
 from fedlora_kernels.adapters.writer import (
     OutputFolder,
     PeftFileWriter,
@@ -87,7 +87,7 @@ def adapter_in_memory(
         key_B, key_A = factor_keys(name)
         state[key_A], state[key_B] = A, B
     state.update({f"{PREFIX}{name}": tensor for name, tensor in extras.items()})
-    adapter = open_adapter((state, config), name=label)
+    adapter = open_adapter((state, config), WRITTEN_HERE, name=label)
     return dataclasses.replace(adapter, label=label, metadata=dict(metadata or {}))
 
 
@@ -180,7 +180,7 @@ class FolderOutput:
             file.flush()
             os.fsync(file.fileno())
         self._folder.commit()
-        return open_adapter(self._folder.out)
+        return open_adapter(self._folder.out, WRITTEN_HERE)
 
     def abandon(self) -> None:
         """Close the file; the folder's own context removes it."""

@@ -52,8 +52,11 @@ def test_two_adapter_names_need_a_choice():
         open_adapter((tensors, config()), ReadOptions(adapter_name="c"))
 
 
-def test_a_file_without_adapter_names_takes_any_choice():
-    assert len(open_adapter(PLAIN, ReadOptions(adapter_name="x"))) == 3
+def test_a_choice_among_keys_without_a_name_is_refused():
+    with pytest.raises(
+        FormatError, match=r"no adapter 'x'; there is one without a name, as in '.*lora_.\.weight'.*adapter_name="
+    ):
+        open_adapter(PLAIN, ReadOptions(adapter_name="x"))
 
 
 def test_two_keys_of_one_meaning_are_ambiguous():

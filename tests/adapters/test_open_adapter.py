@@ -12,7 +12,7 @@ import torch
 from adapter_files import config, folder, one, same_updates, state
 
 from fedlora_kernels.adapters import Adapter, Limits, ReadOptions, open_adapter
-from fedlora_kernels.errors import FormatError, InputError
+from fedlora_kernels.errors import FormatError, InputError, LimitError
 
 
 def test_a_folder_opens_lazily_with_labels_and_specs(tmp_path):
@@ -94,7 +94,7 @@ def test_other_things_are_input_errors(source):
 
 
 def test_entries_that_are_no_tensors_are_named():
-    with pytest.raises(FormatError, match="entry 'epoch' is a int; a tensor or NumPy array needed"):
+    with pytest.raises(FormatError, match="entry 'epoch' is of type int; a tensor or NumPy array needed"):
         open_adapter(({**state(), "epoch": 3}, config()))
 
 
@@ -249,8 +249,8 @@ def test_a_lora_bias_belongs_to_a_pair_and_has_its_length():
         ({"extras": "mean"}, "extras is 'mean'; one of strict, ignore, owners, first needed"),
         ({"missing": None}, "missing is 'None'; one of error, renormalize, zero needed"),
         ({"adapter_name": ""}, "adapter_name is ''; a name needed"),
-        ({"config": 3}, "config is a int; a mapping needed"),
-        ({"limits": 3}, r"limits is a int; Limits\(...\) needed"),
+        ({"config": 3}, "config is of type int; a mapping needed"),
+        ({"limits": 3}, r"limits is of type int; Limits\(...\) needed"),
         ({"adalora": "fold"}, r"ReadOptions\(adalora=...\) is not in this version"),
         ({"drop_state": True}, r"ReadOptions\(drop_state=...\) is not in this version"),
         ({"init": "keep"}, r"ReadOptions\(init=...\) is not in this version"),
@@ -303,3 +303,28 @@ def test_tensors_that_hold_no_plain_numbers_are_refused(change, found):
     tensors = {key: change(tensor) for key, tensor in state().items()}
     with pytest.raises(FormatError, match=f"tensor '{next(iter(tensors))}' {found}"):
         open_adapter((tensors, config()))
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(folder(tmp_path / "c"))
+    with pytest.raises(InputError, match="client 'a': the path is empty"):
+        open_adapter("", name="a")
+    assert len(open_adapter(".")) == 3
+
+
+def test_an_adapter_shows_itself_in_one_line():
+    tensors = state({"a": (5, 7, 2), "b": (5, 7, 4)})
+    adapter = open_adapter((tensors, config(r=2, rank_pattern={"b": 4})))
+    assert repr(adapter) == f"Adapter('state dict', 2 modules, rank 2-4, {adapter.nbytes} bytes)"
+    assert "rank 2," in repr(open_adapter((state({"a": (5, 7, 2)}), config(r=2))))
+
+
+def test_the_number_of_modules_is_capped_before_any_is_looked_up():
+    modules = {f"layers.{i}.q": (5, 7, 2) for i in range(8)}
+    pair = state(modules), config(r=2)
+    with pytest.raises(
+        LimitError, match=r"client 'a': modules per client is 8; at most 7\. .*limits=Limits\(modules_per_client=8\)"
+    ):
+        open_adapter(pair, ReadOptions(limits=Limits(modules_per_client=7)), name="a")
+    assert len(open_adapter(pair, ReadOptions(limits=Limits(modules_per_client=8)))) == 8
+    assert Limits().modules_per_client == 65536
