@@ -1,16 +1,30 @@
 """`aggregate`: exact sums over awkward inputs, clients, weights, order, arguments."""
 
 import json
+import re
 import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from adapter_problems import FIRST, SHAPES, changed, client, clients, config, distance, products, updates, weighted
+from adapter_problems import (
+    FIRST,
+    SHAPES,
+    changed,
+    client,
+    clients,
+    config,
+    distance,
+    products,
+    updates,
+    weighted,
+    without,
+)
 
+import fedlora_kernels as fk
 from fedlora_kernels.adapters.reader import StateDict, open_adapter
-from fedlora_kernels.aggregate import State, WriteOptions, aggregate
+from fedlora_kernels.aggregate import ReadOptions, State, WriteOptions, aggregate
 from fedlora_kernels.errors import BackendError, FormatError, InputError, LimitError, WeightError
 from fedlora_kernels.linalg.rules import Budget, Energy, Rank
 from fedlora_kernels.methods.contract import make_method
@@ -176,7 +190,7 @@ def test_no_clients_are_refused(nothing):
 
 @pytest.mark.parametrize("wrong", ["folder", 3, None, {1, 2}])
 def test_clients_must_be_a_collection(wrong):
-    with pytest.raises(InputError, match="clients is a"):
+    with pytest.raises(InputError, match="clients is of type"):
         aggregate(wrong)
 
 
@@ -342,6 +356,12 @@ def test_round_follows_previous(tmp_path):
 def test_a_previous_that_says_nothing_is_refused(previous):
     with pytest.raises(InputError, match="previous"):
         aggregate(clients(), previous=previous)
+    with pytest.raises(
+        InputError, match=r"previous nowhere: report\.json cannot be read: No such file or directory; .*round="
+    ):
+        aggregate(clients(), previous="nowhere")
+    with pytest.raises(InputError, match="previous is an empty path"):
+        aggregate(clients(), previous="")
     with pytest.raises(InputError, match="round="):
         aggregate(clients(), previous=open_adapter(client()))
 
@@ -358,8 +378,8 @@ def test_a_previous_that_says_nothing_is_refused(previous):
         ({"robust": "krum"}, "robust= is not in this version"),
         ({"client_state": {}}, "client_state= is not in this version"),
         ({"policy": "lenient"}, "policy|Policy"),
-        ({"read": "strict"}, r"read is a str; ReadOptions\(\.\.\.\) needed"),
-        ({"write": {}}, "write is a dict"),
+        ({"read": "strict"}, r"read is of type str; ReadOptions\(\.\.\.\) needed"),
+        ({"write": {}}, "write is of type dict"),
         ({"dtype": torch.int8}, "dtype"),
         ({"dtype": "float8"}, "dtype"),
         ({"device": "tpu"}, "device"),
@@ -415,7 +435,9 @@ def test_a_method_without_weights_warns_of_unequal_ones(monkeypatch):
         aggregate(pairs, "other", weights=[1, 2])
 
 
-@pytest.mark.parametrize("needs", [{"gives": ("personal",)}, {"needs_previous": True}])
+@pytest.mark.parametrize(
+    "needs", [{"gives": ("personal",)}, {"gives": ("common", "residual")}, {"gives": ()}, {"needs_previous": True}]
+)
 def test_a_method_beyond_this_engine_is_refused(monkeypatch, needs):
     registered(monkeypatch, **needs)
     with pytest.raises(InputError, match="not in this version"):
@@ -483,3 +505,31 @@ def test_one_folder_under_several_paths_warns(tmp_path, monkeypatch):
     for other in ("c/", str(tmp_path / "c"), "link", "../" + tmp_path.name + "/c"):
         with pytest.warns(UserWarning, match="same adapter"):
             aggregate(["c", other])
+
+
+def test_the_remedy_of_a_cap_can_be_typed():
+    with pytest.raises(LimitError) as caught:
+        aggregate(clients((4, 2, 5)), read=fk.ReadOptions(limits=fk.Limits(modules_per_client=2)))
+    remedy = re.search(r"Raise it with (ReadOptions\(.*\))", str(caught.value))[1]
+    aggregate(clients((4, 2, 5)), read=eval(remedy, vars(fk)))
+
+
+def test_a_union_of_modules_may_exceed_the_cap_on_one_client(tmp_path, monkeypatch):
+    monkeypatch.setattr(fk.Limits.__init__, "__defaults__", tuple(
+        3 if value == fk.Limits.modules_per_client else value for value in fk.Limits.__init__.__defaults__
+    ))  # fmt: skip
+    with pytest.raises(LimitError, match="modules per client is 4; at most 3"):
+        aggregate([client(0)])
+    pairs = [without(client(0), FIRST), without(client(1), "model.layers.1.mlp.down_proj")]
+    for out in (None, tmp_path / "out"):
+        write = WriteOptions(uniform_rank=True)
+        assert len(aggregate(pairs, read=ReadOptions(missing="zero"), write=write, out=out).adapter) == len(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("call", "found"), [({"clients": 3}, "clients is of type int;"), ({"policy": 3}, "policy is of type int;"),
+                        ({"read": []}, "read is of type list;"), ({"method": 3}, "method is of type int;")],
+)  # fmt: skip
+def test_wrong_types_are_named(call, found):
+    with pytest.raises(InputError, match=found):
+        aggregate(**{"clients": clients(), **call})

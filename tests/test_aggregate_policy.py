@@ -79,6 +79,31 @@ def test_drop_leaves_the_client_out_and_renormalises(which, memory):
     assert result.report["passes"] == 2
 
 
+@pytest.mark.parametrize("which", ["nan", "wide", "gone"])
+def test_the_warning_of_a_drop_names_the_client_once(which):
+    with pytest.warns(UserWarning, match="was dropped") as caught:
+        aggregate({**{f"g{k}": pair for k, pair in enumerate(clients())}, which: bad_ones()[which]}, policy="drop")
+    (text,) = (str(warning.message) for warning in caught)
+    assert text.startswith(f"client '{which}' was dropped: ")
+    assert text.count(f"client '{which}'") == 1
+
+
+@pytest.mark.parametrize("memory", [None, 4096, 32768])
+@pytest.mark.parametrize("method", ["florist", "hetlora"])
+def test_modules_stand_in_the_order_of_the_first_client_that_takes_part(tmp_path, memory, method):
+    good = clients()
+    state, settings = changed(client(9), "A", poison())
+    bad = dict(reversed(state.items())), settings
+    with pytest.warns(UserWarning, match="dropped"):
+        result = aggregate([bad, *good], method, policy="drop", memory=memory, out=tmp_path / "out")
+    alone = aggregate(good, method, policy="drop", memory=memory, out=tmp_path / "alone")
+    assert [row["name"] for row in result.report["modules"]] == list(updates_shapes())
+    assert list(result.adapter) == list(alone.adapter)
+    for name in alone.adapter:
+        assert torch.equal(result.adapter[name].B, alone.adapter[name].B)
+        assert torch.equal(result.adapter[name].A, alone.adapter[name].A)
+
+
 def test_drop_of_several_reasons_at_once():
     good = clients()
     sources = {**{f"g{k}": pair for k, pair in enumerate(good)}, **bad_ones()}

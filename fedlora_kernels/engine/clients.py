@@ -46,6 +46,15 @@ class Client:
         return "; ".join(failure_text(self.failures).splitlines()) or None
 
     @property
+    def drop_text(self) -> str:
+        """That and why the client was dropped, its name once."""
+        who = f"client {printable(self.name)!r}"
+        reasons = [
+            line.removeprefix(f"{who}: ").removeprefix(f"{who}, ") for line in failure_text(self.failures).splitlines()
+        ]
+        return f"{who} was dropped: {'; '.join(reasons)}"
+
+    @property
     def opened(self) -> Adapter:
         """The adapter of a client that could be opened."""
         assert self.adapter is not None
@@ -127,7 +136,7 @@ def _named(clients: Any) -> list[tuple[str, Any]]:
     elif isinstance(clients, (str, os.PathLike, Adapter)) or not isinstance(clients, Sequence):
         found = type(clients).__name__
         raise InputError(
-            f"clients is a {found}; a list of folders, adapters or (state_dict, config) pairs, or a mapping by name, needed"
+            f"clients is of type {found}; a list of folders, adapters or (state_dict, config) pairs, or a mapping by name, needed"
         )
     else:
         pairs = _unique([(_name(source, k), source) for k, source in enumerate(clients)])
@@ -139,7 +148,7 @@ def _named(clients: Any) -> list[tuple[str, Any]]:
 def _name(source: Any, position: int) -> str:
     if isinstance(source, Adapter):
         source = source.label
-    if isinstance(source, (str, os.PathLike)):
+    if isinstance(source, (str, os.PathLike)) and source != "":
         return Path(os.path.abspath(os.fspath(source))).name or f"client_{position}"
     return f"client_{position}"
 
@@ -173,7 +182,7 @@ def _weights(weights: Any, names: Sequence[str], normalize: bool) -> list[float]
         weights = weights.tolist()
     if isinstance(weights, (str, Mapping)) or not isinstance(weights, Sequence):
         raise WeightError(
-            f"weights is a {type(weights).__name__}; a list of {len(names)} numbers, one per client, needed"
+            f"weights is of type {type(weights).__name__}; a list of {len(names)} numbers, one per client, needed"
         )
     if len(weights) != len(names):
         raise WeightError(f"{len(weights)} weights for {len(names)} clients; one per client needed, in the same order")

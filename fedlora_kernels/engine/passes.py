@@ -203,13 +203,13 @@ class Engine:
         )
 
     def select(self, keep: Sequence[int], modules: Sequence[str], weights: Sequence[float]) -> Engine:
-        """The same work for some of the clients, with what has been read so far."""
+        """The same work for some of the clients; what has been read so far is kept where the modules keep their order."""
+        rows = [self._index[name] for name in modules]
         cached = None
-        if self.cached is not None:
+        if self.cached is not None and rows == sorted(rows):
             known = set(modules)
             chosen = [[_select(block, keep, known) for block in loaded.blocks] for loaded in self.cached]
             cached = [Loaded([block for block in blocks if block.plan.modules], keep=True) for blocks in chosen]
-        rows = [self._index[name] for name in modules]
         return dataclasses.replace(
             self,
             clients=[self.clients[k] for k in keep],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,8 +48,16 @@ class Result:
     report: Mapping[str, Any]
     state: State
     residual: Adapter | None = None
-    clients: Mapping[str, Adapter] = field(default_factory=dict, repr=False)
-    method: Method = field(default_factory=Method, repr=False)
+    clients: Mapping[str, Adapter] = field(default_factory=dict)
+    method: Method = field(default_factory=Method)
+
+    def __repr__(self) -> str:
+        method, summary = self.report["method"], self.report["totals"]
+        error = "unknown" if summary["error"] is None else f"{summary['error']:.3g}"
+        rule = f", {method['rule']}" if method["rule"] else ""
+        return (
+            f"Result({method['name']}{rule}, {summary['modules']} modules, total rank {summary['rank']}, error {error})"
+        )
 
     def for_client(self, key: str | int, *, rank: int | None = None, scale: str | float = "client") -> Adapter:
         """Return what the method sends to a client, as an adapter in memory.
@@ -64,8 +73,10 @@ class Result:
         dtype cannot hold B divided by the scale.
         """
         name, client = self._client(key)
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise InputError(f"for_client: rank is {rank!r}; an integer of at least 1 needed")
+        if rank is not None:
+            found, rank = rank, _whole(rank)
+            if rank is None or rank < 1:
+                raise InputError(f"for_client: rank is {found!r}; an integer of at least 1 needed")
         if scale not in ("client", 1.0):
             raise InputError(f"for_client: scale is {scale!r}; 'client' or 1.0 needed")
         own = scale == "client"
@@ -100,8 +111,9 @@ class Result:
 
     def _client(self, key: str | int) -> tuple[str, Adapter]:
         names = list(self.clients)
-        if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < len(names):
-            key = names[key]
+        position = _whole(key)
+        if position is not None and 0 <= position < len(names):
+            key = names[position]
         if not isinstance(key, str) or key not in self.clients:
             raise InputError(
                 f"for_client: no client {printable(str(key))!r}; clients: {', '.join(map(printable, names[:20]))}"
@@ -172,6 +184,14 @@ class Result:
         # every value listed is above the noise floor already
         rank = select_rank(S, rule, total_energy=energy, floor=torch.zeros(1, dtype=torch.float64))
         return cut_row(row, max(1, int(rank[0])))
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of any type, NumPy's too; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _divided(x: Tensor, scale: float, where: str) -> Tensor:

@@ -132,7 +132,8 @@ class Run:
         self.check = admit(self.roster, self.settings.policy, self.settings.read)
         self.warnings += _dropped(engine.clients)
         keep = [k for k, client in enumerate(engine.clients) if client.status in PRESENT]
-        rows = [row for row, name in enumerate(engine.modules) if name in self.check.modules]
+        at = {name: row for row, name in enumerate(engine.modules)}
+        rows = [at[name] for name in self.check.modules]  # in the order of the first client that is left
         weights = normalised([engine.clients[k].weight for k in keep], self.settings.normalize)
         self.engine = engine.select(keep, [engine.modules[row] for row in rows], weights)
         if self.settings.dtype is None:
@@ -266,7 +267,7 @@ class Run:
 
 
 def _dropped(clients: Sequence[Client]) -> list[str]:
-    return [f"client {printable(c.name)!r} was dropped: {c.reason}" for c in clients if c.status == "dropped"]
+    return [client.drop_text for client in clients if client.status == "dropped"]
 
 
 def _summary(

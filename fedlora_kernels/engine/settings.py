@@ -52,9 +52,10 @@ class Settings:
 def method_of(method: str | Method, rule: RankRule | None, write: WriteOptions, options: Mapping[str, Any]) -> Method:
     """The method, with its rule and options, and the place of the singular values that the output asks for."""
     made = _made(method, rule, options)
-    if "common" not in made.gives or made.needs_previous:
+    if made.gives != ("common",) or made.needs_previous:
         raise InputError(
-            f"method {made.name!r} gives no common pair or needs the pair of the round before; not in this version"
+            f"method {made.name!r} gives more or other than one common pair, or needs the pair of the round before; not in this "
+            "version"
         )
     if isinstance(method, Method) or "output" in options or write.output == "left":
         return made
@@ -68,17 +69,19 @@ def method_of(method: str | Method, rule: RankRule | None, write: WriteOptions, 
 def _made(method: str | Method, rule: RankRule | None, options: Mapping[str, Any]) -> Method:
     if isinstance(method, Method):
         if rule is not None or options:
-            raise InputError(f"method is a {type(method).__name__} already; give its options to it, not to aggregate")
+            raise InputError(
+                f"method is of type {type(method).__name__} already; give its options to it, not to aggregate"
+            )
         return method
     if not isinstance(method, str):
-        raise InputError(f"method is a {type(method).__name__}; a method's name needed, such as 'florist'")
+        raise InputError(f"method is of type {type(method).__name__}; a method's name needed, such as 'florist'")
     return make_method(method, options, rule)
 
 
 def options_of(name: str, value: Any, kind: type[Options]) -> Options:
     """A record of options; its defaults where None. InputError for anything else."""
     if value is not None and not isinstance(value, kind):
-        raise InputError(f"{name} is a {type(value).__name__}; {kind.__name__}(...) needed")
+        raise InputError(f"{name} is of type {type(value).__name__}; {kind.__name__}(...) needed")
     return kind() if value is None else value
 
 
@@ -138,11 +141,13 @@ def _known_round(previous: Any) -> int:
         return previous.round
     if isinstance(previous, Adapter):
         found: Any = previous.metadata.get("fedlora.round")
+    elif isinstance(previous, str) and not previous:
+        raise InputError("previous is an empty path; an output folder needed")
     elif isinstance(previous, (str, os.PathLike)):
         found = _reported(Path(previous))
     else:
         kind = type(previous).__name__
-        raise InputError(f"previous is a {kind}; an output folder, an Adapter, a Result or a State needed")
+        raise InputError(f"previous is of type {kind}; an output folder, an Adapter, a Result or a State needed")
     try:
         return count_of("round", int(found))
     except (TypeError, ValueError):
@@ -154,8 +159,12 @@ def _reported(folder: Path) -> Any:
     try:
         with open(folder / REPORT_NAME, encoding="utf-8") as file:
             report = json.load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"previous {printable(folder)}: no readable {REPORT_NAME} ({error}); an output folder needed"
-        ) from None
-    return report.get("round") if isinstance(report, dict) else None
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except ValueError:
+        reason = "it is no JSON"
+    else:
+        return report.get("round") if isinstance(report, dict) else None
+    raise InputError(
+        f"previous {printable(folder)}: {REPORT_NAME} cannot be read: {reason}; an output folder needed, or give round="
+    )

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from adapter_problems import (
@@ -53,8 +54,8 @@ def test_the_clients_own_scale_gives_back_the_product(tmp_path, place):
 
 def test_a_client_is_named_or_counted():
     result = aggregate({"a": client(0), "b": client(1, alpha=3)})
-    assert result.for_client(1).label == result.for_client("b").label == "b"
-    for wrong in ("c", 2, -1, None, True):
+    assert result.for_client(1).label == result.for_client("b").label == result.for_client(np.int64(1)).label == "b"
+    for wrong in ("c", 2, -1, None, True, 1.0, np.True_):
         with pytest.raises(InputError, match=r"no client.*clients: a, b"):
             result.for_client(wrong)
 
@@ -101,6 +102,16 @@ def test_padding_depends_on_seed_and_round():
     ]
     assert not torch.equal(rows[0], rows[1])
     assert not torch.equal(rows[0], rows[2])
+
+
+def test_a_rank_of_any_integer_type():
+    assert {spec.rank for spec in aggregate(clients()).for_client(0, rank=np.int32(3)).modules.values()} == {3}
+
+
+def test_results_show_themselves_in_one_line():
+    result = aggregate(clients(), rule=Rank(3))
+    assert re.fullmatch(r"Result\(florist, Rank\(3\), 4 modules, total rank 12, error 0\.\d+\)", repr(result))
+    assert repr(aggregate(clients(), "zero_pad")).startswith("Result(zero_pad, 4 modules, total rank 20, error ")
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.5, True])
