@@ -70,7 +70,7 @@ def _build() -> _Parser:
     }
     add = {"aggregate": _aggregate, "inspect": _inspect, "demo": _demo}
     for name, text in texts.items():
-        command = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         command.add_argument("--verbose", action="store_true", help="log every step; a failure shows its traceback")
         if name in add:
             add[name](command)
@@ -114,15 +114,27 @@ def _aggregate_clients(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--min-clients", type=_positive, metavar="N", help="stop if fewer clients remain")
     group.add_argument("--min-weight", type=float, metavar="F", help="stop if less of the total weight remains")
-    group.add_argument("--missing", choices=("error", "renormalize", "zero"), default="error")
-    group.add_argument("--extras", choices=("strict", "ignore", "owners", "first"), default="strict")
-    group.add_argument("--rank-from", choices=("config", "tensor"), default="config")
-    group.add_argument("--adapter-name", metavar="NAME", help="which adapter of a file that holds several")
+    group.add_argument(
+        "--missing",
+        choices=("error", "renormalize", "zero"),
+        default="error",
+        help="modules that some clients lack: refuse, take the mean over the owners, or count as zero; default: error",
+    )
+    group.add_argument(
+        "--extras",
+        choices=("strict", "ignore", "owners", "first"),
+        default="strict",
+        help="tensors that are no factors: all clients have them, drop unknown ones, take the mean over the owners, or the "
+        "first client's; default: strict",
+    )
+    _reading(group)
 
 
 def _aggregate_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--target", choices=("peft", "vllm"), default="peft")
+    group.add_argument(
+        "--target", choices=("peft", "vllm"), default="peft", help="who loads OUT; vllm needs one rank; default: peft"
+    )
     group.add_argument("--output", choices=("left", "balanced"), default="left", help="where singular values sit")
     group.add_argument(
         "--uniform-rank", action=argparse.BooleanOptionalAction, help="pad every module to the largest rank"
@@ -137,17 +149,31 @@ def _aggregate_output(parser: argparse.ArgumentParser) -> None:
 def _aggregate_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--backend", default="auto", metavar="NAME", help="default: auto; see fedlora env")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute; default: a GPU if there is one",
+    )
     group.add_argument("--memory", metavar="SIZE", help="for data in flight, such as 512MiB; default: 1GiB")
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT folder, or name=folder")
     parser.add_argument("--report", action="append", default=[], metavar="FILE.json", help="everything shown, as JSON")
-    parser.add_argument("--rank-from", choices=("config", "tensor"), default="config")
-    parser.add_argument("--adapter-name", metavar="NAME", help="which adapter of a file that holds several")
+    _reading(parser)
     parser.add_argument("--backend", default="auto", metavar="NAME", help="default: auto; see fedlora env")
     parser.add_argument("--quiet", action="store_true", help="no table, no progress bar")
+
+
+def _reading(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--rank-from",
+        choices=("config", "tensor"),
+        default="config",
+        help="whose rank holds where they differ; config refuses it, tensor warns; default: config",
+    )
+    group.add_argument("--adapter-name", metavar="NAME", help="which adapter of a file that holds several")
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from fedlora_kernels.arguments import RULE_FLAGS
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.linalg import rules
 from fedlora_kernels.methods.contract import Method, make_method, method_class
+from fedlora_kernels.methods.florist import DEFAULT_RULE
 
 if TYPE_CHECKING:
     from fedlora_kernels.aggregate import Result
@@ -75,6 +76,8 @@ def named_paths(arguments: Sequence[str]) -> list[str] | dict[str, str]:
 
     A path that exists as it stands is never split. InputError for a name given twice or an empty one.
     """
+    if not all(arguments):
+        raise InputError("a path is empty; a folder, or name=folder, is needed")
     split = [(None, text) if os.path.exists(text) or "=" not in text else text.split("=", 1) for text in arguments]
     if all(name is None for name, _ in split):
         return list(arguments)
@@ -167,7 +170,7 @@ def _rule(options: argparse.Namespace, cls: type[Method]) -> rules.RankRule | No
             raise InputError(f"{flags[0]}: method {cls.name!r} does not choose its rank by a rule; remove the flag")
         return None
     if not given:
-        rule: rules.RankRule = rules.Energy(0.9)
+        rule: rules.RankRule = DEFAULT_RULE
     else:
         ((name, value),) = given.items()
         rule = _named(flags[0], lambda: getattr(rules, RULE_FLAGS[name][0])(value))
@@ -187,7 +190,7 @@ def _write_options(options: argparse.Namespace) -> WriteOptions:
 
 
 def _previous(path: str | None) -> str | None:
-    if path is not None and not Path(path).is_dir():
+    if path is not None and not os.path.isdir(path):
         raise InputError(f"--previous {path}: there is no such folder; give the OUT of an earlier round")
     return path
 

@@ -12,6 +12,7 @@ from fedlora_kernels.arguments import RULE_FLAGS, parse
 from fedlora_kernels.cli import main
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.linalg import rules
+from fedlora_kernels.methods.florist import DEFAULT_RULE
 
 BASE = ["aggregate", "a", "b", "-o", "out"]
 
@@ -82,6 +83,27 @@ def test_the_page_on_the_command_line_names_every_flag_and_no_other(capsys):
             parse([command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
     assert written == known
+
+
+@pytest.mark.parametrize("command", ["aggregate", "inspect", "env", "demo"])
+def test_every_argument_has_help(command, capsys):
+    with pytest.raises(SystemExit):
+        parse([command, "--help"])
+    entries = re.findall(r"^  (\S.*(?:\n {3,}\S.*)*)", capsys.readouterr().out, flags=re.M)
+    assert any(entry.startswith("--verbose") for entry in entries)
+    assert [entry for entry in entries if not re.search(r"\S\s{2,}\S", entry)] == []
+
+
+def test_descriptions_keep_the_names_of_things(capsys):
+    with pytest.raises(SystemExit):
+        parse(["demo", "--help"])
+    assert "Federated LoRA on real text" in capsys.readouterr().out
+
+
+def test_help_names_the_default_rule():
+    cls, _, _, text = RULE_FLAGS["energy"]
+    assert f"default: {DEFAULT_RULE.threshold:g}" in text
+    assert str(DEFAULT_RULE) == f"{cls}({DEFAULT_RULE.threshold:g})"
 
 
 def test_the_demo_gets_the_folders_that_were_given(monkeypatch):

@@ -302,6 +302,18 @@ def test_wrong_client_names(tmp_path, capsys, value):
     refused(capsys, tmp_path, ["aggregate", *make_clients(tmp_path), value, "-o", str(tmp_path / "out")], value[:1])
 
 
+@pytest.mark.parametrize("policy", ["strict", "drop"])
+def test_an_empty_path_is_not_the_current_folder(tmp_path, capsys, monkeypatch, policy):
+    clients = make_clients(tmp_path)
+    monkeypatch.chdir(clients[0])
+    out = str(tmp_path / "out")
+    refused(capsys, tmp_path, ["aggregate", "", *clients[1:], "-o", out, "--policy", policy], "path is empty")
+    refused(capsys, tmp_path, ["aggregate", f"a={clients[1]}", "", "-o", out], "path is empty")
+    refused(capsys, tmp_path, ["inspect", ""], "path is empty")
+    refused(capsys, tmp_path, ["aggregate", *clients, "-o", ""], "output '' is not a path")
+    refused(capsys, tmp_path, ["aggregate", *clients, "-o", out, "--previous", ""], "--previous")
+
+
 def test_the_output_must_have_a_place(tmp_path, capsys):
     clients = make_clients(tmp_path)
     (tmp_path / "file").write_text("x")
