@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fedlora_kernels import backends
-from fedlora_kernels.adapters.reader import ReadOptions
-from fedlora_kernels.adapters.validation import Policy
-from fedlora_kernels.adapters.writer import OutputFolder, WriteOptions, check_out
+from fedlora_kernels.adapters.folder import OutputFolder, check_out
+from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
+from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.engine.clients import admit, check_apart, open_clients
 from fedlora_kernels.engine.passes import Progress
 from fedlora_kernels.engine.result import Result, State
@@ -33,7 +33,7 @@ from fedlora_kernels.errors import InputError
 from fedlora_kernels.linalg.rules import RankRule
 from fedlora_kernels.methods.contract import Method
 
-__all__ = ["Policy", "ReadOptions", "Result", "State", "WriteOptions", "aggregate"]
+__all__ = ["aggregate"]
 
 
 def aggregate(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedlora_kernels._version import __version__
 from fedlora_kernels.adapters.model import Adapter, LoRAFactors
-from fedlora_kernels.adapters.reader import ReadOptions
+from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.engine.clients import open_clients
 from fedlora_kernels.errors import FedLoRAError, InputError
 from fedlora_kernels.linalg import product_svd, update_gram

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedlora_kernels import backends
-from fedlora_kernels.adapters.reader import ReadOptions
-from fedlora_kernels.adapters.validation import Policy
-from fedlora_kernels.adapters.writer import WriteOptions, check_out
+from fedlora_kernels.adapters.folder import check_out
+from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
+from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.arguments import RULE_FLAGS
 from fedlora_kernels.errors import InputError
@@ -25,7 +25,7 @@ from fedlora_kernels.methods.contract import Method, make_method, method_class
 from fedlora_kernels.methods.florist import DEFAULT_RULE
 
 if TYPE_CHECKING:
-    from fedlora_kernels.aggregate import Result
+    from fedlora_kernels.engine.result import Result
 
 __all__ = ["aggregate_request", "check_backend", "named_paths", "read_options"]
 

@@ -23,8 +23,10 @@ from adapter_problems import (
 )
 
 import fedlora_kernels as fk
+from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
 from fedlora_kernels.adapters.reader import StateDict, open_adapter
-from fedlora_kernels.aggregate import ReadOptions, State, WriteOptions, aggregate
+from fedlora_kernels.aggregate import aggregate
+from fedlora_kernels.engine.result import State
 from fedlora_kernels.errors import BackendError, FormatError, InputError, LimitError, WeightError
 from fedlora_kernels.linalg.rules import Budget, Energy, Rank
 from fedlora_kernels.methods.contract import make_method

@@ -4,7 +4,8 @@ import pytest
 import torch
 from adapter_problems import FIRST, PREFIX, client, clients, distance, poison, products, updates, weighted, without
 
-from fedlora_kernels.aggregate import ReadOptions, WriteOptions, aggregate
+from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
+from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.errors import InputError, MismatchError, NonFiniteError, WeightError
 from fedlora_kernels.linalg.rules import Energy
 
@@ -150,7 +151,7 @@ def test_lora_bias_of_a_missing_module_follows_the_module(missing, share):
 
 
 def test_a_bias_is_clipped_with_its_client():
-    from fedlora_kernels.aggregate import Policy
+    from fedlora_kernels.adapters.policy import Policy
 
     sources, values = biased()
     result = aggregate(sources, policy=Policy("clip", max_update_norm=100.0))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from adapter_problems import FIRST, SHAPES, client, clients, distance, products, weighted
 
+from fedlora_kernels.adapters.options import WriteOptions
 from fedlora_kernels.adapters.reader import open_adapter
 from fedlora_kernels.adapters.writer import PeftFileWriter
-from fedlora_kernels.aggregate import WriteOptions, aggregate
+from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.errors import InputError, OutputOverflowError, RunError
 from fedlora_kernels.linalg.rules import Energy, Rank
 from fedlora_kernels.methods.florist import Florist

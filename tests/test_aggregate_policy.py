@@ -7,7 +7,9 @@ import pytest
 import torch
 from adapter_problems import FIRST, changed, client, clients, distance, poison, products, updates, weighted, without
 
-from fedlora_kernels.aggregate import Policy, ReadOptions, aggregate
+from fedlora_kernels.adapters.options import ReadOptions
+from fedlora_kernels.adapters.policy import Policy
+from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.errors import InputError, MismatchError, NonFiniteError
 from fedlora_kernels.linalg.rules import Energy
 

@@ -6,7 +6,8 @@ from adapter_problems import products, updates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora_kernels.aggregate import ReadOptions, aggregate
+from fedlora_kernels.adapters.options import ReadOptions
+from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.linalg.rules import Energy
 
 LIMIT = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}

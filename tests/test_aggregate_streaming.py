@@ -10,8 +10,9 @@ import pytest
 import torch
 from adapter_problems import FIRST, client, clients, distance, products, weighted
 
+from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.adapters.reader import StateDict, open_adapter
-from fedlora_kernels.aggregate import Policy, aggregate
+from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.linalg.rules import Energy
 
 ALL = Energy(1.0)

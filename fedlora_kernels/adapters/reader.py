@@ -7,7 +7,6 @@ import enum
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +16,17 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.model import Adapter, TensorSource, TensorSpec
 from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.adapters.peft import read_layout
-from fedlora_kernels.adapters.policy import Limits
 from fedlora_kernels.adapters.safetensors import SafetensorsFile, open_file, parse_json
 from fedlora_kernels.errors import FedLoRAError, FormatError, InputError
 
-__all__ = ["ReadOptions", "SafetensorsFile", "StateDict", "open_adapter"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StateDict", "open_adapter"]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 CONFIG_CAP = 1 << 20
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How adapters are read; checked on creation.
-
-    Args:
-        config: configuration for sources without one of their own.
-        adapter_name: which adapter, where the keys carry several adapter names.
-        rank_from: "config" refuses a rank in the configuration that differs from the tensors'; "tensor" takes theirs.
-        extras: tensors that are no factors: "strict" refuses unknown ones and sets that differ among clients, "ignore" drops
-            them with a warning, "owners" averages over those who have one, "first" takes the first client's.
-        missing: modules that some clients lack: "error", "renormalize" (mean over owners) or "zero".
-        limits: size caps.
-        adalora, drop_state, init, init_factors: not in this version; InputError when set.
-    """
-
-    config: Mapping[str, Any] | None = None
-    adapter_name: str | None = None
-    rank_from: str = "config"
-    extras: str = "strict"
-    missing: str = "error"
-    adalora: str | None = None
-    drop_state: bool = False
-    init: str | None = None
-    init_factors: Any = None
-    limits: Limits = dataclasses.field(default_factory=Limits)
-
-    def __post_init__(self) -> None:
-        _one_of("rank_from", self.rank_from, ("config", "tensor"))
-        _one_of("extras", self.extras, ("strict", "ignore", "owners", "first"))
-        _one_of("missing", self.missing, ("error", "renormalize", "zero"))
-        for name in ("adalora", "drop_state", "init", "init_factors"):
-            if getattr(self, name) not in (None, False):
-                raise InputError(f"ReadOptions({name}=...) is not in this version; leave it out")
-        if self.config is not None and not isinstance(self.config, Mapping) and not hasattr(self.config, "to_dict"):
-            raise InputError(f"ReadOptions: config is of type {type(self.config).__name__}; a mapping needed")
-        if self.adapter_name is not None and (not isinstance(self.adapter_name, str) or not self.adapter_name):
-            raise InputError(f"ReadOptions: adapter_name is {printable(self.adapter_name)!r}; a name needed")
-        if not isinstance(self.limits, Limits):
-            raise InputError(f"ReadOptions: limits is of type {type(self.limits).__name__}; Limits(...) needed")
 
 
 class StateDict:
@@ -255,12 +213,3 @@ def _dtype(value: Tensor | np.ndarray, key: str, where: str) -> torch.dtype:
         raise FormatError(
             f"{where}: tensor {printable(key)!r} is a NumPy array of {value.dtype}; native float64, float32 or float16 needed"
         ) from None
-
-
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"ReadOptions: {name} is {printable(value)!r}; one of {', '.join(known)} needed")
-
-
-WRITTEN_HERE = ReadOptions(limits=Limits(modules_per_client=1 << 62))
-"""For what this package wrote: the union of many clients' modules may exceed the cap on one client's."""

@@ -6,15 +6,15 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
-from fedlora_kernels.adapters.names import path_name, printable
-from fedlora_kernels.adapters.policy import Limits, Policy
+from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.adapters.policy import Limits
 from fedlora_kernels.errors import FedLoRAError, InputError, LimitError, MismatchError
 
-__all__ = ["ClientCheck", "Failure", "Limits", "Policy", "path_name", "printable", "validate_clients"]
+__all__ = ["ClientCheck", "Failure", "failure_text", "validate_clients"]
 
 MOST_LINES = 20
 EQUAL_FIELDS = ("fan_in_fan_out", "bias", "lora_bias", "layer_replication")
@@ -47,7 +47,6 @@ class ClientCheck:
     extras: Mapping[str, ExtraSpec]
     failures: tuple[Failure, ...] = ()
     warnings: tuple[str, ...] = ()
-    order: tuple[str, ...] = field(default=())
 
     @property
     def failed(self) -> dict[str, list[Failure]]:
@@ -56,11 +55,6 @@ class ClientCheck:
         for failure in self.failures:
             by_client.setdefault(failure.client, []).append(failure)
         return by_client
-
-    def raise_first(self) -> None:
-        """Raise the first failure's class with all failures in the text (at most 20 lines); return if there is none."""
-        if self.failures:
-            raise self.failures[0].error(failure_text(self.failures))
 
 
 def failure_text(failures: Iterable[Failure | FedLoRAError]) -> str:
@@ -98,7 +92,7 @@ def validate_clients(
     found = _check_extras(adapters, modules, missing, extras, failures, warnings)
     position = {name: i for i, name in enumerate(adapters)}
     failures.sort(key=lambda failure: position[failure.client])
-    return ClientCheck(modules, found, tuple(failures), tuple(warnings), tuple(adapters))
+    return ClientCheck(modules, found, tuple(failures), tuple(warnings))
 
 
 def _check_limits(adapters: Mapping[str, Adapter], limits: Limits, failures: list[Failure]) -> None:

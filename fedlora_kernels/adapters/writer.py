@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,79 +12,17 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.adapters.config import peft_config
-from fedlora_kernels.adapters.folder import OutputFolder, check_out
+from fedlora_kernels.adapters.folder import OutputFolder
 from fedlora_kernels.adapters.keys import PREFIX, factor_keys
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.names import printable
-from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, WRITTEN_HERE, open_adapter
+from fedlora_kernels.adapters.options import WRITTEN_HERE
+from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
 from fedlora_kernels.adapters.safetensors import SafetensorsWriter, disc_errors
 from fedlora_kernels.errors import InputError, OutputOverflowError, RunError
 from fedlora_kernels.rows import random_rows
 
-__all__ = [
-    "OutputFolder",
-    "PeftFileWriter",
-    "SafetensorsWriter",
-    "WriteOptions",
-    "check_out",
-    "disc_errors",
-    "pad_to_uniform",
-    "peft_config",
-    "save_adapter",
-    "verify_adapter",
-    "write_config",
-]
-
-
-@dataclass(frozen=True)
-class WriteOptions:
-    """What an output adapter looks like; checked on creation.
-
-    Args:
-        target: "peft", or "vllm" (one rank, no extra tensors).
-        output: singular values on B ("left") or half on each factor ("balanced").
-        uniform_rank: pad all modules to the largest rank; None: only for targets other than peft.
-        fill: padding rows of A are "zero", or "random" so that they can be trained (columns of B stay zero).
-        drop_zero: leave modules out whose aggregate is zero.
-    """
-
-    target: str = "peft"
-    output: str = "left"
-    uniform_rank: bool | None = None
-    fill: str = "zero"
-    drop_zero: bool = False
-
-    def __post_init__(self) -> None:
-        if self.target == "kohya":
-            raise InputError("WriteOptions: target 'kohya' is not in this version; write target 'peft'")
-        known: tuple[tuple[str, tuple[Any, ...]], ...] = (
-            ("target", ("peft", "vllm")),
-            ("output", ("left", "balanced")),
-            ("uniform_rank", (None, True, False)),
-            ("fill", ("zero", "random")),
-            ("drop_zero", (True, False)),
-        )
-        for name, values in known:
-            value = getattr(self, name)
-            if not any(value is allowed or (isinstance(allowed, str) and value == allowed) for allowed in values):
-                listing = ", ".join(str(allowed) for allowed in values)
-                raise InputError(f"WriteOptions: {name} is {printable(value)!r}; one of {listing} needed")
-        if self.target == "vllm" and self.uniform_rank is False:
-            raise InputError("WriteOptions: target 'vllm' needs one rank for all modules; leave uniform_rank out")
-
-    @property
-    def pads(self) -> bool:
-        """Whether all modules are padded to one rank."""
-        return self.target != "peft" if self.uniform_rank is None else self.uniform_rank
-
-    def check_extras(self, names: Iterable[str]) -> None:
-        """Raise InputError where the target cannot hold the extra tensors ``names``."""
-        first = next(iter(names), None)
-        if self.target == "vllm" and first is not None:
-            raise InputError(
-                f"target 'vllm' holds no extra tensors, but there is {printable(first)!r}; write target 'peft', or drop "
-                "them with extras='ignore' from adapters without modules_to_save and bias"
-            )
+__all__ = ["PeftFileWriter", "pad_to_uniform", "save_adapter", "verify_adapter", "write_config"]
 
 
 class PeftFileWriter(SafetensorsWriter):

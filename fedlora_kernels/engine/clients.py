@@ -14,8 +14,10 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
-from fedlora_kernels.adapters.reader import ReadOptions, open_adapter
-from fedlora_kernels.adapters.validation import ClientCheck, Failure, Policy, failure_text, validate_clients
+from fedlora_kernels.adapters.options import ReadOptions
+from fedlora_kernels.adapters.policy import Policy
+from fedlora_kernels.adapters.reader import open_adapter
+from fedlora_kernels.adapters.validation import ClientCheck, Failure, failure_text, validate_clients
 from fedlora_kernels.errors import FedLoRAError, InputError, LimitError, WeightError
 
 __all__ = ["PRESENT", "Client", "admit", "check_apart", "drop", "normalised", "open_clients", "present"]

@@ -12,18 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fedlora_kernels.adapters.folder import OutputFolder
 from fedlora_kernels.adapters.keys import PREFIX, factor_keys
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
-from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, WRITTEN_HERE, open_adapter
-from fedlora_kernels.adapters.writer import (
-    OutputFolder,
-    PeftFileWriter,
-    WriteOptions,
-    disc_errors,
-    pad_to_uniform,
-    verify_adapter,
-    write_config,
-)
+from fedlora_kernels.adapters.options import WRITTEN_HERE, WriteOptions
+from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
+from fedlora_kernels.adapters.safetensors import disc_errors
+from fedlora_kernels.adapters.writer import PeftFileWriter, pad_to_uniform, verify_adapter, write_config
 from fedlora_kernels.rows import random_rows
 
 __all__ = ["REPORT_NAME", "FolderOutput", "MemoryOutput", "Output", "Pair", "adapter_in_memory", "resize_pair"]

@@ -13,10 +13,11 @@ import torch
 
 from fedlora_kernels import backends
 from fedlora_kernels._version import __version__
+from fedlora_kernels.adapters.config import peft_config
+from fedlora_kernels.adapters.folder import OutputFolder
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.validation import ClientCheck
-from fedlora_kernels.adapters.writer import OutputFolder, peft_config
 from fedlora_kernels.engine.clients import PRESENT, Client, admit, drop, normalised, present
 from fedlora_kernels.engine.extras import combine_extra, scan_extras
 from fedlora_kernels.engine.output import FolderOutput, MemoryOutput, Output

@@ -14,9 +14,8 @@ import torch
 
 from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
-from fedlora_kernels.adapters.reader import ReadOptions
-from fedlora_kernels.adapters.validation import Policy
-from fedlora_kernels.adapters.writer import WriteOptions
+from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
+from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.engine.output import REPORT_NAME
 from fedlora_kernels.engine.passes import Progress
 from fedlora_kernels.engine.result import Result, State

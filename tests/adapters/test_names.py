@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora_kernels.adapters import path_name, printable
+from fedlora_kernels.adapters.names import path_name, printable
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -11,7 +11,10 @@ import pytest
 import torch
 from adapter_files import config, folder, one, same_updates, state
 
-from fedlora_kernels.adapters import Adapter, Limits, ReadOptions, open_adapter
+from fedlora_kernels.adapters.model import Adapter
+from fedlora_kernels.adapters.options import ReadOptions
+from fedlora_kernels.adapters.policy import Limits
+from fedlora_kernels.adapters.reader import open_adapter
 from fedlora_kernels.errors import FormatError, InputError, LimitError
 
 
@@ -270,7 +273,7 @@ def test_read_options_compare_and_print():
 def test_reading_imports_neither_peft_nor_the_safetensors_library(tmp_path):
     path = folder(tmp_path / "c")
     code = (
-        "import sys; from fedlora_kernels.adapters import open_adapter; "
+        "import sys; from fedlora_kernels.adapters.reader import open_adapter; "
         f"a = open_adapter({str(path)!r}); a['layers.0.q_proj']; a.save({str(tmp_path / 'out')!r}); "
         "print([m for m in ('peft', 'safetensors', 'transformers') if m in sys.modules])"
     )
@@ -286,7 +289,7 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path, name):
         (place / "adapter_model.safetensors").unlink()
     (place / name).unlink(missing_ok=True)
     os.mkfifo(place / name)
-    code = "import sys; from fedlora_kernels.adapters import open_adapter; open_adapter(sys.argv[1])"
+    code = "import sys; from fedlora_kernels.adapters.reader import open_adapter; open_adapter(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True, timeout=60, check=False)
     assert f"{name}: not a regular file" in done.stderr
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from fedlora_kernels.adapters import OutputFolder, check_out
 from fedlora_kernels.adapters import folder as folder_module
+from fedlora_kernels.adapters.folder import OutputFolder, check_out
 from fedlora_kernels.errors import InputError, RunError
 
 
@@ -246,7 +246,7 @@ def test_long_names_work(tmp_path, name, system):
 
 KILLED = """
 import sys, time
-from fedlora_kernels.adapters import OutputFolder
+from fedlora_kernels.adapters.folder import OutputFolder
 with OutputFolder(sys.argv[1], overwrite=True) as output:
     (output.path / "report.json").write_text("half")
     print("ready", flush=True)

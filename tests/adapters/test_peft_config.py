@@ -6,9 +6,11 @@ from adapter_files import one, state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora_kernels.adapters import ExtraSpec, TensorSpec, WriteOptions, open_adapter, peft_config
-from fedlora_kernels.adapters.config import rank_patterns
+from fedlora_kernels.adapters.config import peft_config, rank_patterns
+from fedlora_kernels.adapters.model import ExtraSpec, TensorSpec
+from fedlora_kernels.adapters.options import WriteOptions
 from fedlora_kernels.adapters.patterns import PatternTable
+from fedlora_kernels.adapters.reader import open_adapter
 from fedlora_kernels.errors import InputError
 
 SHAPES = {"l.0.q": (5, 7, 2), "l.0.v": (5, 7, 2), "l.1.q": (5, 7, 2)}

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedlora_kernels.adapters import open_adapter, pad_to_uniform
+from fedlora_kernels.adapters.reader import open_adapter
+from fedlora_kernels.adapters.writer import pad_to_uniform
 
 
 class Block(nn.Module):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedlora_kernels.adapters import Policy
+from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.errors import InputError
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fedlora_kernels.adapters import SafetensorsFile
+from fedlora_kernels.adapters.safetensors import SafetensorsFile
 from fedlora_kernels.errors import FormatError
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}

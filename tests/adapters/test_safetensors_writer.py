@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fedlora_kernels.adapters import SafetensorsFile, SafetensorsWriter
+from fedlora_kernels.adapters.safetensors import SafetensorsFile, SafetensorsWriter
 from fedlora_kernels.errors import InputError, RunError
 
 

@@ -7,7 +7,8 @@ import torch
 from adapter_files import config, dense, folder, one, same_updates, state
 from safetensors import safe_open
 
-from fedlora_kernels.adapters import open_adapter, pad_to_uniform, verify_adapter
+from fedlora_kernels.adapters.reader import open_adapter
+from fedlora_kernels.adapters.writer import pad_to_uniform, verify_adapter
 from fedlora_kernels.errors import InputError, OutputOverflowError, RunError
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from adapter_files import config, dense, one, state
 
-from fedlora_kernels.adapters import ReadOptions, open_adapter
+from fedlora_kernels.adapters.options import ReadOptions
+from fedlora_kernels.adapters.reader import open_adapter
 from fedlora_kernels.errors import FormatError
 
 

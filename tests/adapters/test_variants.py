@@ -4,7 +4,7 @@ import pytest
 import torch
 from adapter_files import one
 
-from fedlora_kernels.adapters import open_adapter
+from fedlora_kernels.adapters.reader import open_adapter
 from fedlora_kernels.errors import FormatError, UnsupportedVariantError
 
 FIELDS = {

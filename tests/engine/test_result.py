@@ -20,7 +20,8 @@ from adapter_problems import (
     without,
 )
 
-from fedlora_kernels.aggregate import ReadOptions, WriteOptions, aggregate
+from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
+from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.errors import InputError, OutputOverflowError
 from fedlora_kernels.linalg.rules import (
     Absolute,

@@ -1,0 +1,114 @@
+"""How adapters are read, and what an output adapter looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.adapters.policy import Limits
+from fedlora_kernels.errors import InputError
+
+__all__ = ["WRITTEN_HERE", "ReadOptions", "WriteOptions"]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How adapters are read; checked on creation.
+
+    Args:
+        config: configuration for sources without one of their own.
+        adapter_name: which adapter, where the keys carry several adapter names.
+        rank_from: "config" refuses a rank in the configuration that differs from the tensors'; "tensor" takes theirs.
+        extras: tensors that are no factors: "strict" refuses unknown ones and sets that differ among clients, "ignore" drops
+            them with a warning, "owners" averages over those who have one, "first" takes the first client's.
+        missing: modules that some clients lack: "error", "renormalize" (mean over owners) or "zero".
+        limits: size caps.
+        adalora, drop_state, init, init_factors: not in this version; InputError when set.
+    """
+
+    config: Mapping[str, Any] | None = None
+    adapter_name: str | None = None
+    rank_from: str = "config"
+    extras: str = "strict"
+    missing: str = "error"
+    adalora: str | None = None
+    drop_state: bool = False
+    init: str | None = None
+    init_factors: Any = None
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        _one_of("rank_from", self.rank_from, ("config", "tensor"))
+        _one_of("extras", self.extras, ("strict", "ignore", "owners", "first"))
+        _one_of("missing", self.missing, ("error", "renormalize", "zero"))
+        for name in ("adalora", "drop_state", "init", "init_factors"):
+            if getattr(self, name) not in (None, False):
+                raise InputError(f"ReadOptions({name}=...) is not in this version; leave it out")
+        if self.config is not None and not isinstance(self.config, Mapping) and not hasattr(self.config, "to_dict"):
+            raise InputError(f"ReadOptions: config is of type {type(self.config).__name__}; a mapping needed")
+        if self.adapter_name is not None and (not isinstance(self.adapter_name, str) or not self.adapter_name):
+            raise InputError(f"ReadOptions: adapter_name is {printable(self.adapter_name)!r}; a name needed")
+        if not isinstance(self.limits, Limits):
+            raise InputError(f"ReadOptions: limits is of type {type(self.limits).__name__}; Limits(...) needed")
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """What an output adapter looks like; checked on creation.
+
+    Args:
+        target: "peft", or "vllm" (one rank, no extra tensors).
+        output: singular values on B ("left") or half on each factor ("balanced").
+        uniform_rank: pad all modules to the largest rank; None: only for targets other than peft.
+        fill: padding rows of A are "zero", or "random" so that they can be trained (columns of B stay zero).
+        drop_zero: leave modules out whose aggregate is zero.
+    """
+
+    target: str = "peft"
+    output: str = "left"
+    uniform_rank: bool | None = None
+    fill: str = "zero"
+    drop_zero: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target == "kohya":
+            raise InputError("WriteOptions: target 'kohya' is not in this version; write target 'peft'")
+        known: tuple[tuple[str, tuple[Any, ...]], ...] = (
+            ("target", ("peft", "vllm")),
+            ("output", ("left", "balanced")),
+            ("uniform_rank", (None, True, False)),
+            ("fill", ("zero", "random")),
+            ("drop_zero", (True, False)),
+        )
+        for name, values in known:
+            value = getattr(self, name)
+            if not any(value is allowed or (isinstance(allowed, str) and value == allowed) for allowed in values):
+                listing = ", ".join(str(allowed) for allowed in values)
+                raise InputError(f"WriteOptions: {name} is {printable(value)!r}; one of {listing} needed")
+        if self.target == "vllm" and self.uniform_rank is False:
+            raise InputError("WriteOptions: target 'vllm' needs one rank for all modules; leave uniform_rank out")
+
+    @property
+    def pads(self) -> bool:
+        """Whether all modules are padded to one rank."""
+        return self.target != "peft" if self.uniform_rank is None else self.uniform_rank
+
+    def check_extras(self, names: Iterable[str]) -> None:
+        """Raise InputError where the target cannot hold the extra tensors ``names``."""
+        first = next(iter(names), None)
+        if self.target == "vllm" and first is not None:
+            raise InputError(
+                f"target 'vllm' holds no extra tensors, but there is {printable(first)!r}; write target 'peft', or drop "
+                "them with extras='ignore' from adapters without modules_to_save and bias"
+            )
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"ReadOptions: {name} is {printable(value)!r}; one of {', '.join(known)} needed")
+
+
+WRITTEN_HERE = ReadOptions(limits=Limits(modules_per_client=1 << 62))
+"""For what this package wrote: the union of many clients' modules may exceed the cap on one client's."""
