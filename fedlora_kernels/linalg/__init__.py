@@ -1,9 +1,9 @@
 """The kernel API: validated, batched, framework-neutral linear algebra on stacked low-rank factors."""
 
-from fedlora_kernels.linalg.blocks import Ragged
 from fedlora_kernels.linalg.gram import update_gram
 from fedlora_kernels.linalg.procrustes import align_factors, procrustes_rotation, rotate_factors
 from fedlora_kernels.linalg.qr import stacked_qr
+from fedlora_kernels.linalg.ragged import Ragged
 from fedlora_kernels.linalg.results import (
     Certificate,
     Info,

@@ -8,9 +8,9 @@ split into *parts* of one pattern each, and `merge` puts the answers back in pla
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,19 +18,17 @@ from torch import Tensor
 from fedlora_kernels.backends.contract import Factors, Stack
 from fedlora_kernels.errors import InputError, MismatchError
 from fedlora_kernels.linalg.arrays import Array, Caller, promote
+from fedlora_kernels.linalg.ragged import each_problem
 from fedlora_kernels.linalg.weights import host_weights
 
 __all__ = [
     "Matrices",
     "Part",
     "Problem",
-    "Ragged",
-    "each_problem",
     "factor_problems",
     "largest",
-    "matrix_problem",
+    "matrix_problems",
     "merge",
-    "require_shape",
     "solve",
     "stack_problems",
     "unflatten",
@@ -38,30 +36,6 @@ __all__ = [
 
 G = TypeVar("G")
 T = TypeVar("T", bound=tuple[Any, ...])
-
-
-class Ragged(Sequence[Any]):
-    """A batch of problems of different shapes, answered by a list in the same order.
-
-    Each problem is what the call takes otherwise: an array, or a list of client blocks. All arguments of a call are ragged
-    together; ``weights`` may be `Ragged` (one entry per problem) or one array that serves every problem.
-    """
-
-    def __init__(self, problems: Sequence[Any]) -> None:
-        if not isinstance(problems, (list, tuple)):
-            raise TypeError(f"Ragged takes a list of problems, not {type(problems).__name__}")
-        if any(isinstance(problem, Ragged) for problem in problems):
-            raise TypeError("Ragged takes problems, not further Ragged batches")
-        self._problems = tuple(problems)
-
-    def __len__(self) -> int:
-        return len(self._problems)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._problems[index]
-
-    def __repr__(self) -> str:
-        return f"Ragged(<{len(self)} problems>)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,35 +65,6 @@ class Problem(Generic[G]):
     parts: tuple[Part[G], ...]
 
 
-class _Argument(NamedTuple):
-    """One problem of a call: how its messages start, and its argument values."""
-
-    where: str
-    values: tuple[Any, ...]
-
-
-def each_problem(function: str, shared: tuple[str, ...] = ("weights",), **arguments: Any) -> Iterator[_Argument]:
-    """Walk the problems of a call. Arguments are all Ragged of one length, or none is; None and ``shared`` ones may stay plain."""
-    ragged = {name: value for name, value in arguments.items() if isinstance(value, Ragged)}
-    if not ragged:
-        yield _Argument(f"{function}: ", tuple(arguments.values()))
-        return
-    plain = [
-        name for name, value in arguments.items() if name not in ragged and name not in shared and value is not None
-    ]
-    if plain:
-        raise TypeError(
-            f"{function}: {next(iter(ragged))} is Ragged and {plain[0]} is not; wrap both in Ragged or none"
-        )
-    lengths = {name: len(value) for name, value in ragged.items()}
-    if len(set(lengths.values())) > 1:
-        listing = ", ".join(f"{name} holds {count}" for name, count in lengths.items())
-        raise MismatchError(f"{function}: {listing} problems; equal numbers are needed")
-    for index in range(next(iter(lengths.values()))):
-        values = tuple(value[index] if name in ragged else value for name, value in arguments.items())
-        yield _Argument(f"{function}: problem {index}: ", values)
-
-
 def factor_problems(caller: Caller, B: Any, A: Any, weights: Any, cap: int | None = None) -> list[Problem[Factors]]:
     """Turn (B, A, weights) into problems for a backend; ``cap`` bounds the number of output columns.
 
@@ -139,25 +84,35 @@ def stack_problems(caller: Caller, blocks: Any, weights: Any) -> list[Problem[St
     ]
 
 
-def matrix_problem(caller: Caller, where: str, **arguments: Array) -> Problem[Matrices]:
-    """Turn plain arrays ``(..., rows, columns)`` with equal leading dimensions into one problem without clients."""
-    tensors = [_take(caller, where, name, array) for name, array in arguments.items()]
-    batch = _common_batch(where, list(arguments), tensors)
-    flat = tuple(_flatten(tensor, batch) for tensor in tensors)
-    dtype = promote(tensor.dtype for tensor in tensors)
-    return Problem(batch, (), dtype, {"N": math.prod(batch)}, (Part(None, (), Matrices(flat)),))
+def matrix_problems(caller: Caller, cores: Mapping[str, str], **arguments: Any) -> list[Problem[Matrices]]:
+    """Turn plain arrays ``(..., rows, columns)`` with equal leading dimensions into problems without clients.
 
-
-def require_shape(
-    where: str, name: str, tensor: Tensor, core: tuple[int, int], like: str, batch: tuple[int, ...] | None = None
-) -> None:
-    """Raise MismatchError unless ``tensor`` is ``(..., *core)``, which it must be to fit the argument ``like``.
-
-    ``batch`` stands for the leading dimensions in the message if they were flattened since.
+    ``cores`` gives, in the order of the arguments, their names in messages and a letter for rows and columns: equal letters
+    are equal sizes.
     """
+    return [
+        _matrix_problem(caller, where, cores, values) for where, values in each_problem(caller.function, **arguments)
+    ]
+
+
+def _matrix_problem(caller: Caller, where: str, cores: Mapping[str, str], values: Sequence[Array]) -> Problem[Matrices]:
+    taken = {name: _take(caller, where, name, array) for name, array in zip(cores, values, strict=True)}
+    tensors = list(taken.values())
+    batch = _common_batch(where, list(taken), tensors)
+    sizes, owner = {"N": math.prod(batch)}, dict[str, str]()
+    for name, tensor in taken.items():
+        row, column = cores[name][0], cores[name][1]
+        core = sizes.setdefault(row, tensor.shape[-2]), sizes.setdefault(column, tensor.shape[-1])
+        first, second = owner.setdefault(row, name), owner.setdefault(column, name)
+        _require_shape(where, name, tensor, core, first if second == name else second)
+    flat = tuple(_flatten(tensor, batch) for tensor in tensors)
+    return Problem(batch, (), promote(tensor.dtype for tensor in tensors), sizes, (Part(None, (), Matrices(flat)),))
+
+
+def _require_shape(where: str, name: str, tensor: Tensor, core: tuple[int, int], like: str) -> None:
+    """Raise MismatchError unless ``tensor`` is ``(..., *core)``, which it must be to fit the argument ``like``."""
     if tuple(tensor.shape[-2:]) != core:
-        leading = tuple(tensor.shape[:-2]) if batch is None else batch
-        found, needed = (*leading, *tensor.shape[-2:]), (*leading, *core)
+        found, needed = tuple(tensor.shape), (*tensor.shape[:-2], *core)
         raise MismatchError(f"{where}{name} has shape {found}; {needed} is needed to fit {like}")
 
 
@@ -175,8 +130,8 @@ def _factor_problem(caller: Caller, where: str, B: Any, A: Any, weights: Any, *,
     m, n = blocks_B[0].shape[-2], blocks_A[0].shape[-1]
     for name_B, name_A, block_B, block_A in zip(names_B, names_A, blocks_B, blocks_A, strict=True):
         r = block_B.shape[-1]
-        require_shape(where, name_B, block_B, (m, r), names_B[0])
-        require_shape(where, name_A, block_A, (r, n), name_B if block_A.shape[-2] != r else names_A[0])
+        _require_shape(where, name_B, block_B, (m, r), names_B[0])
+        _require_shape(where, name_A, block_A, (r, n), name_B if block_A.shape[-2] != r else names_A[0])
     ranks = tuple(block.shape[-1] for block in blocks_B)
     p_max = min(m, n, sum(ranks), cap if cap is not None else m)
     flat_B = [_flatten(block, batch) for block in blocks_B]
@@ -200,7 +155,7 @@ def _stack_problem(caller: Caller, where: str, blocks: Any, weights: Any) -> Pro
     batch = _common_batch(where, names, taken)
     m = taken[0].shape[-2]
     for name, block in zip(names, taken, strict=True):
-        require_shape(where, name, block, (m, block.shape[-1]), names[0])
+        _require_shape(where, name, block, (m, block.shape[-1]), names[0])
     ranks = tuple(block.shape[-1] for block in taken)
     flat = [_flatten(block, batch) for block in taken]
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedlora_kernels import backends
-from fedlora_kernels.backends.contract import INFO_TEXT, Factors, Info
+from fedlora_kernels.backends.contract import INFO_TEXT, Backend, Factors, Info
 from fedlora_kernels.errors import NonFiniteError, OutputOverflowError
-from fedlora_kernels.linalg.arrays import Caller, promote
-from fedlora_kernels.linalg.blocks import Part, Problem, Ragged, factor_problems, largest, solve, unflatten
-from fedlora_kernels.linalg.results import place
+from fedlora_kernels.linalg.arrays import Caller
+from fedlora_kernels.linalg.blocks import Part, Problem, factor_problems, solve
+from fedlora_kernels.linalg.call import run
+from fedlora_kernels.linalg.results import Where
 
 __all__ = ["update_gram"]
 
@@ -42,17 +43,11 @@ def update_gram(B: Any, A: Any, *, weights: Any = None, check: bool = True, back
     """
     caller = Caller("update_gram")
     problems = factor_problems(caller, B, A, weights)
-    if not problems:
-        return []
-    chosen = backends.choose(
-        "update_gram", backend, promote(problem.dtype for problem in problems), caller.device, largest(problems)
-    )
-    raws = solve(problems, lambda groups: [(gram,) for gram in chosen.update_gram(groups)], _widen)
-    ragged = isinstance(B, Ragged)
-    if check:
-        _require_finite(caller, problems, [gram for (gram,) in raws], ragged)
-    results = [caller.give(unflatten(gram, problem.batch)) for problem, (gram,) in zip(problems, raws, strict=True)]
-    return results if ragged else results[0]
+
+    def work(chosen: Backend) -> list[tuple[Tensor]]:
+        return solve(problems, lambda groups: [(gram,) for gram in chosen.update_gram(groups)], _widen)
+
+    return run(caller, problems, work, lambda gram: gram, like=B, backend=backend, check=check, verify=_require_finite)
 
 
 def _widen(problem: Problem[Factors], part: Part[Factors], raw: tuple[Tensor]) -> tuple[Tensor]:
@@ -67,17 +62,16 @@ def _widen(problem: Problem[Factors], part: Part[Factors], raw: tuple[Tensor]) -
     return (whole,)
 
 
-def _require_finite(caller: Caller, problems: list[Problem[Factors]], grams: list[Tensor], ragged: bool) -> None:
-    norms = [gram.diagonal(dim1=-2, dim2=-1) for gram in grams]
+def _require_finite(where: Where, raws: Sequence[tuple[Tensor]]) -> None:
+    norms = [gram.diagonal(dim1=-2, dim2=-1) for (gram,) in raws]
     finite = torch.cat([norm.isfinite().all(-1) for norm in norms]).cpu()
     if finite.all():
         return
     first = int((~finite).nonzero()[0])
-    where = place(caller.function, [problem.batch for problem in problems], ragged, first)
     row = [row for norm in norms for row in norm][first]
     client = int((~row.isfinite()).nonzero()[0])
     if row[client].isnan():
-        raise NonFiniteError(f"{where}client block {client}: {INFO_TEXT[Info.NONFINITE]}")
+        raise NonFiniteError(f"{where(first)}client block {client}: {INFO_TEXT[Info.NONFINITE]}")
     raise OutputOverflowError(
-        f"{where}client block {client}: the squared norm of its update is beyond float64; less than 1.8e308 is needed. Scale it down"
+        f"{where(first)}client block {client}: the squared norm of its update is beyond float64; less than 1.8e308 is needed. Scale it down"
     )

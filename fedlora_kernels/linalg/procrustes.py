@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,21 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora_kernels import backends
 from fedlora_kernels.backends.contract import INFO_TEXT, Backend, Info, RawRotation
 from fedlora_kernels.errors import InputError, NonFiniteError, OutputOverflowError
-from fedlora_kernels.linalg.arrays import Array, Caller, promote
-from fedlora_kernels.linalg.blocks import (
-    Matrices,
-    Problem,
-    Ragged,
-    each_problem,
-    largest,
-    matrix_problem,
-    require_shape,
-    unflatten,
-)
-from fedlora_kernels.linalg.results import Rotation, place, raise_for_info
+from fedlora_kernels.linalg.arrays import Array, Caller
+from fedlora_kernels.linalg.blocks import Matrices, Problem, matrix_problems
+from fedlora_kernels.linalg.call import run
+from fedlora_kernels.linalg.ragged import Ragged
+from fedlora_kernels.linalg.results import Rotation, Where, raise_for_info
 
 __all__ = ["align_factors", "procrustes_rotation", "rotate_factors"]
 
@@ -62,22 +55,13 @@ def procrustes_rotation(
     """
     caller = Caller("procrustes_rotation")
     blend = _blend(caller, blend)
-    problems = []
-    for where, values in each_problem(caller.function, source=source, target=target):
-        problem = matrix_problem(caller, where, source=values[0], target=values[1])
-        rows, r = problem.parts[0].group.tensors[0].shape[-2:]
-        require_shape(where, "target", problem.parts[0].group.tensors[1], (rows, r), "source", problem.batch)
-        problems.append(_sized(problem, m=rows, r=r))
-    if not problems:
-        return []
-    chosen = _choose(caller, backend, problems)
-    X, Y = _columns(problems)
-    raws = chosen.procrustes_rotation(X, Y, bool(special), blend)
-    ragged = isinstance(source, Ragged)
-    if check:
-        _check_rotations(caller, problems, raws, ragged)
-    results = [_rotation(caller, problem.batch, raw) for problem, raw in zip(problems, raws, strict=True)]
-    return results if ragged else results[0]
+    problems = matrix_problems(caller, {"source": "mr", "target": "mr"}, source=source, target=target)
+
+    def work(chosen: Backend) -> list[RawRotation]:
+        X, Y = _columns(problems)
+        return chosen.procrustes_rotation(X, Y, bool(special), blend)
+
+    return run(caller, problems, work, Rotation, like=source, backend=backend, check=check)
 
 
 def rotate_factors(
@@ -103,27 +87,15 @@ def rotate_factors(
     Source: docs/numerics.md, Procrustes.
     """
     caller = Caller("rotate_factors")
-    problems = []
-    for where, values in each_problem(caller.function, B=B, A=A, Q=Q):
-        problem = matrix_problem(caller, where, B=values[0], A=values[1], Q=values[2])
-        factors = problem.parts[0].group.tensors
-        m, r, n = _pair_sizes(where, problem.batch, factors[0], factors[1])
-        require_shape(where, "Q", factors[2], (r, r), "B", problem.batch)
-        problems.append(_sized(problem, m=m, r=r, n=n))
-    if not problems:
-        return []
-    chosen = _choose(caller, backend, problems)
-    left, right, turns = _columns(problems)
-    left, right = _widened(caller, left), _widened(caller, right)
-    pairs = chosen.rotate_factors(left, right, [turn.to(torch.float64) for turn in turns])
-    ragged = isinstance(B, Ragged)
-    if check:
-        _require_finite(caller, problems, pairs, ragged)
-    results = [
-        (caller.give(unflatten(BQ, problem.batch)), caller.give(unflatten(QA, problem.batch)))
-        for problem, (BQ, QA) in zip(problems, pairs, strict=True)
-    ]
-    return results if ragged else results[0]
+    problems = matrix_problems(caller, {"B": "mr", "A": "rn", "Q": "rr"}, B=B, A=A, Q=Q)
+
+    def work(chosen: Backend) -> list[tuple[Tensor, Tensor]]:
+        left, right, turns = _columns(problems)
+        turns = [turn.to(torch.float64) for turn in turns]
+        return chosen.rotate_factors(_widened(caller, left), _widened(caller, right), turns)
+
+    verify = functools.partial(_require_finite, problems)
+    return run(caller, problems, work, lambda *pair: pair, like=B, backend=backend, check=check, verify=verify)
 
 
 def align_factors(
@@ -167,37 +139,24 @@ def align_factors(
     blend = _blend(caller, blend)
     alpha, beta = _side(caller, side)
     B_ref, A_ref = _references(caller, reference, side, alpha, beta)
-    problems = []
-    for where, values in each_problem(caller.function, B=B, A=A, B_ref=B_ref, A_ref=A_ref):
-        arrays = dict(zip(("B", "A", "reference B", "reference A"), values, strict=True))
-        present = {name: array for name, array in arrays.items() if array is not None}
-        problem = matrix_problem(caller, where, **present)
-        taken = dict(zip(present, problem.parts[0].group.tensors, strict=True))
-        m, r, n = _pair_sizes(where, problem.batch, taken["B"], taken["A"])
-        for name, core in (("reference B", (m, r)), ("reference A", (r, n))):
-            if name in taken:
-                require_shape(where, name, taken[name], core, name[-1], problem.batch)
-        problems.append(_sized(problem, m=m, r=r, n=n))
-    if not problems:
-        return []
-    chosen = _choose(caller, backend, problems)
-    columns = _columns(problems)
-    left, right = _widened(caller, columns[0]), _widened(caller, columns[1])
-    target_B = columns[2] if B_ref is not None else None
-    target_A = columns[-1] if A_ref is not None else None
-    triples = chosen.align_factors(left, right, target_B, target_A, (alpha, beta), bool(special), blend)
-    ragged = isinstance(B, Ragged)
-    if check:
-        _check_rotations(caller, problems, [rotation for _, _, rotation in triples], ragged)
-    results = [
-        (
-            caller.give(unflatten(BQ, problem.batch)),
-            caller.give(unflatten(QA, problem.batch)),
-            _rotation(caller, problem.batch, raw),
-        )
-        for problem, (BQ, QA, raw) in zip(problems, triples, strict=True)
-    ]
-    return results if ragged else results[0]
+    cores, arguments = {"B": "mr", "A": "rn"}, {"B": B, "A": A}
+    for name, present in (("B", B_ref), ("A", A_ref)):
+        if present is not None:
+            cores[f"reference {name}"], arguments[f"{name}_ref"] = cores[name], present
+    problems = matrix_problems(caller, cores, **arguments)
+
+    def work(chosen: Backend) -> list[tuple[Tensor, ...]]:
+        columns = _columns(problems)
+        left, right = _widened(caller, columns[0]), _widened(caller, columns[1])
+        target_B = columns[2] if B_ref is not None else None
+        target_A = columns[-1] if A_ref is not None else None
+        triples = chosen.align_factors(left, right, target_B, target_A, (alpha, beta), bool(special), blend)
+        return [(BQ, QA, *rotation) for BQ, QA, rotation in triples]
+
+    def verify(where: Where, raws: Sequence[tuple[Tensor, ...]]) -> None:
+        raise_for_info(where, [RawRotation(*raw[2:]).info for raw in raws])
+
+    return run(caller, problems, work, _aligned, like=B, backend=backend, check=check, verify=verify)
 
 
 def _blend(caller: Caller, blend: float) -> float:
@@ -235,21 +194,6 @@ def _references(caller: Caller, reference: Any, side: Any, alpha: float, beta: f
     return B_ref, A_ref
 
 
-def _sized(problem: Problem[Matrices], **sizes: int) -> Problem[Matrices]:
-    return Problem(problem.batch, problem.ranks, problem.dtype, {**problem.sizes, **sizes}, problem.parts)
-
-
-def _pair_sizes(where: str, batch: tuple[int, ...], B: Tensor, A: Tensor) -> tuple[int, int, int]:
-    m, r = B.shape[-2:]
-    require_shape(where, "A", A, (r, A.shape[-1]), "B", batch)
-    return m, r, A.shape[-1]
-
-
-def _choose(caller: Caller, backend: str, problems: Sequence[Problem[Matrices]]) -> Backend:
-    dtype = promote(problem.dtype for problem in problems)
-    return backends.choose(caller.function, backend, dtype, caller.device, largest(problems))
-
-
 def _columns(problems: Sequence[Problem[Matrices]]) -> list[list[Tensor]]:
     """Regroup from problems of several arguments to arguments of several problems."""
     return [list(column) for column in zip(*(problem.parts[0].group.tensors for problem in problems), strict=True)]
@@ -259,18 +203,12 @@ def _widened(caller: Caller, tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.to(caller.answer_dtype(tensor.dtype)) for tensor in tensors]
 
 
-def _rotation(caller: Caller, batch: tuple[int, ...], raw: RawRotation) -> Rotation:
-    return Rotation(*(caller.give(unflatten(field, batch)) for field in raw))
-
-
-def _check_rotations(
-    caller: Caller, problems: Sequence[Problem[Matrices]], raws: Sequence[RawRotation], ragged: bool
-) -> None:
-    raise_for_info(caller.function, [problem.batch for problem in problems], ragged, [raw.info for raw in raws])
+def _aligned(BQ: Array, QA: Array, *rotation: Array) -> tuple[Array, Array, Rotation]:
+    return BQ, QA, Rotation(*rotation)
 
 
 def _require_finite(
-    caller: Caller, problems: Sequence[Problem[Matrices]], pairs: Sequence[tuple[Tensor, Tensor]], ragged: bool
+    problems: Sequence[Problem[Matrices]], where: Where, pairs: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
     def finite(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack([tensor.isfinite().all(-1).all(-1) for tensor in tensors]).all(0)
@@ -279,8 +217,7 @@ def _require_finite(
     if good.all():
         return
     first = int((~good).nonzero()[0])
-    where = place(caller.function, [problem.batch for problem in problems], ragged, first)
     sound = torch.cat([finite(problem.parts[0].group.tensors) for problem in problems]).cpu()
     if sound[first]:
-        raise OutputOverflowError(f"{where}{INFO_TEXT[Info.OVERFLOW]}")
-    raise NonFiniteError(f"{where}{INFO_TEXT[Info.NONFINITE]}")
+        raise OutputOverflowError(f"{where(first)}{INFO_TEXT[Info.OVERFLOW]}")
+    raise NonFiniteError(f"{where(first)}{INFO_TEXT[Info.NONFINITE]}")

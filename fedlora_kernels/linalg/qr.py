@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from fedlora_kernels import backends
-from fedlora_kernels.backends.contract import RawQR, Stack
+from fedlora_kernels.backends.contract import Backend, RawQR, Stack
 from fedlora_kernels.errors import InputError
-from fedlora_kernels.linalg.arrays import Caller, promote
-from fedlora_kernels.linalg.blocks import Part, Problem, Ragged, largest, solve, stack_problems, unflatten
-from fedlora_kernels.linalg.results import QRResult, raise_for_info
+from fedlora_kernels.linalg.arrays import Caller
+from fedlora_kernels.linalg.blocks import Part, Problem, solve, stack_problems
+from fedlora_kernels.linalg.call import run
+from fedlora_kernels.linalg.results import QRResult
 
 __all__ = ["stacked_qr"]
 
@@ -44,20 +44,11 @@ def stacked_qr(blocks: Any, *, weights: Any = None, mode: str = "r", check: bool
     if mode not in ("r", "reduced"):
         raise InputError(f"stacked_qr: mode is {mode!r}; 'r' or 'reduced' is needed")
     problems = stack_problems(caller, blocks, weights)
-    if not problems:
-        return []
-    chosen = backends.choose(
-        "stacked_qr", backend, promote(problem.dtype for problem in problems), caller.device, largest(problems)
-    )
-    raws = solve(problems, lambda groups: chosen.stacked_qr(groups, mode == "reduced"), _widen)
-    ragged = isinstance(blocks, Ragged)
-    if check:
-        raise_for_info(caller.function, [problem.batch for problem in problems], ragged, [raw.info for raw in raws])
-    results = [
-        QRResult(*(None if field is None else caller.give(unflatten(field, problem.batch)) for field in raw))
-        for problem, raw in zip(problems, raws, strict=True)
-    ]
-    return results if ragged else results[0]
+
+    def work(chosen: Backend) -> list[RawQR]:
+        return solve(problems, lambda groups: chosen.stacked_qr(groups, mode == "reduced"), _widen)
+
+    return run(caller, problems, work, QRResult, like=blocks, backend=backend, check=check)
 
 
 def _widen(problem: Problem[Stack], part: Part[Stack], raw: RawQR) -> RawQR:

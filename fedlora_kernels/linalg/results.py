@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import TypeVar
@@ -24,11 +24,15 @@ __all__ = [
     "QRResult",
     "Rotation",
     "SVDResult",
+    "Where",
     "info_text",
     "note_text",
     "place",
     "raise_for_info",
 ]
+
+Where = Callable[[int], str]
+"""Names a matrix of a call by its number, counted over all problems, as the start of a message."""
 
 Flag = TypeVar("Flag", bound=IntFlag)
 
@@ -161,7 +165,7 @@ def place(function: str, batches: Sequence[tuple[int, ...]], ragged: bool, flat:
     return f"{text}matrix ({', '.join(reversed(index))}): "
 
 
-def raise_for_info(function: str, batches: Sequence[tuple[int, ...]], ragged: bool, infos: Sequence[Tensor]) -> None:
+def raise_for_info(where: Where, infos: Sequence[Tensor]) -> None:
     """Raise for the gravest trouble in ``infos`` (one (N,) tensor per problem), naming the first matrix that has it."""
     if not infos:
         return
@@ -172,4 +176,4 @@ def raise_for_info(function: str, batches: Sequence[tuple[int, ...]], ragged: bo
         hit = (codes & int(flag)).nonzero()[:, 0].tolist()
         if hit:
             others = f" ({len(hit)} matrices of {len(codes)} are affected)" if len(hit) > 1 else ""
-            raise error(f"{place(function, batches, ragged, hit[0])}{INFO_TEXT[flag]}{others}")
+            raise error(f"{where(hit[0])}{INFO_TEXT[flag]}{others}")

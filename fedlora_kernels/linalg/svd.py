@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from fedlora_kernels import backends
-from fedlora_kernels.backends.contract import Factors, RawProduct, RawSVD, RuleCode, RuleSpec
+from fedlora_kernels.backends.contract import Backend, Factors, RawProduct, RawSVD, RuleCode, RuleSpec
 from fedlora_kernels.errors import InputError
-from fedlora_kernels.linalg.arrays import Array, Caller, parse_dtype, promote
-from fedlora_kernels.linalg.blocks import (
-    Problem,
-    Ragged,
-    each_problem,
-    factor_problems,
-    largest,
-    matrix_problem,
-    solve,
-    unflatten,
-)
-from fedlora_kernels.linalg.results import Certificate, ProductSVD, SVDResult, raise_for_info
+from fedlora_kernels.linalg.arrays import Array, Caller, parse_dtype
+from fedlora_kernels.linalg.blocks import Problem, factor_problems, matrix_problems, solve
+from fedlora_kernels.linalg.call import run
+from fedlora_kernels.linalg.ragged import Ragged
+from fedlora_kernels.linalg.results import Certificate, ProductSVD, SVDResult
 from fedlora_kernels.linalg.rules import Energy, RankRule, spec_of
 
 __all__ = ["core_svd", "product_svd"]
@@ -51,21 +45,12 @@ def core_svd(C: Array | Ragged, *, check: bool = True, backend: str = "auto") ->
     Source: docs/numerics.md, Core SVD; Demmel and Veselic (1992), Drmac and Veselic (2008).
     """
     caller = Caller("core_svd")
-    problems = [matrix_problem(caller, where, C=values[0]) for where, values in each_problem(caller.function, C=C)]
-    if not problems:
-        return []
-    shapes = [problem.parts[0].group.tensors[0].shape for problem in problems]
-    sizes = largest(problems) | {"p": max(shape[-2] for shape in shapes), "q": max(shape[-1] for shape in shapes)}
-    chosen = backends.choose("core_svd", backend, promote(problem.dtype for problem in problems), caller.device, sizes)
-    raws: list[RawSVD] = solve(problems, lambda groups: chosen.core_svd([group.tensors[0] for group in groups]))
-    ragged = isinstance(C, Ragged)
-    if check:
-        raise_for_info(caller.function, [problem.batch for problem in problems], ragged, [raw.info for raw in raws])
-    results = [
-        SVDResult(*(caller.give(unflatten(field, problem.batch)) for field in raw))
-        for problem, raw in zip(problems, raws, strict=True)
-    ]
-    return results if ragged else results[0]
+    problems = matrix_problems(caller, {"C": "pq"}, C=C)
+
+    def work(chosen: Backend) -> list[RawSVD]:
+        return solve(problems, lambda groups: chosen.core_svd([group.tensors[0] for group in groups]))
+
+    return run(caller, problems, work, SVDResult, like=C, backend=backend, check=check)
 
 
 def product_svd(
@@ -117,24 +102,12 @@ def product_svd(
         raise InputError(f"product_svd: output is {output!r}; one of {', '.join(_OUTPUTS)} is needed")
     asked = None if dtype is None else parse_dtype(caller.function, dtype)
     problems = factor_problems(caller, B, A, weights, _column_cap(spec))
-    if not problems:
-        return []
-    chosen = backends.choose(
-        "product_svd", backend, promote(problem.dtype for problem in problems), caller.device, largest(problems)
-    )
-    raws: dict[int, RawProduct] = {}
-    for answer_dtype, members in _by_dtype(caller, problems, asked).items():
+    dtypes = [asked or caller.answer_dtype(problem.dtype) for problem in problems]
 
-        def call(groups: list[Factors], answer_dtype: torch.dtype = answer_dtype) -> list[RawProduct]:
-            return chosen.product_svd(groups, spec, output, answer_dtype)
+    def work(chosen: Backend) -> list[RawProduct]:
+        return _by_dtype(problems, dtypes, lambda dtype, groups: chosen.product_svd(groups, spec, output, dtype))
 
-        raws.update(zip(members, solve([problems[i] for i in members], call), strict=True))
-    ragged = isinstance(B, Ragged)
-    if check:
-        infos = [raws[i].info for i in range(len(problems))]
-        raise_for_info(caller.function, [problem.batch for problem in problems], ragged, infos)
-    results = [_product(caller, problem.batch, raws[i]) for i, problem in enumerate(problems)]
-    return results if ragged else results[0]
+    return run(caller, problems, work, _product, like=B, backend=backend, check=check)
 
 
 def _column_cap(spec: RuleSpec) -> int | None:
@@ -145,16 +118,20 @@ def _column_cap(spec: RuleSpec) -> int | None:
 
 
 def _by_dtype(
-    caller: Caller, problems: list[Problem[Factors]], asked: torch.dtype | None
-) -> dict[torch.dtype, list[int]]:
-    members: dict[torch.dtype, list[int]] = {}
-    for index, problem in enumerate(problems):
-        members.setdefault(asked or caller.answer_dtype(problem.dtype), []).append(index)
-    return members
+    problems: Sequence[Problem[Factors]],
+    dtypes: Sequence[torch.dtype],
+    call: Callable[[torch.dtype, list[Factors]], list[RawProduct]],
+) -> list[RawProduct]:
+    """Solve together what is answered in one dtype; one raw record per problem, in their order."""
+    raws: dict[int, RawProduct] = {}
+    for dtype in dict.fromkeys(dtypes):
+        members = [i for i, own in enumerate(dtypes) if own == dtype]
+        raws.update(zip(members, solve([problems[i] for i in members], functools.partial(call, dtype)), strict=True))
+    return [raws[i] for i in range(len(problems))]
 
 
-def _product(caller: Caller, batch: tuple[int, ...], raw: RawProduct) -> ProductSVD:
-    given = RawProduct(*(caller.give(unflatten(field, batch)) for field in raw))
+def _product(*fields: Array) -> ProductSVD:
+    given = RawProduct(*fields)
     certificate = Certificate(given.rho, given.sigma_err, given.passes, given.energy_abs, given.numerical_rank)
     return ProductSVD(
         given.left,

@@ -13,7 +13,8 @@ from fedlora_kernels import backends
 from fedlora_kernels.backends.contract import RuleCode, RuleSpec
 from fedlora_kernels.errors import InputError, MismatchError, NonFiniteError
 from fedlora_kernels.linalg.arrays import Caller
-from fedlora_kernels.linalg.blocks import Ragged, each_problem, unflatten
+from fedlora_kernels.linalg.blocks import unflatten
+from fedlora_kernels.linalg.ragged import Ragged, each_problem
 from fedlora_kernels.linalg.rules import RankRule, spec_of
 
 __all__ = ["select_rank"]

@@ -7,16 +7,15 @@ import torch
 from fedlora_kernels.errors import InputError, MismatchError, WeightError
 from fedlora_kernels.linalg.arrays import Caller
 from fedlora_kernels.linalg.blocks import (
-    Ragged,
-    each_problem,
     factor_problems,
     largest,
-    matrix_problem,
+    matrix_problems,
     merge,
     solve,
     stack_problems,
     unflatten,
 )
+from fedlora_kernels.linalg.ragged import Ragged, each_problem
 
 M, N = 7, 11
 
@@ -213,10 +212,25 @@ def test_ragged_is_a_sequence_of_problems():
 
 
 def test_plain_arguments_share_leading_dimensions():
-    problem = matrix_problem(Caller("f"), "f: ", X=torch.ones(2, 3, 5, 4), Y=torch.ones(2, 3, 1, 4))
+    cores = {"X": "mr", "Y": "nr"}
+    (problem,) = matrix_problems(Caller("f"), cores, X=torch.ones(2, 3, 5, 4), Y=torch.ones(2, 3, 1, 4))
     assert [tuple(t.shape) for t in problem.parts[0].group.tensors] == [(6, 5, 4), (6, 1, 4)]
+    assert problem.sizes == {"N": 6, "m": 5, "r": 4, "n": 1}
     with pytest.raises(MismatchError, match="Y has shape"):
-        matrix_problem(Caller("f"), "f: ", X=torch.ones(2, 5, 4), Y=torch.ones(3, 5, 4))
+        matrix_problems(Caller("f"), cores, X=torch.ones(2, 5, 4), Y=torch.ones(3, 5, 4))
+
+
+def test_equal_letters_are_equal_sizes():
+    cores = {"B": "mr", "A": "rn", "reference B": "mr", "reference A": "rn"}
+    B, A = torch.ones(2, M, 3), torch.ones(2, 3, N)
+    for values, text in (
+        ((B, A[:, 1:], B, A), r"f: A has shape \(2, 2, 11\); \(2, 3, 11\) is needed to fit B"),
+        ((B, A, B[:, 1:], A), r"f: reference B has shape \(2, 6, 3\); \(2, 7, 3\) is needed to fit B"),
+        ((B, A, B, A[..., 1:]), r"f: reference A has shape \(2, 3, 10\); \(2, 3, 11\) is needed to fit A"),
+        ((B, A, B, A[:, 1:]), r"f: reference A has shape \(2, 2, 11\); \(2, 3, 11\) is needed to fit A"),
+    ):
+        with pytest.raises(MismatchError, match=text):
+            matrix_problems(Caller("f"), cores, **dict(zip("BAXY", values, strict=True)))
 
 
 def test_merge_of_a_whole_problem_is_the_record_itself():

@@ -1,6 +1,7 @@
 """Results: derived values, trimming, texts, and how trouble is raised."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -93,16 +94,16 @@ def codes(*values):
 )
 def test_trouble_names_the_matrix(info, kind):
     with pytest.raises(kind, match=r"^f: matrix \(1, 0\): .*(Remove|Use) ") as caught:
-        raise_for_info("f", [(2, 2)], False, [codes(0, 0, int(info), 0)])
+        raise_for_info(partial(place, "f", [(2, 2)], False), [codes(0, 0, int(info), 0)])
     assert "affected" not in str(caught.value)
 
 
 def test_bad_input_comes_first_and_the_others_are_counted():
     with pytest.raises(NonFiniteError, match=r"problem 1: matrix \(1\).*\(2 matrices of 5 are affected\)"):
-        raise_for_info("f", [(2,), (3,)], True, [codes(4, 2), codes(0, 1, 1)])
+        raise_for_info(partial(place, "f", [(2,), (3,)], True), [codes(4, 2), codes(0, 1, 1)])
 
 
 def test_no_trouble():
-    raise_for_info("f", [(2,)], False, [codes(0, 0)])
-    raise_for_info("f", [(0,)], False, [codes()])
-    raise_for_info("f", [], True, [])
+    raise_for_info(partial(place, "f", [(2,)], False), [codes(0, 0)])
+    raise_for_info(partial(place, "f", [(0,)], False), [codes()])
+    raise_for_info(partial(place, "f", [], True), [])
