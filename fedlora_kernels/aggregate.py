@@ -15,11 +15,12 @@ from fedlora_kernels import backends
 from fedlora_kernels.adapters.folder import OutputFolder, check_out
 from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
 from fedlora_kernels.adapters.policy import Policy
-from fedlora_kernels.engine.clients import admit, check_apart, open_clients
-from fedlora_kernels.engine.passes import Progress
+from fedlora_kernels.engine.clients import check_apart, open_clients
+from fedlora_kernels.engine.policy import admit
 from fedlora_kernels.engine.result import Result, State
 from fedlora_kernels.engine.run import Run
 from fedlora_kernels.engine.settings import (
+    Progress,
     Settings,
     count_of,
     device_of,

@@ -1,4 +1,5 @@
 """What stands behind `aggregate`: clients admitted, slabs streamed, passes made, an output built, a report written.
 
-One noun per file: settings, clients, slabs, passes, extras, output, report, result; `run` joins them.
+One noun per file: settings, clients, cohort, policy, slabs, walk, survey, combine, extras, faults, output, report,
+result; `run` joins them.
 """

@@ -6,7 +6,7 @@ import math
 import os
 import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ from torch import Tensor
 from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions
-from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.adapters.reader import open_adapter
-from fedlora_kernels.adapters.validation import ClientCheck, Failure, failure_text, validate_clients
+from fedlora_kernels.adapters.validation import Failure, failure_text
 from fedlora_kernels.errors import FedLoRAError, InputError, LimitError, WeightError
 
-__all__ = ["PRESENT", "Client", "admit", "check_apart", "drop", "normalised", "open_clients", "present"]
+__all__ = ["PRESENT", "Client", "check_apart", "normalised", "open_clients", "present"]
 
 SPARE_FILES = 64
 """Open files beside those of the clients."""
@@ -225,58 +224,3 @@ def normalised(weights: Sequence[float], normalize: bool) -> list[float]:
 def present(roster: Sequence[Client]) -> list[Client]:
     """The clients that take part, in order."""
     return [client for client in roster if client.status in PRESENT]
-
-
-def admit(roster: Sequence[Client], policy: Policy, read: ReadOptions) -> ClientCheck:
-    """Check all headers against each other; return what the clients that take part have in common.
-
-    "strict" raises for all failures together, "drop" and "clip" leave the failing clients out.
-    """
-    warnings: dict[str, None] = {}
-    while True:
-        healthy = [client for client in roster if not client.failures]
-        check = _check(healthy, read) if healthy else None
-        if check is not None:
-            warnings.update(dict.fromkeys(check.warnings))
-            for client in healthy:
-                client.failures.extend(check.failed.get(client.name, []))
-        failing = [client for client in roster if client.failures and client.status != "dropped"]
-        if not failing:
-            break
-        drop(roster, failing, policy)
-    if policy.kind != "strict":
-        _check_remaining(roster, policy)
-    check = _check(present(roster), read)
-    warnings.update(dict.fromkeys(check.warnings))
-    return replace(check, warnings=tuple(warnings))
-
-
-def _check(clients: Sequence[Client], read: ReadOptions) -> ClientCheck:
-    adapters = {client.name: client.opened for client in clients}
-    return validate_clients(adapters, missing=read.missing, extras=read.extras, limits=read.limits)
-
-
-def drop(roster: Sequence[Client], failing: Sequence[Client], policy: Policy) -> None:
-    """Leave failing clients out, or raise: always under "strict", else if too few clients or too little weight remain."""
-    if policy.kind == "strict":
-        found = [failure for client in failing for failure in client.failures]
-        kind = found[0].error if isinstance(found[0], Failure) else type(found[0])
-        raise kind(failure_text(found))
-    for client in failing:
-        client.status = "dropped"
-    _check_remaining(roster, policy)
-
-
-def _check_remaining(roster: Sequence[Client], policy: Policy) -> None:
-    left, top = present(roster), max(abs(client.weight) for client in roster)
-    # scaled first, as in `normalised`
-    total, remaining = (math.fsum(abs(client.weight) / top for client in part) for part in (roster, left))
-    share = remaining / total
-    needed = max(1, policy.min_clients)
-    if len(left) < needed or share < policy.min_weight:
-        reasons = failure_text([failure for client in roster for failure in client.failures])
-        listing = f":\n{reasons}" if reasons else ""
-        raise InputError(
-            f"policy {policy.kind!r}: {len(left)} of {len(roster)} clients with {share:.3g} of the weight remain; at least {needed} "
-            f"and {policy.min_weight:g} needed. Repair the failing clients or lower min_clients or min_weight{listing}"
-        )

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.engine.clients import Client
+from fedlora_kernels.engine.faults import nonfinite
 from fedlora_kernels.errors import FedLoRAError, InputError, NonFiniteError, OutputOverflowError, WeightError
 
-__all__ = ["combine_extra", "nonfinite", "scan_extras"]
+__all__ = ["combine_extra", "scan_extras"]
 
 
 def combine_extra(
@@ -76,18 +77,6 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
             f"tensor {printable(name)!r}: max|x| is {size:.4g}; {dtype} cannot hold it. Use bfloat16 or a wider dtype"
         )
     return result.contiguous()
-
-
-def nonfinite(value: Tensor, where: str) -> FedLoRAError | None:
-    """The error that names the first NaN or Inf of ``value``; None if there is none."""
-    bad = ~torch.isfinite(value)
-    if not bool(bad.any()):
-        return None
-    index = tuple(torch.nonzero(bad)[0].tolist())
-    found = float(value[index])
-    return NonFiniteError(
-        f"{where}: {found} at index {index}; finite numbers needed. Repair that client or leave it out"
-    )
 
 
 def scan_extras(clients: Sequence[Client], names: Sequence[str]) -> Iterator[tuple[Client, FedLoRAError]]:

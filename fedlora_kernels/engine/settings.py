@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,14 +17,24 @@ from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
 from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.engine.output import REPORT_NAME
-from fedlora_kernels.engine.passes import Progress
 from fedlora_kernels.engine.result import Result, State
 from fedlora_kernels.errors import BackendError, InputError
 from fedlora_kernels.linalg.rules import RankRule, parse_size
 from fedlora_kernels.methods.contract import Method, make_method
 
-__all__ = ["Settings", "count_of", "device_of", "dtype_of", "memory_of", "method_of", "options_of", "round_of"]
+__all__ = [
+    "Progress",
+    "Settings",
+    "count_of",
+    "device_of",
+    "dtype_of",
+    "memory_of",
+    "method_of",
+    "options_of",
+    "round_of",
+]
 
+Progress = Callable[[str, int, int], None]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MEMORY = 1 << 30
 Options = TypeVar("Options", ReadOptions, WriteOptions)

@@ -1,0 +1,115 @@
+"""What happens to clients that fail a check: left out, scaled down, or the end of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.adapters.options import ReadOptions
+from fedlora_kernels.adapters.policy import Policy
+from fedlora_kernels.adapters.validation import ClientCheck, Failure, failure_text, validate_clients
+from fedlora_kernels.engine.clients import Client, present
+from fedlora_kernels.engine.cohort import Cohort
+from fedlora_kernels.engine.extras import scan_extras
+from fedlora_kernels.errors import FedLoRAError, InputError, MismatchError
+from fedlora_kernels.methods.contract import Method
+
+__all__ = ["admit", "blame", "check_ranks", "clip", "drop"]
+
+
+def admit(roster: Sequence[Client], policy: Policy, read: ReadOptions) -> ClientCheck:
+    """Check all headers against each other; return what the clients that take part have in common.
+
+    "strict" raises for all failures together, "drop" and "clip" leave the failing clients out.
+    """
+    warnings: dict[str, None] = {}
+    while True:
+        healthy = [client for client in roster if not client.failures]
+        check = _check(healthy, read) if healthy else None
+        if check is not None:
+            warnings.update(dict.fromkeys(check.warnings))
+            for client in healthy:
+                client.failures.extend(check.failed.get(client.name, []))
+        failing = [client for client in roster if client.failures and client.status != "dropped"]
+        if not failing:
+            break
+        drop(roster, failing, policy)
+    if policy.kind != "strict":
+        _check_remaining(roster, policy)
+    check = _check(present(roster), read)
+    warnings.update(dict.fromkeys(check.warnings))
+    return replace(check, warnings=tuple(warnings))
+
+
+def drop(roster: Sequence[Client], failing: Sequence[Client], policy: Policy) -> None:
+    """Leave failing clients out, or raise: always under "strict", else if too few clients or too little weight remain."""
+    if policy.kind == "strict":
+        found = [failure for client in failing for failure in client.failures]
+        kind = found[0].error if isinstance(found[0], Failure) else type(found[0])
+        raise kind(failure_text(found))
+    for client in failing:
+        client.status = "dropped"
+    _check_remaining(roster, policy)
+
+
+def check_ranks(method: Method, modules: Iterable[str], roster: Sequence[Client]) -> None:
+    """Refuse mixed ranks, by their headers, where the method cannot take them."""
+    for name in modules if method.equal_ranks else ():
+        owners = [client for client in present(roster) if name in client.opened.modules]
+        first, rank = owners[0], owners[0].opened.modules[name].rank
+        for client in owners:
+            if (found := client.opened.modules[name].rank) != rank:
+                raise MismatchError(
+                    f"client {printable(client.name)!r}, module {printable(name)!r}: rank {found}, but {rank} in client "
+                    f"{printable(first.name)!r}; method {method.name!r} needs one rank. florist, flora, zero_pad and hetlora "
+                    "take mixed ranks"
+                )
+
+
+def blame(clients: Sequence[Client], errors: Mapping[int, FedLoRAError], extras: Sequence[str]) -> list[Client]:
+    """Charge clients with the bad numbers in their factors, ``errors`` by position, and extras; return those that fail."""
+    for k, error in errors.items():
+        clients[k].failures.append(error)
+    for client, extra_error in scan_extras(clients, extras):
+        client.failures.append(extra_error)
+    return [client for client in clients if client.failures]
+
+
+def clip(cohort: Cohort, norms: np.ndarray, policy: Policy) -> None:
+    """Scale updates beyond the bound down to it: a factor on s_k, per client or per client and module; ``norms`` is (L, K)."""
+    size = norms if policy.per == "module" else np.sqrt((norms**2).sum(0, keepdims=True))
+    if policy.max_update_norm in (None, "median"):
+        masked = np.where(cohort.owns if policy.per == "module" else cohort.owns.any(0, keepdims=True), size, np.nan)
+        bound = np.nanmedian(masked, axis=1, keepdims=True)
+    else:
+        bound = np.full((len(size), 1), float(policy.max_update_norm or 0.0))
+    factors = np.where(size > bound, bound / np.where(size > 0.0, size, 1.0), 1.0)
+    cohort.factors = np.broadcast_to(factors, norms.shape).copy()
+    for k, client in enumerate(cohort.clients):
+        client.factor = float(factors[:, k].min())
+        if client.factor < 1.0:
+            client.status = "clipped"
+
+
+def _check(clients: Sequence[Client], read: ReadOptions) -> ClientCheck:
+    adapters = {client.name: client.opened for client in clients}
+    return validate_clients(adapters, missing=read.missing, extras=read.extras, limits=read.limits)
+
+
+def _check_remaining(roster: Sequence[Client], policy: Policy) -> None:
+    left, top = present(roster), max(abs(client.weight) for client in roster)
+    # scaled first, as in `normalised`
+    total, remaining = (math.fsum(abs(client.weight) / top for client in part) for part in (roster, left))
+    share = remaining / total
+    needed = max(1, policy.min_clients)
+    if len(left) < needed or share < policy.min_weight:
+        reasons = failure_text([failure for client in roster for failure in client.failures])
+        listing = f":\n{reasons}" if reasons else ""
+        raise InputError(
+            f"policy {policy.kind!r}: {len(left)} of {len(roster)} clients with {share:.3g} of the weight remain; at least {needed} "
+            f"and {policy.min_weight:g} needed. Repair the failing clients or lower min_clients or min_weight{listing}"
+        )

@@ -1,0 +1,124 @@
+"""A walk over the factors of a cohort: slabs read ahead, or kept between passes, each block a problem for the method."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from fedlora_kernels.engine.cohort import Cohort
+from fedlora_kernels.engine.settings import Settings
+from fedlora_kernels.engine.slabs import Block, Loaded, Plan, Prefetch, load_slab, plan_slabs
+from fedlora_kernels.methods.contract import Group
+
+__all__ = ["Walk"]
+
+
+class Walk:
+    """What both passes share: the way over the factors of ``cohort``, the dtype of the answer, and the time spent."""
+
+    def __init__(self, settings: Settings, cohort: Cohort) -> None:
+        self.settings = settings
+        self.cohort = cohort
+        self.dtype = settings.dtype or cohort.widest
+        self.seconds = dict.fromkeys(("read", "compute", "write", "total"), 0.0)
+        self._cached: list[Loaded] | None = None
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time of a block to ``seconds``."""
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - started
+
+    @contextmanager
+    def slabs(self, stage: str, keep: bool) -> Iterator[Iterator[Iterator[Block]]]:
+        """Slabs as iterators over blocks, read ahead, or from the cache; ``keep`` caches them if all fit at once."""
+        cached = self._cached
+        plans = self._plans() if cached is None else [[block.plan for block in loaded.blocks] for loaded in cached]
+        sizes = [sum(plan.nbytes for plan in slab) for slab in plans]
+        keep = keep and sum(sizes) <= self.settings.memory // 2
+        stored: list[Loaded] = []
+
+        def load(slab: list[Plan]) -> Loaded:
+            with self.timed("read"):
+                loaded = load_slab(slab, self.cohort.adapters, pin=self.settings.device.type == "cuda")
+            loaded.keep = keep
+            return loaded
+
+        def blocks(slabs: Iterable[Loaded]) -> Iterator[Iterator[Block]]:
+            done = 0
+            self.settings.progress(stage, done, sum(sizes))
+            for loaded, size in zip(slabs, sizes, strict=True):
+                if keep:
+                    stored.append(loaded)
+                yield loaded.take()
+                done += size
+                self.settings.progress(stage, done, sum(sizes))
+
+        if cached is not None:
+            yield blocks(cached)
+            return
+        with Prefetch(plans, load) as slabs:
+            yield blocks(slabs)
+        if keep:
+            self._cached = stored
+
+    def group(self, block: Block) -> Group:
+        """The problem that a block is to a method, on the device."""
+        settings, cohort = self.settings, self.cohort
+        rows = [cohort.index[name] for name in block.plan.modules]
+        return Group(
+            modules=block.plan.modules,
+            kind=block.plan.kind,
+            m=block.plan.m,
+            n=block.plan.n,
+            B=tuple(B.to(settings.device, non_blocking=True) for B in block.B),
+            A=tuple(A.to(settings.device, non_blocking=True) for A in block.A),
+            scale=torch.from_numpy(cohort.scales(rows)),
+            weight=torch.from_numpy(cohort.module_weights(rows)),
+            clients=tuple(cohort.positions),
+            dtype=self.dtype,
+            backend=settings.backend,
+            seed=settings.seed,
+            round=settings.round,
+        )
+
+    def narrowed(self, cohort: Cohort) -> Walk:
+        """The same for some of the clients; what has been read so far is kept where the modules keep their order."""
+        walk = Walk(self.settings, cohort)
+        walk.seconds = self.seconds
+        rows, keep = self.cohort.places(cohort)
+        if self._cached is not None and rows == sorted(rows):
+            known = set(cohort.modules)
+            chosen = [[_select(block, keep, known) for block in loaded.blocks] for loaded in self._cached]
+            walk._cached = [Loaded([block for block in blocks if block.plan.modules], keep=True) for blocks in chosen]
+        return walk
+
+    def _plans(self) -> list[list[Plan]]:
+        def reads(k: int, name: str) -> bool:
+            return not self.settings.method.product_only or self.cohort.reads(k, name)
+
+        return plan_slabs(
+            self.cohort.adapters,
+            self.cohort.modules,
+            reads,
+            limit=self.settings.memory // 4,
+            itemsize=self.dtype.itemsize,
+        )
+
+
+def _select(block: Block, keep: Sequence[int], known: Container[str]) -> Block:
+    """The clients ``keep`` and the modules ``known`` of a block; what all of it needs is not copied."""
+    left = [i for i, name in enumerate(block.plan.modules) if name in known]
+    rows = slice(None) if len(left) == len(block.plan.modules) else left
+    plan = dataclasses.replace(
+        block.plan,
+        modules=tuple(block.plan.modules[i] for i in left),
+        ranks=tuple(block.plan.ranks[k] for k in keep),
+        dtypes=tuple(dtype for k in keep for dtype in block.plan.dtypes[2 * k : 2 * k + 2]),
+    )
+    return Block(plan, tuple(block.B[k][rows] for k in keep), tuple(block.A[k][rows] for k in keep))
