@@ -10,6 +10,10 @@
 constexpr int kMax = FEDLORA_CORE_SVD_MAX;
 constexpr int kDefaultSweeps = 60;
 
+// Elements of a column from this share of the largest on count as largest: the window of the sign rule.
+template <class T>
+constexpr T kNearly = T(1) - T(0x1p-20);
+
 // C as the work sees it: at least as many rows as columns.
 struct Shape {
     int rows, cols;
@@ -32,6 +36,7 @@ class JacobiSvd {
           cols_(shape.cols),
           even_(shape.cols + (shape.cols & 1)),
           length_(shape.rows + shape.cols),
+          wide_(shape.wide),
           data_((P *)scratch),
           tolerance_(broadcast<W>(T(shape.rows + 10) * Lane<T>::roundoff * Lane<T>::roundoff)) {}
 
@@ -80,16 +85,17 @@ class JacobiSvd {
         begin_sweep();
     }
 
-    // Unit columns in X and J, their singular values, and the places of the columns by falling value; equal values keep
+    // Unit columns in X and J by the sign rule, their singular values, and the places of the columns by falling value; equal values keep
     // their order.
     void finish() {
         const P zero = broadcast<W>(T(0)), one = broadcast<W>(T(1));
         for (int c = 0; c < cols_; ++c) {
             P *x = column(c), *j = x + rows_;
             const P x_norm = sqrt(norm_[c]), j_norm = sqrt(dot(j, j, cols_));
-            const P divisor = select(greater(x_norm, zero), x_norm, one);
-            for (int i = 0; i < rows_; ++i) x[i] = x[i] / divisor;
-            for (int i = 0; i < cols_; ++i) j[i] = j[i] / j_norm;
+            const P sign = wide_ ? sign_of(j, cols_) : sign_of(x, rows_);
+            const P x_divisor = select(greater(x_norm, zero), x_norm, one) * sign, j_divisor = j_norm * sign;
+            for (int i = 0; i < rows_; ++i) x[i] = x[i] / x_divisor;
+            for (int i = 0; i < cols_; ++i) j[i] = j[i] / j_divisor;
             value_[c] = x_norm / j_norm;
         }
         for (int c = 0; c < cols_; ++c) {
@@ -145,6 +151,16 @@ class JacobiSvd {
         }
         if (i < n) even = even + x[i] * y[i];
         return even + odd;
+    }
+
+    // 1 or -1: what makes the first nearly largest element of u positive (docs/numerics.md, Sign rule).
+    static P sign_of(const P *u, int n) {
+        const P zero = broadcast<W>(T(0)), one = broadcast<W>(T(1));
+        P largest = zero, first = zero;
+        for (int i = 0; i < n; ++i) largest = max(abs(u[i]), largest);
+        const P limit = largest * broadcast<W>(kNearly<T>);
+        for (int i = n - 1; i >= 0; --i) first = select(greater(limit, abs(u[i])), first, u[i]);
+        return select(greater(zero, first), zero - one, one);
     }
 
     // Folds the cosines of the last sweep into the columns, takes fresh norms, and flushes columns so small that their
@@ -245,6 +261,7 @@ class JacobiSvd {
     }
 
     const int rows_, cols_, even_, length_;
+    const bool wide_;
     P *const data_;
     const P tolerance_;  // squared
     P norm_[kMax + 1], weight_[kMax + 1], value_[kMax], place_[kMax], rotated_flag_;
@@ -266,7 +283,7 @@ struct View {
 };
 
 // Orthonormal columns rank..cols-1 beside the first `rank` ones: each time the unit vector that sticks out most, made
-// orthogonal twice.
+// orthogonal twice. Signs follow the sign rule.
 template <class T>
 void complete(const View<T> &u, int rows, int rank, int cols) {
     T rest[kMax];
@@ -287,7 +304,11 @@ void complete(const View<T> &u, int rows, int rank, int cols) {
             }
         T norm2 = 0;
         for (int i = 0; i < rows; ++i) norm2 += rest[i] * rest[i];
-        const T inverse = T(1) / (T)__builtin_sqrt(norm2);
+        T size = 0;
+        for (int i = 0; i < rows; ++i) size = __builtin_fabs(rest[i]) > size ? (T)__builtin_fabs(rest[i]) : size;
+        int first = 0;
+        while (__builtin_fabs(rest[first]) < size * kNearly<T>) ++first;
+        const T inverse = (rest[first] < 0 ? T(-1) : T(1)) / (T)__builtin_sqrt(norm2);
         for (int i = 0; i < rows; ++i) u(i, c) = rest[i] * inverse;
     }
 }

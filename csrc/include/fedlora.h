@@ -68,7 +68,7 @@ FEDLORA_API int fedlora_core_svd_workspace(const fedlora_block *C, int64_t group
  *   info   1 x 1, int32                                  notes 1 x 1, int32
  *
  * max_sweeps is the guard of the Jacobi iteration; 0 takes the default (60). A matrix with NaN or Inf answers NaN.
- * Signs of singular vectors are deterministic but follow no rule.
+ * The first entry of (nearly) largest magnitude of each column of U is positive.
  */
 FEDLORA_API int fedlora_core_svd(const fedlora_block *C, const fedlora_block *U, const fedlora_block *S,
                                  const fedlora_block *Vh, const fedlora_block *info, const fedlora_block *notes,

@@ -27,7 +27,8 @@ def core_svd(C: Array | Ragged, *, check: bool = True, backend: str = "auto") ->
 
     Singular values are accurate to some rounding units of the largest. The backend ``cpu``, one-sided Jacobi for matrices up to
     32 x 32, does more: small ones are accurate relative to themselves, as far as the scaling of the shorter side of C allows.
-    U and Vh are complete and orthonormal even where C is deficient; the common sign of a pair of vectors is the backend's choice.
+    U and Vh are complete and orthonormal even where C is deficient; the first entry of (nearly) largest magnitude of each column
+    of U is positive (docs/numerics.md, Sign rule).
 
     Args:
         C: ``(..., p, q)`` float64, float32, float16 or bfloat16, or `Ragged` of such.

@@ -224,3 +224,41 @@ def test_a_matrix_that_lapack_gives_up_on_is_named(monkeypatch, name):
     assert raw.info.tolist() == [0, Info.NOT_CONVERGED]
     assert all(torch.isfinite(field).all() for field in raw)
     assert raw.S[0].all()
+
+
+def followed_signs(U):
+    """Whether the first entry of nearly largest magnitude of each column is positive (docs/numerics.md, Sign rule)."""
+    large = U.abs() >= (1 - 2.0**-20) * U.abs().amax(-2, keepdim=True)
+    return torch.gather(U, -2, large.to(torch.uint8).argmax(-2, keepdim=True)) > 0
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize(("p", "q"), SHAPES)
+def test_signs_follow_the_rule(backend, p, q, dtype):
+    C = torch.randn(37, p, q, generator=torch.Generator().manual_seed(p * q), dtype=dtype)
+    lower = C[:, :, : q // 2] @ torch.randn(37, q // 2, q, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    even = torch.kron(torch.tensor([[1.0, 1], [-1, 1]]), torch.eye((p + 1) // 2, (q + 1) // 2))[:p, :q]  # ties of |u|
+    short = torch.nn.functional.pad(C[..., : (q + 1) // 2], (0, q // 2))  # columns of zeros: U is completed
+    for group in (
+        C,
+        lower,
+        even.to(dtype).expand(2, p, q),
+        -even.to(dtype).expand(2, p, q),
+        short,
+        torch.zeros_like(C),
+    ):
+        (raw,) = svd(backend, group)
+        assert followed_signs(raw.U).all()
+        assert_svd(backend, group, raw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize(("p", "q"), [(13, 11), (11, 13), (7, 7), (1, 5), (5, 1)])
+def test_backends_agree_on_signs(p, q, dtype):
+    C = torch.stack([prescribed(p, q, spectrum("geometric", min(p, q), 1e2), seed, dtype) for seed in range(5)])
+    answers = {name: registry.get(name).core_svd([C])[0] for name in registry.NAMES if registry.status()[name][0]}
+    wanted = answers.pop("reference")
+    for raw in answers.values():
+        for found, needed in ((raw.U, wanted.U), (raw.Vh, wanted.Vh)):
+            assert (found - needed).abs().max() < 1e4 * roundoff(dtype)
