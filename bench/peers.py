@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from timing import machine, measure, save
 from torch import Tensor
@@ -33,13 +35,25 @@ def rates(device: str, seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def looped(function: Callable[[Tensor], object], X: Tensor) -> Callable[[], object]:
+def looped(function: Callable[[Any], object], X: Any) -> Callable[[], object]:
     """Call a function matrix by matrix, as users' loops do."""
     return lambda: [function(x) for x in X]
 
 
+def lapack_calls(X: Tensor, few: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
+    """NumPy's and SciPy's LAPACK on the same matrices, each with the number it decomposes (needs the extra ``bench``)."""
+    import scipy.linalg
+
+    gesvd = partial(scipy.linalg.svd, lapack_driver="gesvd")
+    return {
+        "numpy svd batched": (partial(np.linalg.svd, X.numpy()), X.shape[0]),
+        "scipy gesdd looped": (looped(scipy.linalg.svd, few.numpy()), few.shape[0]),
+        "scipy gesvd looped": (looped(gesvd, few.numpy()), few.shape[0]),
+    }
+
+
 def decompositions(device: str, sizes: list[int], seconds: float) -> list[dict[str, Any]]:
-    """Seconds per matrix of torch.linalg svd, qr, eigh; looped and batched."""
+    """Seconds per matrix of torch.linalg svd, qr, eigh, looped and batched; on a CPU also NumPy's and SciPy's LAPACK."""
     rows = []
     for dtype in (torch.float32, torch.float64):
         for size in sizes:
@@ -53,6 +67,8 @@ def decompositions(device: str, sizes: list[int], seconds: float) -> list[dict[s
                 "qr batched": (lambda X=X: torch.linalg.qr(X), batch),
                 "eigh batched": (lambda M=M: torch.linalg.eigh(M), batch),
             }
+            if device == "cpu":
+                calls |= lapack_calls(X, few)
             took = measure({name: call for name, (call, _) in calls.items()}, device=device, seconds=seconds, warmup=1)
             for name, (_, count) in calls.items():
                 per_matrix = took[name]["median"] / count
