@@ -38,13 +38,9 @@ def train_client(client: Client, domain: Domain, model_folder: Path, out: Path, 
 
 
 def _fit(model: Any, data: Encoder, seed: int, settings: Settings) -> None:
-    """AdamW with a linear warm-up over a tenth of the steps and a linear decay to zero over the rest."""
-    warmup = max(1, settings.steps // 10)
+    """AdamW at a constant learning rate: so few steps leave no time for a warm-up or a decay."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (settings.steps - step) / max(1, settings.steps - warmup))
-    )
     rows = _rows(len(data), settings.steps * settings.batch, seed)
     model.train()
     for step in range(settings.steps):
@@ -54,7 +50,6 @@ def _fit(model: Any, data: Encoder, seed: int, settings: Settings) -> None:
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
-        schedule.step()
     model.eval()
 
 
