@@ -148,6 +148,14 @@ def _start(thread: threading.Thread, end: Callable[[], None]) -> None:
         raise
 
 
+def _slots(count: int) -> queue.SimpleQueue[None]:
+    """A semaphore that no interrupt can break: one between the two steps of threading's own would leave its lock taken for ever."""
+    slots: queue.SimpleQueue[None] = queue.SimpleQueue()
+    for _ in range(count):
+        slots.put(None)
+    return slots
+
+
 def _await(thread: threading.Thread) -> None:
     """Wait for the end of a thread, interrupted or not: the files that it uses are closed next."""
     try:
@@ -164,8 +172,8 @@ class Prefetch(Generic[S, T]):
         self._items = list(items)
         self._load = load
         self._ready: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
-        self._slots = threading.Semaphore(2)
-        self._stop = threading.Event()
+        self._slots = _slots(2)
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name="fedlora-reader", daemon=True)
 
     def __enter__(self) -> Iterator[T]:
@@ -179,13 +187,13 @@ class Prefetch(Generic[S, T]):
         _await(self._thread)
 
     def _end(self) -> None:
-        self._stop.set()
-        self._slots.release()
+        self._stopped = True
+        self._slots.put(None)
 
     def _run(self) -> None:
         for item in self._items:
-            self._slots.acquire()
-            if self._stop.is_set():
+            self._slots.get()
+            if self._stopped:
                 return
             try:
                 self._ready.put(self._load(item))
@@ -200,7 +208,7 @@ class Prefetch(Generic[S, T]):
                 raise loaded
             yield loaded
             del loaded
-            self._slots.release()
+            self._slots.put(None)
 
 
 class Drain(Generic[T]):
@@ -209,7 +217,7 @@ class Drain(Generic[T]):
     def __init__(self, sink: Callable[[T], None]) -> None:
         self._sink = sink
         self._queue: queue.SimpleQueue[T | None] = queue.SimpleQueue()
-        self._slot = threading.Semaphore(1)
+        self._slot = _slots(1)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="fedlora-writer", daemon=True)
 
@@ -219,7 +227,7 @@ class Drain(Generic[T]):
 
     def put(self, item: T) -> None:
         """Hand over one item (never None)."""
-        self._slot.acquire()
+        self._slot.get()
         self._raise()
         self._queue.put(item)
 
@@ -247,4 +255,4 @@ class Drain(Generic[T]):
                 self._error = error
             finally:
                 del item
-                self._slot.release()
+                self._slot.put(None)
