@@ -51,8 +51,8 @@ class Survey:
         specs = [next(a.modules[name] for a in cohort.adapters if name in a.modules) for name in cohort.modules]
         return Census(
             modules=tuple(cohort.modules),
+            clients=tuple(client.name for client in cohort.clients),
             gram=gram,
-            finite=self.finite,
             ranks=np.array(cohort.ranks),
             weight=np.asarray(cohort.weights, dtype=np.float64),
             shapes=np.array([(spec.m, spec.n) for spec in specs]),

@@ -1,17 +1,17 @@
 """What an aggregation method is, and the registry of them.
 
 A method is a frozen dataclass of its options. It sees groups of equally shaped modules as batched tensors and knows
-neither files nor clients' names; the engine (`engine/`) owns both. `combine` is required. `survey` and `decide` exist
-only for methods that need a decision over the whole model, and cost a second pass over the data.
+no files; the engine (`engine/`) owns them. `combine` is required. `survey` and `decide` exist only for methods that need a
+decision over the whole model, and cost a second pass over the data.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +23,11 @@ from fedlora_kernels.linalg.rules import RankRule
 __all__ = [
     "Census",
     "Group",
+    "Memory",
     "Method",
     "Outcome",
+    "Pair",
+    "Previous",
     "Spectrum",
     "Survey",
     "make_method",
@@ -36,6 +39,14 @@ __all__ = [
 ENTRY_POINT_GROUP = "fedlora_kernels.methods"
 
 
+class Pair(NamedTuple):
+    """One low-rank pair for each of N modules: ``B`` (N, m, P), ``A`` (N, P, n), cut per module to ``rank`` (N,) int64 on the host."""
+
+    B: Tensor
+    A: Tensor
+    rank: Tensor
+
+
 @dataclass(frozen=True)
 class Group:
     """N modules of one shape, all clients side by side, on one device.
@@ -44,6 +55,8 @@ class Group:
     modules. ``scale`` and ``weight`` are (N, K) host float64: scale is s_k (clipping multiplies it), weight is w_k after
     policy and normalisation. A client that lacks the modules has weight 0 under missing="renormalize" and keeps its w_k
     under missing="zero". ``clients`` are positions in the caller's order. ``dtype`` is that of the answer.
+    ``measure`` asks for the distance from D where it costs more than the method itself. ``carry`` is what `survey` kept of
+    each module.
     """
 
     modules: tuple[str, ...]
@@ -59,6 +72,8 @@ class Group:
     backend: str = "auto"
     seed: int = 0
     round: int = 0
+    measure: bool = True
+    carry: tuple[Mapping[str, Tensor], ...] = ()
 
     @property
     def batch(self) -> int:
@@ -70,29 +85,74 @@ class Group:
         """r_k of each client."""
         return tuple(block.shape[-1] for block in self.B)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.B[0].device if self.B else torch.device("cpu")
+
+    def part(self, start: int, stop: int) -> Group:
+        """Modules ``start`` to ``stop``, without copies."""
+        return dataclasses.replace(
+            self,
+            modules=self.modules[start:stop],
+            B=tuple(B[start:stop] for B in self.B),
+            A=tuple(A[start:stop] for A in self.A),
+            scale=self.scale[start:stop],
+            weight=self.weight[start:stop],
+            carry=self.carry[start:stop],
+        )
+
+
+@dataclass(frozen=True)
+class Previous:
+    """What the round before left of the N modules of a group.
+
+    ``B`` (N, m, P), ``A`` (N, P, n): the common pair as it was broadcast, for a method with ``reads_previous = "pair"``.
+    ``state``: the method's own tensors of each module, for ``reads_previous = "state"``.
+    """
+
+    round: int
+    B: Tensor | None = None
+    A: Tensor | None = None
+    state: tuple[Mapping[str, Tensor], ...] = ()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a method remembers of the whole model from round to round: ``tensors`` on the host and ``facts`` as text, by name."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, str]
+
 
 @dataclass(frozen=True)
 class Survey:
-    """What a first pass keeps of a group: small arrays with leading dimension N."""
+    """What a first pass keeps: ``stats``, small arrays of leading dimension N, for `decide`; tensors ``carry`` for `combine`."""
 
     stats: Mapping[str, np.ndarray]
+    carry: tuple[Mapping[str, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
 class Census:
     """The whole model as `decide` sees it: L modules, K clients, never a factor.
 
-    ``gram`` is (L, K, K) float64, <D_i, D_j> per module with scales folded in and no weights; ``finite`` (L, K) bool;
-    ``ranks`` (L, K); ``weight`` (K,) float64 as the caller gave it, normalised; ``shapes`` (L, 2). The K clients are those of
-    ``Group.clients``, in the same order, after the policy.
+    ``gram`` is (L, K, K) float64, <D_i, D_j> per module with scales folded in and no weights (None without a survey, or where
+    the method does not ask for it); ``ranks`` (L, K), 0 where a client lacks the module; ``weight`` (K,) float64 as the caller
+    gave it, normalised; ``shapes`` (L, 2). The K clients, ``clients`` by name, are those of ``Group.clients``, in the same
+    order, after the policy. ``memory`` is what `remember` kept in the round before; ``client_state`` what clients report,
+    by name.
     """
 
     modules: tuple[str, ...]
-    gram: np.ndarray
-    finite: np.ndarray
+    clients: tuple[str, ...]
+    gram: np.ndarray | None
     ranks: np.ndarray
     weight: np.ndarray
     shapes: np.ndarray
+    round: int = 0
+    memory: Memory | None = None
+    client_state: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +173,11 @@ class Outcome:
 
     Common pair: ``B`` (N, m, P), ``A`` (N, P, n), cut per module to ``rank`` (N,); None where the method has none.
     A module of rank 0 is left out of the output; rank 1 with B = 0 and A = e_1 keeps a zero update in it.
-    ``error`` and ``error_bound`` (N,) float64: |D - B A|_F / |D|_F. ``notes`` (N,) int, facts; ``info`` (N,) int, trouble
-    (None: none), on which the engine raises. ``energy`` (N,) float64: |D|_F^2, where no spectrum says it.
+    ``error`` and ``error_bound`` (N,) float64: |D - B A|_F / |D|_F, NaN where it is not measured or there is no common pair.
+    ``notes`` (N,) int, facts; ``info`` (N,) int, trouble (None: none), on which the engine raises. ``energy`` (N,) float64:
+    |D|_F^2, where no spectrum says it.
+    ``personal``: for each client of the group its own pair, None where it lacks the modules. ``residual``: what the base
+    weight gains beside the common pair; rank 0 where nothing. ``state``: tensors of each module for the next round.
     """
 
     B: Tensor | None
@@ -126,13 +189,21 @@ class Outcome:
     info: Tensor | None = None
     energy: Tensor | None = None
     spectrum: Spectrum | None = None
+    personal: tuple[Pair | None, ...] | None = None
+    residual: Pair | None = None
+    state: tuple[Mapping[str, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
 class Method:
     """Base of all methods. Subclasses are frozen dataclasses; their fields are their options, checked in ``__post_init__``.
 
-    ``product_only``: factors enter through ``s_k B_k A_k`` alone, so a client of scale 0 need not be read.
+    What a class declares of itself: ``gives``, some of common, personal, residual and state; ``equal_ranks``, one rank for all
+    clients of a module; ``frozen``, the factor that clients do not train ("A", "B" or "alternating"; see `frozen_factor`);
+    ``reads_previous``, what it takes of the round before ("pair" or "state"), and ``needs_previous``, that it refuses to go on
+    without from round 1 on; ``needs_round``; ``uses_weights``; ``takes_rule``; ``takes_client_state``; ``needs_decision``, that `decide` is
+    called; ``own_extras``, that tensors which are no factors stay on their client. ``product_only``: factors enter through
+    ``s_k B_k A_k`` alone, so a client of scale 0 need not be read.
     """
 
     name: ClassVar[str] = ""
@@ -141,16 +212,29 @@ class Method:
     broadcast: ClassVar[str] = ""
     download: ClassVar[str] = ""
     equal_ranks: ClassVar[bool] = False
+    frozen: ClassVar[str | None] = None
+    reads_previous: ClassVar[str | None] = None
     needs_previous: ClassVar[bool] = False
+    needs_round: ClassVar[bool] = False
     uses_weights: ClassVar[bool] = True
     takes_rule: ClassVar[bool] = False
+    takes_client_state: ClassVar[bool] = False
     product_only: ClassVar[bool] = False
     needs_decision: ClassVar[bool] = False
+    own_extras: ClassVar[bool] = False
     gives: ClassVar[tuple[str, ...]] = ("common",)
 
-    def combine(self, group: Group, plan: Any, previous: Mapping[str, Any] | None) -> Outcome:
-        """Combine one group. ``plan`` is what `decide` returned (None without), ``previous`` the state of these modules."""
+    def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
+        """Combine one group. ``plan`` is what `decide` returned (None without), ``previous`` what the round before left of it."""
         raise NotImplementedError
+
+    def surveys(self, memory: Memory | None) -> bool:
+        """Whether `decide` needs a pass over all data; ``memory`` is that of the round before."""
+        return self.needs_decision
+
+    def needs_gram(self) -> bool:
+        """Whether `decide` reads the update Gram of the census."""
+        return False
 
     def survey(self, group: Group) -> Survey | None:
         """Small per-module arrays for `decide`, beyond the update Gram that the engine surveys itself."""
@@ -160,8 +244,24 @@ class Method:
         """Decide over the whole model, on the host. Called only if ``needs_decision``."""
         return None
 
+    def remember(self, plan: Any) -> Memory | None:
+        """What of the plan the next round's `decide` needs."""
+        return None
+
+    def describe(self, plan: Any, clients: Sequence[str]) -> dict[str, Any]:
+        """The plan as plain values for the report; ``clients`` are the names in the order of the census."""
+        return {}
+
+    def frozen_factor(self, round: int) -> str | None:  # noqa: A002
+        """The factor, "A" or "B", that all clients must hold identical in this round."""
+        return self.frozen
+
     def client_rank(self, client_rank: int, rank: int) -> int:
         """Rank that ``for_client`` hands a client that trained ``client_rank``, of a common pair of rank ``rank``."""
+        return rank
+
+    def broadcast_rank(self, ranks: Sequence[int], rank: int, residual: int) -> float:
+        """Rows and columns sent to every client, counted as ranks, for the report; a single factor counts half."""
         return rank
 
     def options(self) -> dict[str, Any]:

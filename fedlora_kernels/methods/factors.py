@@ -9,22 +9,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedlora_kernels.backends.contract import U64, Info, Note
 from fedlora_kernels.errors import MismatchError
 from fedlora_kernels.linalg import update_gram
-from fedlora_kernels.methods.contract import Group, Outcome
+from fedlora_kernels.methods.contract import Group, Outcome, Pair, Spectrum
 
 __all__ = [
     "cast",
+    "chunked",
     "client_gram",
     "client_squares",
     "drift",
+    "joined",
     "mean_outcome",
+    "norms",
     "owned",
     "padded_mean",
+    "pair_outcome",
     "require_equal_ranks",
-    "svd_rounding",
+    "share",
+    "stack_error",
     "zero_outcome",
 ]
 
@@ -77,23 +83,6 @@ def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return rounded, lost.flatten(1).any(1).cpu(), norms(x - rounded)
 
 
-def svd_rounding(S: Tensor, m: int, n: int, dtype: torch.dtype, output: str) -> Tensor:
-    """What rounding the pair of a truncated SVD to ``dtype`` can add to ``|D - B A|_F``, (N,) float64.
-
-    ``S`` (N, P) are the singular values kept, then zeros, in float64. B and A have orthogonal columns and rows, so the changes of
-    B meet orthogonal rows and add up as squares, and likewise those of A; only the product of both changes adds up as it is.
-    A number below the normal range loses up to half the smallest one, whatever its size.
-    """
-    info = torch.finfo(dtype)
-    unit, least = info.eps / 2, info.smallest_normal * info.eps / 2
-    kept = (S > 0.0).to(torch.float64)
-    on_B, on_A = (S, kept) if output == "left" else (S.sqrt(), S.sqrt())
-    cut_B = unit * on_B + math.sqrt(m) * least * kept
-    cut_A = unit * on_A + math.sqrt(n) * least * kept
-    rounding: Tensor = (cut_B * on_A).norm(dim=1) + (on_B * cut_A).norm(dim=1) + (cut_B * cut_A).sum(1)
-    return rounding
-
-
 def zero_outcome(group: Group) -> Outcome:
     """The answer for modules to which nobody contributes: p = 1, B = 0, A = e_1."""
     device = group.B[0].device if group.B else torch.device("cpu")
@@ -113,7 +102,7 @@ def require_equal_ranks(group: Group, method: str) -> None:
         listing = ", ".join(map(str, ranks))
         raise MismatchError(
             f"module {group.modules[0]!r}: ranks {listing}; method {method!r} needs one rank for all clients. "
-            "Use florist, flora, zero_pad or hetlora, which take mixed ranks"
+            "Use florist, flexlora, prelort or zero_pad, which take mixed ranks"
         )
 
 
@@ -123,21 +112,40 @@ def chunked(group: Group, work: Callable[[Group], Outcome]) -> Outcome:
     step = max(1, CHUNK // max(1, size))
     if step >= group.batch:
         return work(group)
-    done = [work(_modules(group, start, start + step)) for start in range(0, group.batch, step)]
-    fields = ("B", "A", "rank", "error", "error_bound", "notes", "info", "energy")
-    joined: dict[str, Any] = {name: torch.cat([getattr(outcome, name) for outcome in done]) for name in fields}
-    return Outcome(**joined)
+    return joined([work(group.part(start, start + step)) for start in range(0, group.batch, step)])
 
 
-def _modules(group: Group, start: int, stop: int) -> Group:
-    return dataclasses.replace(
-        group,
-        modules=group.modules[start:stop],
-        B=tuple(B[start:stop] for B in group.B),
-        A=tuple(A[start:stop] for A in group.A),
-        scale=group.scale[start:stop],
-        weight=group.weight[start:stop],
-    )
+def joined(outcomes: Sequence[Outcome]) -> Outcome:
+    """One outcome of several, for modules of one shape in this order; pairs are padded with zeros to the widest."""
+    first = outcomes[0]
+    whole: dict[str, Any] = {}
+    for name in ("error", "error_bound", "notes", "info", "energy"):
+        whole[name] = None if getattr(first, name) is None else torch.cat([getattr(o, name) for o in outcomes])
+    common = _joined_pairs([None if o.B is None else Pair(o.B, o.A, o.rank) for o in outcomes])  # type: ignore[arg-type]
+    whole["B"], whole["A"], whole["rank"] = common or (None, None, None)
+    whole["residual"] = _joined_pairs([o.residual for o in outcomes])
+    if first.personal is not None:
+        columns = zip(*(o.personal for o in outcomes if o.personal is not None), strict=True)
+        whole["personal"] = tuple(_joined_pairs(column) for column in columns)
+    if first.spectrum is not None:
+        spectra = [o.spectrum for o in outcomes if o.spectrum is not None]
+        widest = max(spectrum.S.shape[1] for spectrum in spectra)
+        fields = [f.name for f in dataclasses.fields(Spectrum)]
+        parts = {f: [getattr(spectrum, f) for spectrum in spectra] for f in fields}
+        parts["S"] = [pad(S, (0, widest - S.shape[1])) for S in parts["S"]]
+        whole["spectrum"] = Spectrum(**{f: torch.cat(values) for f, values in parts.items()})
+    whole["state"] = tuple(state for outcome in outcomes for state in outcome.state)
+    return Outcome(**whole)
+
+
+def _joined_pairs(pairs: Sequence[Pair | None]) -> Pair | None:
+    there = [pair for pair in pairs if pair is not None]
+    if not there:
+        return None
+    widest = max(pair.B.shape[-1] for pair in there)
+    B = torch.cat([pad(pair.B, (0, widest - pair.B.shape[-1])) for pair in there])
+    A = torch.cat([pad(pair.A, (0, 0, 0, widest - pair.A.shape[-2])) for pair in there])
+    return Pair(B, A, torch.cat([pair.rank for pair in there]))
 
 
 def padded_mean(group: Group, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,17 +179,30 @@ def share(group: Group, weight: Tensor) -> Tensor:
 
 def _mean_outcome(group: Group, weight: Tensor) -> Outcome:
     mean_B, mean_A = padded_mean(group, weight)
-    B, lost_B, cut_B = cast(mean_B, group.dtype)
-    A, lost_A, cut_A = cast(mean_A, group.dtype)
-    rounding = cut_B * norms(mean_A) + norms(B) * cut_A
-    finite = (torch.isfinite(mean_B).flatten(1).all(1) & torch.isfinite(mean_A).flatten(1).all(1)).cpu()
-    zero = ((mean_B == 0).flatten(1).all(1) | (mean_A == 0).flatten(1).all(1)).cpu()
+    return pair_outcome(group, mean_B, mean_A, lambda rounding: drift(group, weight, mean_B, mean_A, rounding))
+
+
+def pair_outcome(
+    group: Group, B: Tensor, A: Tensor, gap: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
+) -> Outcome:
+    """The outcome of a float64 pair ``B`` (N, m, P), ``A`` (N, P, n) of full rank P: rounded, its overflows and zeros noted.
+
+    ``gap(rounding)`` answers error, error bound and energy, where ``rounding`` (N,) is what the output dtype may add to the
+    distance from D; it is called only if the group is to be measured.
+    """
+    left, lost_B, cut_B = cast(B, group.dtype)
+    right, lost_A, cut_A = cast(A, group.dtype)
+    finite = (torch.isfinite(B).flatten(1).all(1) & torch.isfinite(A).flatten(1).all(1)).cpu()
+    zero = ((B == 0).flatten(1).all(1) | (A == 0).flatten(1).all(1)).cpu()
     info = (~finite) * int(Info.NONFINITE) + (lost_B | lost_A) * int(Info.OVERFLOW)
-    error, bound, energy = drift(group, weight, mean_B, mean_A, rounding)
+    unknown = torch.full((group.batch,), math.nan, dtype=torch.float64)
+    error, bound, energy = unknown, unknown, None
+    if group.measure:
+        error, bound, energy = gap(cut_B * norms(A) + norms(left) * cut_A)
     return Outcome(
-        B=B,
-        A=A,
-        rank=torch.full((group.batch,), B.shape[-1], dtype=torch.int64),
+        B=left,
+        A=right,
+        rank=torch.full((group.batch,), left.shape[-1], dtype=torch.int64),
         error=error,
         error_bound=bound,
         notes=(zero * int(Note.ZERO)).to(torch.int32),
@@ -219,7 +240,18 @@ def drift(
         lefts.append(mean_B * unowned.to(mean_B.device)[:, None, :])
         rights.append(mean_A)
         coefficients.append(torch.ones(group.batch, dtype=torch.float64))
-    gap, gap_error = _squared_norm(lefts, rights, torch.stack(coefficients, 1), group.backend)
+    return stack_error(group, lefts, rights, torch.stack(coefficients, 1), rounding)
+
+
+def stack_error(
+    group: Group, lefts: Sequence[Tensor], rights: Sequence[Tensor], coefficients: Tensor, rounding: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``|sum_i c_i L_i R_i|_F / |D|_F``, an upper bound of it that allows for ``rounding`` (N,), and ``|D|_F^2``; (N,) float64.
+
+    ``lefts`` (N, m, q_i), ``rights`` (N, q_i, n), ``coefficients`` (N, I) on the host. What is measured should be small term by term:
+    a sum that cancels is known only to 1e-8 of its terms.
+    """
+    gap, gap_error = _squared_norm(lefts, rights, coefficients, group.backend)
     B, A, folded = owned(group)
     energy, energy_error = _squared_norm(B, A, folded, group.backend)
     upper = (gap + gap_error).sqrt() + rounding

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fedlora_kernels.methods.contract import Group, Method, Outcome, register
+from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
 from fedlora_kernels.methods.factors import mean_outcome, require_equal_ranks
 
 __all__ = ["FedIT"]
@@ -27,7 +26,7 @@ class FedIT(Method):
     download: ClassVar[str] = "r(m+n)"
     equal_ranks: ClassVar[bool] = True
 
-    def combine(self, group: Group, plan: Any, previous: Mapping[str, Any] | None) -> Outcome:
+    def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group. MismatchError where ranks differ."""
         require_equal_ranks(group, self.name)
         return mean_outcome(group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +9,7 @@ import torch
 
 from fedlora_kernels.backends.contract import Info, Note
 from fedlora_kernels.linalg import update_gram
-from fedlora_kernels.methods.contract import Group, Method, Outcome, register
+from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
 from fedlora_kernels.methods.factors import cast, chunked, norms, owned, zero_outcome
 
 __all__ = ["FLoRA"]
@@ -28,7 +27,7 @@ class FLoRA(Method):
     download: ClassVar[str] = "R(m+n)"
     product_only: ClassVar[bool] = True
 
-    def combine(self, group: Group, plan: Any, previous: Mapping[str, Any] | None) -> Outcome:
+    def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Stack one group. ``error`` is 0: only the rounding to the output dtype stands in the bound."""
         return chunked(group, self._stack)
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
 from fedlora_kernels.errors import InputError
-from fedlora_kernels.linalg import product_svd
 from fedlora_kernels.linalg.rules import Budget, Energy, RankRule
-from fedlora_kernels.methods.contract import Group, Method, Outcome, Spectrum, register
-from fedlora_kernels.methods.factors import owned, svd_rounding, zero_outcome
+from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
+from fedlora_kernels.methods.products import truncated_sum
 
 __all__ = ["Florist"]
 
@@ -50,47 +46,9 @@ class Florist(Method):
         if self.output not in OUTPUTS:
             raise InputError(f"florist: output is {self.output!r}; one of {', '.join(OUTPUTS)} is needed")
 
-    def combine(self, group: Group, plan: Any, previous: Mapping[str, Any] | None) -> Outcome:
+    def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group; a module whose update is zero answers p = 1, B = 0, A = e_1."""
-        B, A, weight = owned(group)
-        if not B:
-            return zero_outcome(group)
-        svd = product_svd(
-            B,
-            A,
-            weights=weight,
-            rule=self.rule,
-            output=self.output,
-            dtype=group.dtype,
-            check=False,
-            backend=group.backend,
-        )
-        info, rank = svd.info.cpu(), svd.rank.cpu()
-        zero = (rank == 0) & (info == 0)
-        right = svd.right
-        if bool(zero.any()):
-            right = right.clone()
-            right[zero.to(right.device), 0, 0] = 1.0
-        certificate = svd.certificate
-        S, energy = svd.S.cpu(), svd.energy.cpu()
-        rounding = svd_rounding(S, group.m, group.n, group.dtype, self.output)
-        return Outcome(
-            B=svd.left,
-            A=right,
-            rank=torch.where(zero, torch.ones_like(rank), rank),
-            error=svd.error.cpu(),
-            error_bound=svd.error_bound.cpu() + torch.where(zero, 0.0, rounding / energy.sqrt()),
-            notes=svd.notes.cpu(),
-            info=info,
-            spectrum=Spectrum(
-                S=S,
-                energy=energy,
-                numerical_rank=certificate.numerical_rank.cpu(),
-                rho=certificate.rho.cpu(),
-                sigma_err=certificate.sigma_err.cpu(),
-                passes=certificate.passes.cpu(),
-            ),
-        )
+        return truncated_sum(group, self.rule, self.output)
 
     def options(self) -> dict[str, Any]:
         """Options as plain values; the rule stands apart in a report."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from fedlora_kernels.methods.contract import Census, Group, Method, Outcome, register
+from fedlora_kernels.methods.contract import Census, Group, Method, Outcome, Previous, register
 from fedlora_kernels.methods.factors import mean_outcome
 
 __all__ = ["HetLoRA"]
@@ -30,16 +30,25 @@ class HetLoRA(Method):
     download: ClassVar[str] = "r_k(m+n)"
     needs_decision: ClassVar[bool] = True
 
+    def needs_gram(self) -> bool:
+        """The norms are its diagonal."""
+        return True
+
     def decide(self, stats: Mapping[str, np.ndarray], census: Census) -> np.ndarray:
         """Weight p_k of each client, (K,)."""
+        assert census.gram is not None
         norms = np.sqrt(np.maximum(np.einsum("lkk->k", census.gram), 0.0))
         total = norms.sum()
         share: np.ndarray = norms / total if total > 0.0 else census.weight
         return share
 
-    def combine(self, group: Group, plan: Any, previous: Mapping[str, Any] | None) -> Outcome:
+    def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group with the weights of ``plan``, over the owners where missing modules renormalise."""
         return mean_outcome(group, torch.from_numpy(plan))
+
+    def describe(self, plan: np.ndarray, clients: Sequence[str]) -> dict[str, Any]:
+        """Weight of each client."""
+        return {"weights": dict(zip(clients, plan.tolist(), strict=True))}
 
     def client_rank(self, client_rank: int, rank: int) -> int:
         """A client receives its own rank."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fedlora_kernels.methods.contract import Group, Method, Outcome, register
+from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
 from fedlora_kernels.methods.factors import mean_outcome
 
 __all__ = ["ZeroPad"]
@@ -26,6 +25,6 @@ class ZeroPad(Method):
     broadcast: ClassVar[str] = "padded mean pair"
     download: ClassVar[str] = "r_max(m+n)"
 
-    def combine(self, group: Group, plan: Any, previous: Mapping[str, Any] | None) -> Outcome:
+    def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group."""
         return mean_outcome(group)

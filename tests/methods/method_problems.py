@@ -41,8 +41,11 @@ class Problem:
     def dense(self) -> torch.Tensor:
         return sum(w * d for w, d in zip(self.weight, self.updates(), strict=True))
 
-    def run(self, method="florist", plan=None, dtype=None, rule=None, backend="torch", **options) -> Outcome:
-        return make_method(method, options, rule).combine(self.group(dtype, backend=backend), plan, None)
+    def run(
+        self, method="florist", plan=None, dtype=None, rule=None, backend="torch", previous=None, **options
+    ) -> Outcome:
+        group = self.group(dtype, backend=backend, round=0 if previous is None else previous.round + 1)
+        return make_method(method, options, rule).combine(group, plan, previous)
 
     def gauged(self, seed=5) -> "Problem":
         """Another factorisation of every client's same update."""

@@ -8,7 +8,8 @@ from method_problems import standard
 
 from fedlora_kernels.methods import factors
 from fedlora_kernels.methods.contract import make_method
-from fedlora_kernels.methods.factors import cast, share, svd_rounding
+from fedlora_kernels.methods.factors import cast, share
+from fedlora_kernels.methods.products import svd_rounding
 
 
 def batch(count=5):

@@ -13,7 +13,7 @@ def census(gram, weight):
     return Census(
         modules=tuple(f"layers.{i}" for i in range(L)),
         gram=gram,
-        finite=np.ones((L, K), bool),
+        clients=tuple(f"c{k}" for k in range(K)),
         ranks=np.full((L, K), 4),
         weight=np.asarray(weight, np.float64),
         shapes=np.full((L, 2), 7),
