@@ -19,6 +19,7 @@ from fedlora_kernels.methods.contract import Group, Outcome, Pair, Spectrum
 __all__ = [
     "cast",
     "chunked",
+    "chunks",
     "client_gram",
     "client_squares",
     "drift",
@@ -108,16 +109,21 @@ def require_equal_ranks(group: Group, method: str) -> None:
 
 def chunked(group: Group, work: Callable[[Group], Outcome]) -> Outcome:
     """Do ``work`` on a few modules at a time, so that float64 copies of the factors stay small; outcomes are joined."""
+    return joined([work(group.part(start, stop)) for start, stop in chunks(group)])
+
+
+def chunks(group: Group) -> list[tuple[int, int]]:
+    """Bounds of the parts that `chunked` works on, at least one: for work that also cuts tensors beside the group."""
     size = 8 * sum(group.ranks) * (group.m + group.n)
     step = max(1, CHUNK // max(1, size))
-    if step >= group.batch:
-        return work(group)
-    return joined([work(group.part(start, start + step)) for start in range(0, group.batch, step)])
+    return [(start, min(start + step, group.batch)) for start in range(0, group.batch, step)] or [(0, 0)]
 
 
 def joined(outcomes: Sequence[Outcome]) -> Outcome:
     """One outcome of several, for modules of one shape in this order; pairs are padded with zeros to the widest."""
     first = outcomes[0]
+    if len(outcomes) == 1:
+        return first
     whole: dict[str, Any] = {}
     for name in ("error", "error_bound", "notes", "info", "energy"):
         whole[name] = None if getattr(first, name) is None else torch.cat([getattr(o, name) for o in outcomes])
