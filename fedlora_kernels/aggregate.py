@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 import warnings
@@ -17,20 +18,23 @@ from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
 from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.engine.clients import check_apart, open_clients
 from fedlora_kernels.engine.policy import admit
-from fedlora_kernels.engine.result import Result, State
+from fedlora_kernels.engine.result import Result
 from fedlora_kernels.engine.run import Run
 from fedlora_kernels.engine.settings import (
     Progress,
     Settings,
+    check_delivery,
+    client_state_of,
     count_of,
     device_of,
     dtype_of,
     memory_of,
     method_of,
     options_of,
+    robust_of,
     round_of,
 )
-from fedlora_kernels.errors import InputError
+from fedlora_kernels.engine.state import check_state, previous_state
 from fedlora_kernels.linalg.rules import RankRule
 from fedlora_kernels.methods.contract import Method
 
@@ -59,6 +63,8 @@ def aggregate(
     memory: int | str | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    per_client: bool = False,
+    measure: bool = True,
     **method_options: Any,
 ) -> Result:
     """Combine the LoRA adapters of several clients into one.
@@ -71,10 +77,10 @@ def aggregate(
             checked, its tensors never read.
         normalize: divide the weights by their sum (then all are >= 0). False takes any finite reals as they are.
         rule: rank rule of a method that chooses its rank, such as ``Energy(0.95)`` or ``Rank(16)``.
-        robust: not in this version.
-        previous: output folder, Adapter, Result or State of the round before; gives ``round``.
+        robust: a rule such as ``Krum(f=2)`` whose coefficients replace the weights before the method runs.
+        previous: output folder, Adapter, Result or State of the round before; gives ``round``, and what some methods remember.
         round: 0-based; None is the round of ``previous`` + 1, or 0.
-        client_state: not in this version.
+        client_state: what clients report beside their factors, by name or in their order (fedtree: mixing coefficients).
         policy: what happens to bad clients: "strict", "drop", "clip" or a `Policy`.
         read: how clients are read, `ReadOptions`.
         write: what the output looks like, `WriteOptions`.
@@ -87,6 +93,8 @@ def aggregate(
             single module larger than that is still read whole.
         progress: called as ``progress(stage, done_bytes, total_bytes)``.
         overwrite: replace an existing ``out`` that holds only files written here.
+        per_client: also write ``out/clients/<name>/``, what each client receives, with scale 1.
+        measure: report the distance of factor means from the weighted sum; it costs more than the means themselves.
         **method_options: options of the method.
 
     Returns:
@@ -98,12 +106,13 @@ def aggregate(
         RunError: ConvergenceError, BackendError, OutputOverflowError, or a disc that cannot be written.
     """
     started = time.perf_counter()
-    for name, value in (("robust", robust), ("client_state", client_state)):
-        if value is not None:
-            raise InputError(f"{name}= is not in this version; leave it out")
     write = options_of("write", write, WriteOptions)
+    made = method_of(method, rule, write, method_options)
+    check_delivery(made, out, per_client)
+    before = previous_state(previous)
+    number = round_of(round, before)
     settings = Settings(
-        method=method_of(method, rule, write, method_options),
+        method=made,
         policy=Policy.of(policy),
         read=options_of("read", read, ReadOptions),
         write=write,
@@ -113,8 +122,12 @@ def aggregate(
         backend=backend,
         memory=memory_of(memory),
         seed=count_of("seed", seed),
-        round=round_of(round, previous),
+        round=number,
         progress=progress or (lambda *_: None),
+        robust=robust_of(robust, made),
+        state=check_state(before, made, number),
+        per_client=per_client,
+        measure=measure,
     )
     if backend != "auto":
         backends.get(backend)
@@ -126,12 +139,21 @@ def aggregate(
             stack.callback(client.close)
         if out is not None:
             check_apart(roster, out)
+        names = [client.name for client in roster]
+        settings = dataclasses.replace(settings, client_state=client_state_of(client_state, made, names))
         seen = stack.enter_context(backends.record())
         run = Run(settings, roster, admit(roster, settings.policy, settings.read))
         folder = None if out is None else stack.enter_context(OutputFolder(out, overwrite))
-        adapter, report = run.execute(folder, seen, started)
+        delivered, report = run.execute(folder, seen, started)
     for text in report["warnings"]:
         warnings.warn(text, UserWarning, stacklevel=2)
-    state = State(settings.method.name, settings.round)
     readable = {client.name: client.adapter for client in roster if client.adapter is not None}
-    return Result(adapter, report, state, clients=readable, method=settings.method)
+    return Result(
+        delivered.adapter,
+        report,
+        delivered.state,
+        residual=delivered.residual,
+        clients=readable,
+        method=settings.method,
+        personal=delivered.clients,
+    )

@@ -91,9 +91,17 @@ def _aggregate_method(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("method")
     group.add_argument("--method", default="florist", metavar="NAME", help="default: florist")
     group.add_argument(
-        "--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method; may be repeated"
+        "--set",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="an option of the method, or of the robust rule as RULE.OPTION=VALUE; may be repeated",
+    )
+    group.add_argument(
+        "--robust", metavar="NAME", help="a robust rule whose coefficients replace the weights: krum, trimmed_mean, ..."
     )
     group.add_argument("--previous", metavar="DIR", help="the result of the round before")
+    group.add_argument("--client-state", metavar="FILE.json", help="what clients report, by name (method fedtree)")
     group.add_argument("--round", type=_count, metavar="N", help="0-based; default: the round of --previous + 1, or 0")
     group.add_argument("--seed", type=_count, default=0, metavar="N", help="for padding rows; default: 0")
     rules = parser.add_argument_group("rank rule, one of").add_mutually_exclusive_group()
@@ -141,6 +149,15 @@ def _aggregate_output(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--fill", choices=("zero", "random"), default="zero", help="rows of A in the padding")
     group.add_argument("--drop-zero", action="store_true", help="leave out modules whose update is zero")
+    group.add_argument(
+        "--per-client", action="store_true", help="also write OUT/clients/NAME, what each client receives"
+    )
+    group.add_argument(
+        "--no-measure",
+        dest="measure",
+        action="store_false",
+        help="do not measure the distance of factor means from the weighted sum; faster",
+    )
     group.add_argument("--dtype", choices=DTYPES, help="default: float32, or float64 if a client is float64")
     group.add_argument("--report", action="append", default=[], metavar="FILE.json", help="a copy of the report")
     group.add_argument("--quiet", action="store_true", help="no table, no progress bar")

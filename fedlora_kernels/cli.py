@@ -74,7 +74,9 @@ def _aggregate(options: argparse.Namespace) -> int:
     run = aggregate_request(options)
     with ProgressBar(quiet=options.quiet) as progress:
         result = run(progress)
-    result.adapter.close()
+    for adapter in (result.adapter, result.residual, *result.personal.values()):
+        if adapter is not None:
+            adapter.close()
     for path in reports:
         write_json(path, result.report)
     if not options.quiet:

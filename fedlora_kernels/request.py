@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import types
 import typing
@@ -19,6 +20,7 @@ from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
 from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.arguments import RULE_FLAGS
+from fedlora_kernels.engine.settings import check_delivery
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.linalg import rules
 from fedlora_kernels.methods.contract import Method, make_method, method_class
@@ -42,19 +44,24 @@ def aggregate_request(options: argparse.Namespace) -> Callable[[Callable[[str, i
     check_out(options.out, options.overwrite)
     cls = method_class(options.method)
     rule = _rule(options, cls)
-    settings = method_options(cls, options.set)
-    _named("--set", lambda: make_method(options.method, settings, rule))
+    settings, robust = _options(cls, options)
+    made = _named("--set", lambda: make_method(options.method, settings, rule))
+    _named("--per-client", lambda: check_delivery(made, options.out, options.per_client))
     call: dict[str, Any] = {
         "weights": options.weights,
         "normalize": options.normalize,
         "rule": rule,
         "previous": _previous(options.previous),
         "round": options.round,
+        "robust": robust,
+        "client_state": _client_state(options.client_state),
         "policy": _policy(options),
         "read": read_options(options, missing=options.missing, extras=options.extras),
         "write": _write_options(options),
         "out": options.out,
         "overwrite": options.overwrite,
+        "per_client": options.per_client,
+        "measure": options.measure,
         "seed": options.seed,
         "backend": options.backend,
         "device": None if options.device == "auto" else options.device,
@@ -95,6 +102,30 @@ def named_paths(arguments: Sequence[str]) -> list[str] | dict[str, str]:
 def read_options(options: argparse.Namespace, **more: Any) -> ReadOptions:
     """Return the reading options of a command."""
     return ReadOptions(adapter_name=options.adapter_name, rank_from=options.rank_from, **more)
+
+
+def _options(cls: type[Method], options: argparse.Namespace) -> tuple[dict[str, Any], Method | None]:
+    """The options of the method, and the robust rule in front of it with its own: ``--set krum.f=2``."""
+    if options.robust is None:
+        return method_options(cls, options.set), None
+    rule = _named("--robust", lambda: method_class(options.robust))
+    prefix = f"{options.robust}."
+    own = [text for text in options.set if not text.startswith(prefix)]
+    of_rule = [text[len(prefix) :] for text in options.set if text.startswith(prefix)]
+    made = _named(f"--robust {options.robust}", lambda: make_method(options.robust, method_options(rule, of_rule)))
+    return method_options(cls, own), made
+
+
+def _client_state(path: str | None) -> Any:
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise InputError(f"--client-state {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"--client-state {path}: no JSON: {error}") from None
 
 
 def method_options(cls: type[Method], settings: Sequence[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
 from fedlora_kernels.adapters.reader import StateDict, open_adapter
 from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.engine.result import State
-from fedlora_kernels.errors import BackendError, FormatError, InputError, LimitError, WeightError
+from fedlora_kernels.errors import BackendError, FormatError, InputError, LimitError, RunError, WeightError
 from fedlora_kernels.linalg.rules import Budget, Energy, Rank
 from fedlora_kernels.methods.contract import make_method
 
@@ -377,8 +377,12 @@ def test_a_previous_that_says_nothing_is_refused(previous):
         ({"method": 3}, "method"),
         ({"rule": 0.9}, "rank rule"),
         ({"rule": Budget("1MB")}, "all modules"),
-        ({"robust": "krum"}, "robust= is not in this version"),
-        ({"client_state": {}}, "client_state= is not in this version"),
+        ({"robust": "krum"}, "krum: f is None"),
+        ({"robust": "florist"}, "robust is .*a robust rule"),
+        ({"robust": 3}, "robust is 3; a robust rule"),
+        ({"method": "geometric_median", "robust": "trimmed_mean"}, "is a robust rule already"),
+        ({"client_state": {}}, "takes no client_state"),
+        ({"per_client": True}, "per_client=True writes folders; give out="),
         ({"policy": "lenient"}, "policy|Policy"),
         ({"read": "strict"}, r"read is of type str; ReadOptions\(\.\.\.\) needed"),
         ({"write": {}}, "write is of type dict"),
@@ -437,12 +441,10 @@ def test_a_method_without_weights_warns_of_unequal_ones(monkeypatch):
         aggregate(pairs, "other", weights=[1, 2])
 
 
-@pytest.mark.parametrize(
-    "needs", [{"gives": ("personal",)}, {"gives": ("common", "residual")}, {"gives": ()}, {"needs_previous": True}]
-)
-def test_a_method_beyond_this_engine_is_refused(monkeypatch, needs):
-    registered(monkeypatch, **needs)
-    with pytest.raises(InputError, match="not in this version"):
+@pytest.mark.parametrize("gives", [("personal",), ("common", "personal"), ()])
+def test_a_method_that_gives_other_than_it_declares_is_refused(monkeypatch, gives):
+    registered(monkeypatch, gives=gives)
+    with pytest.raises(RunError, match="'other' declares to give"):
         aggregate(clients((4, 4)), "other")
 
 

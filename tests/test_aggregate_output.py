@@ -69,11 +69,12 @@ def test_the_report_is_plain_json_with_the_promised_keys():
     report = aggregate(clients((4, 4)), "hetlora").report
     json.dumps(report, allow_nan=False)
     assert set(report) == {
-        *("schema", "tool", "method", "backend", "policy", "normalize", "round", "seed", "dtype"),
+        *("schema", "tool", "method", "backend", "policy", "robust", "normalize", "round", "seed", "dtype"),
+        "decision",
         *("clients", "modules", "extras", "totals", "warnings", "notes", "passes", "seconds"),
     }
     assert set(report["clients"][0]) == {
-        *("name", "source", "weight", "status", "reason", "rank_min", "rank_max", "bytes", "norm", "factor"),
+        *("name", "source", "weight", "status", "reason", "rank_min", "rank_max", "bytes", "norm", "factor", "folder"),
     }
     assert set(report["modules"][0]) == {
         *(
@@ -84,6 +85,7 @@ def test_the_report_is_plain_json_with_the_promised_keys():
             "ranks",
             "stacked_rank",
             "rank",
+            "residual_rank",
             "numerical_rank",
             "energy",
             "error",
@@ -95,6 +97,8 @@ def test_the_report_is_plain_json_with_the_promised_keys():
         "modules",
         "clients",
         "rank_in",
+        "broadcast_rank",
+        "efficiency",
         "rank",
         "parameters",
         "bytes",

@@ -188,6 +188,10 @@ class SafetensorsWriter:
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             os.lseek(self._fd, 8 + self._reserved, os.SEEK_SET)
 
+    def announce(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """Announce a tensor after the start; its entry takes from ``spare``."""
+        self._entries[key] = (dtype, shape)
+
     def add(self, key: str, tensor: Tensor) -> None:
         """Append a tensor. It must be announced in ``entries``, of that dtype and of no larger shape, and come once."""
         dtype, bound = self._entries[key]

@@ -24,12 +24,12 @@ __all__ = ["PRESENT", "Client", "check_apart", "normalised", "open_clients", "pr
 SPARE_FILES = 64
 """Open files beside those of the clients."""
 PRESENT = ("used", "clipped")
-"""States of a client that takes part; the others are "absent" (weight 0) and "dropped"."""
+"""States of a client that takes part; the others are "absent" (weight 0), "dropped" and "rejected" (by a robust rule)."""
 
 
 @dataclass
 class Client:
-    """One client as the caller gave it; ``status`` is used, absent (weight 0), dropped or clipped."""
+    """One client as the caller gave it; ``status`` is used, absent (weight 0), dropped, rejected or clipped."""
 
     name: str
     source: str
@@ -40,6 +40,7 @@ class Client:
     norm: float | None = None
     factor: float = 1.0
     owned: bool = False
+    folder: str | None = None
 
     @property
     def reason(self) -> str | None:
@@ -75,6 +76,7 @@ class Client:
             "bytes": self.adapter.nbytes if self.adapter else None,
             "norm": self.norm,
             "factor": self.factor,
+            "folder": self.folder,
         }
 
     def close(self) -> None:

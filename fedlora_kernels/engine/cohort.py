@@ -22,16 +22,18 @@ class Cohort:
     """K clients that take part, and the L modules of the output.
 
     ``weights`` are the clients' after normalisation, ``positions`` theirs in the caller's order, ``modules`` the names in
-    canonical order. ``factors`` (L, K) multiply scales (clipping). ``index`` gives the row of a module; ``owns`` (L, K) and
+    canonical order. ``factors`` (L, K) multiply scales (clipping); ``table`` (L, K) are weights decided module by module, in
+    place of the clients'. ``index`` gives the row of a module; ``owns`` (L, K) and
     ``ranks`` (L, K; 0 where a client lacks the module) say what the clients have.
     """
 
     clients: Sequence[Client]
     positions: Sequence[int]
-    weights: Sequence[float]
+    weights: list[float]
     modules: Sequence[str]
     missing: str
     factors: np.ndarray | None = None
+    table: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.adapters: list[Adapter] = [client.opened for client in self.clients]
@@ -46,7 +48,7 @@ class Cohort:
         """The clients of ``roster`` that take part."""
         positions = [k for k, client in enumerate(roster) if client.status in PRESENT]
         clients = [roster[k] for k in positions]
-        weights = normalised([client.weight for client in clients], normalize)
+        weights = list(normalised([client.weight for client in clients], normalize))
         return cls(clients, positions, weights, modules, missing)
 
     @property
@@ -57,9 +59,21 @@ class Cohort:
         )
         return torch.float64 if any(spec.dtype == torch.float64 for spec in specs) else torch.float32
 
+    def chosen(self, k: int, name: str) -> bool:
+        """Whether client k takes part in a module that it owns."""
+        return self.table is None or bool(self.table[self.index[name], k] != 0.0)
+
     def reads(self, k: int, name: str) -> bool:
         """Whether client k adds anything to the product of a module."""
         return bool(self._scale[self.index[name], k] != 0.0)
+
+    def narrowed(self, part: Cohort) -> Cohort:
+        """``part`` of the clients and modules, with the weights and factors decided here."""
+        rows, keep = self.places(part)
+        part.weights = [self.weights[k] for k in keep]
+        if self.factors is not None:
+            part.factors = self.factors[np.ix_(rows, keep)]
+        return part
 
     def scales(self, rows: Sequence[int]) -> np.ndarray:
         """(N, K) scales s_k, clipping included; 0 where a client lacks the module."""
@@ -67,6 +81,8 @@ class Cohort:
 
     def module_weights(self, rows: Sequence[int]) -> np.ndarray:
         """(N, K) weights: all clients', or the owners' brought to the same sum where missing modules renormalise."""
+        if self.table is not None:
+            return self.table[list(rows)]
         weights = np.tile(np.asarray(self.weights, dtype=np.float64), (len(rows), 1))
         if self.missing != "renormalize":
             return weights
@@ -82,6 +98,11 @@ class Cohort:
                     )
                 weights[i] = np.where(owns, weights[i] * (whole / share), 0.0)
         return weights
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(m, n) of a module."""
+        spec = next(adapter.modules[name] for adapter in self.adapters if name in adapter.modules)
+        return spec.m, spec.n
 
     def places(self, part: Cohort) -> tuple[list[int], list[int]]:
         """The rows of the modules and the numbers of the clients of ``part``, in its order."""

@@ -1,4 +1,4 @@
-"""The second, or only, pass: the method's pairs in canonical order, and a row of the report for each."""
+"""The last pass: what the method makes of each module, in canonical order, and a row of the report for it."""
 
 from __future__ import annotations
 
@@ -7,63 +7,90 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.backends.contract import Info, Note
+from fedlora_kernels.engine.delivery import ModuleOutput
 from fedlora_kernels.engine.faults import nonfinite_factor
-from fedlora_kernels.engine.output import Pair
+from fedlora_kernels.engine.frozen import check_frozen
 from fedlora_kernels.engine.report import module_rows
 from fedlora_kernels.engine.slabs import Block, Drain
 from fedlora_kernels.engine.walk import Walk
 from fedlora_kernels.errors import ConvergenceError, OutputOverflowError, RunError
-from fedlora_kernels.methods.contract import Group, Method, Outcome
+from fedlora_kernels.methods.contract import Group, Method, Outcome, Pair, Previous
 
 __all__ = ["combine"]
 
 
-def combine(walk: Walk, plan: Any, sink: Callable[[Sequence[Pair]], None]) -> list[dict[str, Any]]:
-    """Give pairs to ``sink`` in canonical order, in a thread; return the rows of the report. ``plan`` is what was decided."""
+def combine(walk: Walk, plan: Any, sink: Callable[[Sequence[ModuleOutput]], None]) -> list[dict[str, Any]]:
+    """Give what modules leave to ``sink`` in canonical order, in a thread; return the rows of the report."""
     index = walk.cohort.index
     rows: list[dict[str, Any]] = []
 
-    def write(pairs: Sequence[Pair]) -> None:
+    def write(modules: Sequence[ModuleOutput]) -> None:
         with walk.timed("write"):
-            sink(pairs)
+            sink(modules)
 
     with walk.slabs("combine", keep=False) as slabs, Drain(write) as drain:
         for slab in slabs:
-            pairs: list[Pair] = []
+            modules: list[ModuleOutput] = []
             for block in slab:
                 with walk.timed("compute"):
                     made, described = _combine_block(walk, block, plan)
                 if walk.settings.write.drop_zero:
-                    made = [pair for pair, row in zip(made, described, strict=True) if not _drop(row)]
-                pairs += made
+                    for module, row in zip(made, described, strict=True):
+                        if _drop(row):
+                            module.common, module.personal = None, {}
+                modules += made
                 rows += described
-            pairs.sort(key=lambda pair: index[pair[0]])
-            drain.put(pairs)
+            modules.sort(key=lambda module: index[module.name])
+            drain.put(modules)
     return sorted(rows, key=lambda row: index[row["name"]])
 
 
-def _combine_block(walk: Walk, block: Block, plan: Any) -> tuple[list[Pair], list[dict[str, Any]]]:
-    group = walk.group(block)
-    outcome = walk.settings.method.combine(group, plan, None)
-    _raise_for_info(walk, block, group, plan, outcome)
-    assert outcome.B is not None
-    assert outcome.A is not None
-    assert outcome.rank is not None
-    pairs: list[Pair] = []
-    for i, name in enumerate(group.modules):
-        p = int(outcome.rank[i])
-        # a copy: a view would keep the padding of the whole batch alive
-        B = outcome.B[i, :, :p].to("cpu", copy=True).contiguous()
-        A = outcome.A[i, :p].to("cpu", copy=True).contiguous()
-        pairs.append((name, B, A))
+def _combine_block(walk: Walk, block: Block, plan: Any) -> tuple[list[ModuleOutput], list[dict[str, Any]]]:
+    group, method = walk.group(block), walk.settings.method
+    previous = walk.previous(block)
+    frozen = method.frozen_factor(group.round)
+    if frozen is not None:
+        check_frozen(group, frozen, [client.name for client in walk.cohort.clients])
+    outcome = method.combine(group, plan, previous)
+    _raise_for_info(walk, block, group, plan, previous, outcome)
+    _check_given(method, outcome)
+    made = [_module(name, i, outcome) for i, name in enumerate(group.modules)]
     trained = [walk.cohort.ranks[walk.cohort.index[name]] for name in group.modules]
-    return pairs, module_rows(group.modules, group.kind, group.m, group.n, trained, outcome)
+    return made, module_rows(group.modules, group.kind, group.m, group.n, trained, outcome)
 
 
-def _raise_for_info(walk: Walk, block: Block, group: Group, plan: Any, outcome: Outcome) -> None:
+def _check_given(method: Method, outcome: Outcome) -> None:
+    there = {"common": outcome.B is not None, "personal": outcome.personal is not None}
+    for what, given in there.items():
+        if given != (what in method.gives):
+            raise RunError(f"method {method.name!r} declares to give {', '.join(method.gives)}, but {what} disagrees")
+
+
+def _module(name: str, i: int, outcome: Outcome) -> ModuleOutput:
+    made = ModuleOutput(name, state=outcome.state[i] if outcome.state else {})
+    if outcome.B is not None and outcome.A is not None and outcome.rank is not None:
+        made.common = _cut(Pair(outcome.B, outcome.A, outcome.rank), i)
+    if outcome.residual is not None and int(outcome.residual.rank[i]) > 0:
+        made.residual = _cut(outcome.residual, i)
+    for k, pair in enumerate(outcome.personal or ()):
+        if pair is not None:
+            made.personal[k] = _cut(pair, i)
+    return made
+
+
+def _cut(pair: Pair, i: int) -> tuple[Tensor, Tensor]:
+    p = int(pair.rank[i])
+    # a copy: a view would keep the padding of the whole batch alive
+    return pair.B[i, :, :p].to("cpu", copy=True).contiguous(), pair.A[i, :p].to("cpu", copy=True).contiguous()
+
+
+def _raise_for_info(
+    walk: Walk, block: Block, group: Group, plan: Any, previous: Previous | None, outcome: Outcome
+) -> None:
     if outcome.info is None or not bool(outcome.info.any()):
         return
     i = int(outcome.info.nonzero()[0, 0])
@@ -80,27 +107,23 @@ def _raise_for_info(walk: Walk, block: Block, group: Group, plan: Any, outcome: 
         raise ConvergenceError(
             f"{where}: an iteration hit its guard; certified results needed. Use backend='reference'"
         )
-    largest = _largest(walk.settings.method, group, i, plan)
+    largest = _largest(walk.settings.method, group, i, plan, previous)
     raise OutputOverflowError(
         f"{where}: max|x| of the result is {largest:.4g}; {str(walk.dtype).removeprefix('torch.')} holds "
         f"{torch.finfo(walk.dtype).max:.4g}. Use output='balanced', bfloat16 or a wider dtype"
     )
 
 
-def _largest(method: Method, group: Group, i: int, plan: Any) -> float:
-    one = dataclasses.replace(
-        group,
-        modules=group.modules[i : i + 1],
-        B=tuple(B[i : i + 1] for B in group.B),
-        A=tuple(A[i : i + 1] for A in group.A),
-        scale=group.scale[i : i + 1],
-        weight=group.weight[i : i + 1],
-        dtype=torch.float64,
-    )
-    wide = method.combine(one, plan, None)
-    assert wide.B is not None
-    assert wide.A is not None
-    return max(float(wide.B.abs().max()), float(wide.A.abs().max()))
+def _largest(method: Method, group: Group, i: int, plan: Any, previous: Previous | None) -> float:
+    one = dataclasses.replace(group.part(i, i + 1), dtype=torch.float64)
+    if previous is not None:
+        B, A = (None if factor is None else factor[i : i + 1] for factor in (previous.B, previous.A))
+        previous = dataclasses.replace(previous, B=B, A=A, state=previous.state[i : i + 1])
+    wide = method.combine(one, plan, previous)
+    pairs = [pair for pair in wide.personal or () if pair is not None]
+    if wide.B is not None and wide.A is not None:
+        pairs.append(Pair(wide.B, wide.A, torch.empty(0)))
+    return max(float(factor.abs().max()) for pair in pairs for factor in (pair.B, pair.A) if factor.numel())
 
 
 def _drop(row: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from fedlora_kernels.engine.clients import Client
 from fedlora_kernels.engine.faults import nonfinite
 from fedlora_kernels.errors import FedLoRAError, InputError, NonFiniteError, OutputOverflowError, WeightError
 
-__all__ = ["combine_extra", "scan_extras"]
+__all__ = ["combine_extra", "own_extra", "scan_extras"]
 
 
 def combine_extra(
@@ -60,6 +60,12 @@ def combine_extra(
         total = value if total is None else total.add_(value)
     assert total is not None
     return _cast(name, total, dtype), "mean" if scales is None else "sum"
+
+
+def own_extra(name: str, client: Client, scale: float | None, dtype: torch.dtype) -> Tensor:
+    """An extra that stays on its client: its value, or its bias change with the scale folded in."""
+    value = _read(client, name)
+    return _cast(name, value if scale is None else value.to(torch.float64) * scale, dtype)
 
 
 def _read(client: Client, name: str) -> Tensor:

@@ -1,10 +1,8 @@
-"""Where an aggregate goes: a PEFT folder written as a stream, or an adapter in memory."""
+"""One adapter on its way out: into a PEFT folder, written as a stream, or into memory."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,25 +10,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedlora_kernels.adapters.folder import OutputFolder
 from fedlora_kernels.adapters.keys import PREFIX, factor_keys
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.options import WRITTEN_HERE, WriteOptions
 from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
-from fedlora_kernels.adapters.safetensors import disc_errors
 from fedlora_kernels.adapters.writer import PeftFileWriter, pad_to_uniform, verify_adapter, write_config
 from fedlora_kernels.rows import random_rows
 
-__all__ = ["REPORT_NAME", "FolderOutput", "MemoryOutput", "Output", "Pair", "adapter_in_memory", "resize_pair"]
+__all__ = ["FolderOutput", "MemoryOutput", "NamedPair", "Output", "adapter_in_memory", "resize_pair"]
 
-REPORT_NAME = "report.json"
-Pair = tuple[str, Tensor, Tensor]
+NamedPair = tuple[str, Tensor, Tensor]
+LARGEST_RANK = 10**7
+"""No rank has more digits: what the header of a file reserves."""
 
 
 class Output(Protocol):
-    """What the engine writes to: pairs in canonical order, extras, then `finish` and, on disc, `commit`."""
+    """What takes one adapter: pairs in canonical order, extras, then `finish`."""
 
-    def add_pairs(self, pairs: Sequence[Pair]) -> None:
+    ranks: dict[str, int]
+
+    def add_pairs(self, pairs: Sequence[NamedPair]) -> None:
         """Take pairs (name, B (m, p), A (p, n)), scale in the factors."""
 
     def add_extra(self, name: str, tensor: Tensor) -> None:
@@ -39,8 +38,11 @@ class Output(Protocol):
     def finish(self, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
         """Complete the tensors; nothing more is added."""
 
-    def commit(self, report: Mapping[str, Any]) -> Adapter:
-        """Put everything in place, report included, and return the adapter."""
+    def open(self, place: Path | None) -> Adapter:
+        """The finished adapter; ``place`` is where its folder is by now."""
+
+    def abandon(self) -> None:
+        """Let go of files: the run has failed."""
 
 
 def resize_pair(
@@ -89,17 +91,19 @@ def adapter_in_memory(
 class MemoryOutput:
     """An adapter that stays in memory."""
 
-    def __init__(self, write: WriteOptions, seed: int, round: int, metadata: Mapping[str, str]) -> None:  # noqa: A002
-        self._write = write
+    def __init__(self, label: str, write: WriteOptions, seed: int, round: int, metadata: Mapping[str, str]) -> None:  # noqa: A002
+        self.ranks: dict[str, int] = {}
+        self._label, self._write = label, write
         self._seed, self._round = seed, round
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self._extras: dict[str, Tensor] = {}
         self._config: dict[str, Any] = {}
         self._metadata = {"format": "pt", **metadata}
 
-    def add_pairs(self, pairs: Sequence[Pair]) -> None:
+    def add_pairs(self, pairs: Sequence[NamedPair]) -> None:
         """Keep the pairs."""
         self._pairs.update({name: (B, A) for name, B, A in pairs})
+        self.ranks.update({name: A.shape[0] for name, _, A in pairs})
 
     def add_extra(self, name: str, tensor: Tensor) -> None:
         """Keep the tensor."""
@@ -117,18 +121,21 @@ class MemoryOutput:
                     B, A, config["r"], seed=self._seed, round=self._round, module=name, fill=self._write.fill
                 )
 
-    def commit(self, report: Mapping[str, Any]) -> Adapter:
+    def open(self, place: Path | None) -> Adapter:
         """Return the adapter."""
-        return adapter_in_memory(self._pairs, self._extras, self._config, label="aggregate", metadata=self._metadata)
+        return adapter_in_memory(self._pairs, self._extras, self._config, label=self._label, metadata=self._metadata)
+
+    def abandon(self) -> None:
+        """Nothing is held."""
 
 
 class FolderOutput:
-    """A PEFT folder built beside ``folder.out`` and put in place in one step; an error leaves nothing behind."""
+    """A PEFT folder in the making."""
 
     def __init__(
         self,
-        folder: OutputFolder,
-        shapes: Mapping[str, tuple[int, int, int]],
+        folder: Path,
+        shapes: Mapping[str, tuple[int, int]],
         extras: Mapping[str, ExtraSpec],
         dtype: torch.dtype,
         metadata: Mapping[str, str],
@@ -136,19 +143,19 @@ class FolderOutput:
         seed: int,
         round: int,  # noqa: A002
     ) -> None:
+        self.ranks: dict[str, int] = {}
         self._folder, self._write, self._seed, self._round = folder, write, seed, round
-        entries = PeftFileWriter.entries(shapes, extras, dtype)
-        self._file = PeftFileWriter(Path(folder.path) / WEIGHTS_NAME, entries, metadata)
-        self._ranks: dict[str, int] = {}
-        self._first: Pair | None = None
-        self._last: Pair | None = None
+        bounds = {name: (m, n, LARGEST_RANK) for name, (m, n) in shapes.items()}
+        self._file = PeftFileWriter(folder / WEIGHTS_NAME, PeftFileWriter.entries(bounds, extras, dtype), metadata)
+        self._first: NamedPair | None = None
+        self._last: NamedPair | None = None
 
-    def add_pairs(self, pairs: Sequence[Pair]) -> None:
+    def add_pairs(self, pairs: Sequence[NamedPair]) -> None:
         """Append the pairs to the file."""
         for pair in pairs:
             name, B, A = pair
             self._file.add_pair(name, B, A)
-            self._ranks[name] = A.shape[0]
+            self.ranks[name] = A.shape[0]
             self._first, self._last = self._first or pair, pair
 
     def add_extra(self, name: str, tensor: Tensor) -> None:
@@ -157,26 +164,20 @@ class FolderOutput:
 
     def finish(self, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
         """Fill in the header, pad to one rank if asked, and read back: all shapes, and the numbers of two modules."""
-        path = Path(self._folder.path)
         self._file.close(metadata)
-        write_config(path / CONFIG_NAME, config)
-        ranks = self._ranks
+        write_config(self._folder / CONFIG_NAME, config)
+        ranks = self.ranks
         if self._write.pads:
-            rank = pad_to_uniform(path, None, self._write.fill, seed=self._seed, round=self._round)
+            rank = pad_to_uniform(self._folder, None, self._write.fill, seed=self._seed, round=self._round)
             ranks = dict.fromkeys(ranks, rank)
-        verify_adapter(path, ranks, {pair[0]: pair[1:] for pair in (self._first, self._last) if pair is not None})
+        verify_adapter(
+            self._folder, ranks, {pair[0]: pair[1:] for pair in (self._first, self._last) if pair is not None}
+        )
 
-    def commit(self, report: Mapping[str, Any]) -> Adapter:
-        """Write the report, put the folder in place and open it."""
-        target = Path(self._folder.path) / REPORT_NAME
-        with disc_errors(target), open(target, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._folder.commit()
-        return open_adapter(self._folder.out, WRITTEN_HERE)
+    def open(self, place: Path | None) -> Adapter:
+        """Open what was written."""
+        return open_adapter(self._folder if place is None else place, WRITTEN_HERE)
 
     def abandon(self) -> None:
-        """Close the file; the folder's own context removes it."""
+        """Close the file; the output folder's own context removes it."""
         self._file.abandon()

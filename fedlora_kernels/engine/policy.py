@@ -17,6 +17,7 @@ from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.extras import scan_extras
 from fedlora_kernels.errors import FedLoRAError, InputError, MismatchError
 from fedlora_kernels.methods.contract import Method
+from fedlora_kernels.methods.norm_rules import clip_factors
 
 __all__ = ["admit", "blame", "check_ranks", "clip", "drop"]
 
@@ -82,12 +83,8 @@ def blame(clients: Sequence[Client], errors: Mapping[int, FedLoRAError], extras:
 def clip(cohort: Cohort, norms: np.ndarray, policy: Policy) -> None:
     """Scale updates beyond the bound down to it: a factor on s_k, per client or per client and module; ``norms`` is (L, K)."""
     size = norms if policy.per == "module" else np.sqrt((norms**2).sum(0, keepdims=True))
-    if policy.max_update_norm in (None, "median"):
-        masked = np.where(cohort.owns if policy.per == "module" else cohort.owns.any(0, keepdims=True), size, np.nan)
-        bound = np.nanmedian(masked, axis=1, keepdims=True)
-    else:
-        bound = np.full((len(size), 1), float(policy.max_update_norm or 0.0))
-    factors = np.where(size > bound, bound / np.where(size > 0.0, size, 1.0), 1.0)
+    owns: np.ndarray = cohort.owns if policy.per == "module" else np.any(cohort.owns, axis=0, keepdims=True)
+    factors = clip_factors(size, policy.max_update_norm, owns)
     cohort.factors = np.broadcast_to(factors, norms.shape).copy()
     for k, client in enumerate(cohort.clients):
         client.factor = float(factors[:, k].min())

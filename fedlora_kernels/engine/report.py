@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import Note
-from fedlora_kernels.methods.contract import Outcome
+from fedlora_kernels.methods.contract import Method, Outcome
 
-__all__ = ["SCHEMA", "certificates", "cut_row", "module_rows", "number", "totals"]
+__all__ = ["SCHEMA", "certificates", "cut_row", "efficiency", "module_rows", "number", "totals"]
 
 SCHEMA = 1
 
@@ -26,8 +27,9 @@ def module_rows(
     modules: Sequence[str], kind: str, m: int, n: int, ranks: Sequence[Sequence[int]], outcome: Outcome
 ) -> list[dict[str, Any]]:
     """Rows of a group: ``ranks[i]`` are what the clients trained in module i, 0 where one lacks it."""
-    assert outcome.rank is not None
     spectrum = outcome.spectrum
+    rank = _ranks(outcome)
+    residual = outcome.residual
     rows = []
     for i, name in enumerate(modules):
         energy = outcome.energy if spectrum is None else spectrum.energy
@@ -39,7 +41,8 @@ def module_rows(
                 "n": n,
                 "ranks": list(ranks[i]),
                 "stacked_rank": sum(ranks[i]),
-                "rank": int(outcome.rank[i]),
+                "rank": int(rank[i]),
+                "residual_rank": None if residual is None else int(residual.rank[i]),
                 "numerical_rank": None if spectrum is None else int(spectrum.numerical_rank[i]),
                 "energy": None if energy is None else number(energy[i]),
                 "error": number(outcome.error[i]),
@@ -52,6 +55,24 @@ def module_rows(
             }
         )
     return rows
+
+
+def _ranks(outcome: Outcome) -> Tensor:
+    """Rank of the common pair, or of the largest personal one where there is none."""
+    if outcome.rank is not None:
+        return outcome.rank
+    ranks = [pair.rank for pair in outcome.personal or () if pair is not None]
+    return torch.stack(ranks).amax(0)
+
+
+def efficiency(method: Method, rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """``broadcast_rank``, the ranks that every client is sent, summed over modules, and its inverse (arXiv 2506.09199)."""
+    sent = math.fsum(
+        method.broadcast_rank([r for r in row["ranks"] if r], row["rank"], row["residual_rank"] or 0)
+        for row in rows
+        if row["rank"] > 0
+    )
+    return {"broadcast_rank": sent, "efficiency": 1.0 / sent if sent else None}
 
 
 def cut_row(row: Mapping[str, Any], rank: int) -> dict[str, Any]:

@@ -15,41 +15,35 @@ from fedlora_kernels.adapters.config import peft_config, rank_patterns
 from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.engine.output import adapter_in_memory, resize_pair
-from fedlora_kernels.engine.report import certificates, cut_row, totals
+from fedlora_kernels.engine.report import certificates, cut_row, efficiency, totals
+from fedlora_kernels.engine.state import State
 from fedlora_kernels.errors import InputError, OutputOverflowError
 from fedlora_kernels.linalg import select_rank
 from fedlora_kernels.linalg.rules import Budget, Energy, RankRule
 from fedlora_kernels.methods.contract import Method
 
-__all__ = ["Result", "State"]
+__all__ = ["Result"]
 
 SMALLEST_ENERGY = 2.0**-960
 """Below it the squares of small singular values underflow."""
 
 
 @dataclass(frozen=True)
-class State:
-    """What a later round needs: the method, its 0-based round, and tensors by name (none for most methods)."""
-
-    method: str
-    round: int
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Result:
     """Answer of `aggregate`.
 
-    ``adapter`` is the common adapter with scale 1, in memory or opened from the output folder; ``report`` plain values of
-    schema 1; ``state`` what the next round needs; ``residual`` what a method leaves beside the pair, None for most.
+    ``adapter`` is the common adapter with scale 1, in memory or opened from the output folder, None where the method has none;
+    ``report`` plain values of schema 1; ``state`` what the next round needs; ``residual`` what the base weight gains beside the
+    pair, None for most methods; ``personal`` the clients' own adapters with scale 1, by name, of methods that make them.
     """
 
-    adapter: Adapter
+    adapter: Adapter | None
     report: Mapping[str, Any]
     state: State
     residual: Adapter | None = None
     clients: Mapping[str, Adapter] = field(default_factory=dict)
     method: Method = field(default_factory=Method)
+    personal: Mapping[str, Adapter] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         method, summary = self.report["method"], self.report["totals"]
@@ -80,15 +74,18 @@ class Result:
         if scale not in ("client", 1.0):
             raise InputError(f"for_client: scale is {scale!r}; 'client' or 1.0 needed")
         own = scale == "client"
+        source, cut = self._source(name)
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
         scales: dict[str, float] = {}
-        for module in self.adapter:
+        for module in source:
             spec = client.modules.get(module)
             if own and spec is None:
                 continue
-            pair = self.adapter[module]
+            pair = source[module]
             p = pair.A.shape[0]
-            wanted = rank if rank is not None else p if spec is None else self.method.client_rank(spec.rank, p)
+            wanted = (
+                rank if rank is not None else p if spec is None or not cut else self.method.client_rank(spec.rank, p)
+            )
             B, A = resize_pair(pair.B, pair.A, wanted, seed=self.report["seed"], round=self.state.round, module=module)
             scales[module] = spec.scale if own and spec is not None else 1.0
             pairs[module] = (
@@ -99,14 +96,14 @@ class Result:
             raise InputError(f"client {printable(name)!r} has none of the modules of the result; use scale=1.0")
         extras = {
             extra: _divided(
-                self.adapter.extra(extra), scales[spec.module], f"client {printable(name)!r}, {printable(extra)!r}"
+                source.extra(extra), scales[spec.module], f"client {printable(name)!r}, {printable(extra)!r}"
             )
             if spec.rule == "lora_bias" and spec.module is not None
-            else self.adapter.extra(extra)
-            for extra, spec in self.adapter.extras.items()
+            else source.extra(extra)
+            for extra, spec in source.extras.items()
             if spec.rule != "lora_bias" or spec.module in pairs
         }
-        config = self._config(client, {module: A.shape[0] for module, (_, A) in pairs.items()}, scales)
+        config = self._config(client, source, {module: A.shape[0] for module, (_, A) in pairs.items()}, scales)
         return adapter_in_memory(pairs, extras, config, label=name)
 
     def _client(self, key: str | int) -> tuple[str, Adapter]:
@@ -120,9 +117,25 @@ class Result:
             )
         return key, self.clients[key]
 
-    def _config(self, client: Adapter, ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str, Any]:
+    def _source(self, name: str) -> tuple[Adapter, bool]:
+        """The adapter that a client's pairs are taken from, and whether they are still to be cut to what the method sends."""
+        if name in self.personal:
+            return self.personal[name], "personal" not in self.method.gives
+        if "personal" in self.method.gives:
+            took_part = any(row["name"] == name and row["folder"] for row in self.report["clients"])
+            why = "its folder is gone" if took_part else "it took no part, or personal adapters were not kept"
+            raise InputError(
+                f"client {printable(name)!r} has no adapter of its own in this result: {why}. per_client=True keeps them on disc"
+            )
+        assert self.adapter is not None
+        return self.adapter, True
+
+    @staticmethod
+    def _config(
+        client: Adapter, source: Adapter, ranks: Mapping[str, int], scales: Mapping[str, float]
+    ) -> dict[str, Any]:
         """The client's configuration with alphas that give back its own scales at the ranks handed out."""
-        config = peft_config([client], ranks, {name: self.adapter.extras[name] for name in self.adapter.extras})
+        config = peft_config([client], ranks, dict(source.extras))
         alphas = {module: _plain(scales[module] * rank) for module, rank in ranks.items()}
         first = next(iter(alphas.values()))
         config["lora_alpha"] = first
@@ -148,6 +161,7 @@ class Result:
             )
         if not isinstance(rule, RankRule) or isinstance(rule, Budget):
             raise InputError(f"at({rule}): a rank rule for one matrix needed, such as Energy(0.9) or Rank(16)")
+        assert self.adapter is not None
         rows = [self._cut(row, rule) for row in self.report["modules"]]
         ranks = {row["name"]: row["rank"] for row in rows if row["name"] in self.adapter}
         pairs = {}
@@ -158,7 +172,7 @@ class Result:
         config = peft_config([self.adapter], ranks, self.adapter.extras)
         sizes = [(B.numel() + A.numel(), B.element_size()) for B, A in pairs.values()]
         parameters, nbytes = sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
-        summary = totals(rows, self.report["totals"]["clients"], parameters, nbytes)
+        summary = totals(rows, self.report["totals"]["clients"], parameters, nbytes) | efficiency(self.method, rows)
         metadata = {**self.adapter.metadata, "fedlora.rule": str(rule), **certificates(summary)}
         adapter = adapter_in_memory(pairs, extras, config, label=self.adapter.label, metadata=metadata)
         report = {
@@ -168,7 +182,8 @@ class Result:
             "totals": summary,
         }
         method = dataclasses.replace(self.method, rule=rule)  # type: ignore[call-arg]
-        return dataclasses.replace(self, adapter=adapter, report=report, method=method)
+        state = dataclasses.replace(self.state, adapter=adapter)
+        return dataclasses.replace(self, adapter=adapter, report=report, method=method, state=state, personal={})
 
     @staticmethod
     def _cut(row: Mapping[str, Any], rule: RankRule) -> Mapping[str, Any]:

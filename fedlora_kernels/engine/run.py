@@ -9,25 +9,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedlora_kernels import backends
 from fedlora_kernels._version import __version__
-from fedlora_kernels.adapters.config import peft_config
 from fedlora_kernels.adapters.folder import OutputFolder
-from fedlora_kernels.adapters.model import Adapter, ExtraSpec
+from fedlora_kernels.adapters.model import ExtraSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.validation import ClientCheck
-from fedlora_kernels.engine.clients import Client
+from fedlora_kernels.engine.clients import PRESENT, Client
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.combine import combine
-from fedlora_kernels.engine.extras import combine_extra
-from fedlora_kernels.engine.output import FolderOutput, MemoryOutput, Output
+from fedlora_kernels.engine.delivery import Delivered, Delivery
+from fedlora_kernels.engine.extras import combine_extra, own_extra
 from fedlora_kernels.engine.policy import admit, blame, check_ranks, clip, drop
-from fedlora_kernels.engine.report import SCHEMA, certificates, number, totals
+from fedlora_kernels.engine.report import SCHEMA, certificates, efficiency, number, totals
+from fedlora_kernels.engine.robust import apply_rule
 from fedlora_kernels.engine.settings import Settings
-from fedlora_kernels.engine.survey import Survey, make_survey
+from fedlora_kernels.engine.state import State, check_modules, check_pair
+from fedlora_kernels.engine.survey import Survey, census, make_survey
 from fedlora_kernels.engine.walk import Walk
+from fedlora_kernels.methods.contract import Method
+from fedlora_kernels.methods.robust import RobustRule
 
 __all__ = ["Run"]
 
@@ -49,29 +51,42 @@ class Run:
         check_ranks(settings.method, check.modules, roster)
         self.walk = Walk(settings, self._cohort())
         self.passes = 1
+        self.robust: dict[str, Any] | None = None
+        if settings.state is not None:
+            self._check_previous(settings.state)
+
+    def _check_previous(self, state: State) -> None:
+        cohort, method = self.walk.cohort, self.settings.method
+        if method.reads_previous == "state":
+            check_modules(state, method, cohort.modules)
+        else:
+            check_pair(state, method, {name: cohort.shape(name) for name in cohort.modules})
 
     def execute(
         self, folder: OutputFolder | None, seen: Mapping[Any, None], started: float
-    ) -> tuple[Adapter, dict[str, Any]]:
-        """Survey if needed, combine, write; return the adapter and the report. Nothing is committed if anything fails."""
+    ) -> tuple[Delivered, dict[str, Any]]:
+        """Survey if needed, combine, write; return what is delivered and the report. Nothing is committed if anything fails."""
+        settings = self.settings
         plan = self._decide()
-        output = self._output(folder)
-        walk, settings = self.walk, self.settings
+        walk, method = self.walk, settings.method
+        delivery = self._delivery(folder)
         try:
-            rows = combine(walk, plan, output.add_pairs)
-            extras, kept = self._extras(output, rows)
-            ranks = {row["name"]: row["rank"] for row in rows if row["rank"] > 0}
-            largest = max(ranks.values(), default=0) if settings.write.pads else None
-            config = peft_config(walk.cohort.adapters, ranks, kept)
-            summary = _summary(rows, len(self.roster), ranks, walk.dtype, largest)
-            output.finish(config, certificates(summary))
+            rows = combine(walk, plan, delivery.add)
+            extras, kept = self._extras(delivery, rows)
+            parameters = delivery.parameters
+            summary = totals(rows, len(self.roster), parameters, parameters * walk.dtype.itemsize)
+            summary |= efficiency(method, rows)
+            delivery.finish(kept, certificates(summary), method.remember(plan) if "state" in method.gives else None)
         except BaseException:
-            if isinstance(output, FolderOutput):
-                output.abandon()
+            delivery.abandon()
             raise
+        finally:
+            walk.carry.close()
+        for k, client in enumerate(walk.cohort.clients):
+            client.folder = delivery.place(k)
         walk.seconds["total"] = time.perf_counter() - started
-        report = self._report(rows, extras, summary, seen)
-        return output.commit(report), report
+        report = self._report(rows, extras, summary, seen, plan)
+        return delivery.commit(report), report
 
     def _cohort(self) -> Cohort:
         settings = self.settings
@@ -80,32 +95,70 @@ class Run:
         )
 
     def _decide(self) -> Any:
-        """What the method decides over the whole model, after the policy has looked at all data."""
-        policy, method = self.settings.policy, self.settings.method
-        if policy.kind == "strict" and not method.needs_decision:
+        """What the method decides over the whole model, after policy and robust rule have looked at all data."""
+        settings, method = self.settings, self.settings.method
+        memory = None if settings.state is None else settings.state.memory
+        surveys = method.needs_decision and method.surveys(memory)
+        first = settings.policy.kind != "strict" or settings.robust is not None
+        if not (first or surveys):
+            return method.decide({}, census(self.walk.cohort, settings)) if method.needs_decision else None
+        self.passes += 1
+        gram = settings.robust is not None or (surveys and method.needs_gram())
+        survey, changed = self._without_failing(make_survey(self.walk, gram=gram, own=surveys))
+        changed |= self._clip(survey)
+        if settings.robust is not None:
+            survey = self._robust(settings.robust, survey)
+            changed = True
+        if not method.needs_decision:
             return None
-        self.passes = 2
-        survey = self._without_failing(make_survey(self.walk))
-        cohort = self.walk.cohort
+        if changed and surveys and looks_itself(method):
+            self.passes += 1
+            again = make_survey(self.walk, gram=False, own=True)
+            survey = dataclasses.replace(survey, stats=again.stats)
+        return method.decide(survey.stats, survey.census(self.walk.cohort, settings))
+
+    def _clip(self, survey: Survey) -> bool:
+        """Note the clients' norms; scale down those beyond the policy's bound, and say whether there are any."""
+        cohort, policy = self.walk.cohort, self.settings.policy
         norms = np.sqrt(np.maximum(survey.squares, 0.0))
         for k, client in enumerate(cohort.clients):
             client.norm = number(float(np.sqrt((norms[:, k] ** 2).sum())))
-        if policy.kind == "clip":
-            clip(cohort, norms, policy)
-        return method.decide(survey.stats, survey.census(cohort)) if method.needs_decision else None
+        if policy.kind != "clip":
+            return False
+        clip(cohort, norms, policy)
+        return any(client.status == "clipped" for client in cohort.clients)
 
-    def _without_failing(self, survey: Survey) -> Survey:
+    def _robust(self, rule: RobustRule, survey: Survey) -> Survey:
+        """Let a robust rule replace the weights; the survey of the clients that it leaves."""
+        gram = survey.scaled_gram(self.walk.cohort)
+        assert gram is not None
+        self.robust = apply_rule(rule, self.walk.cohort, gram)
+        if self.walk.cohort.table is not None:
+            self.walk = self.walk.rebuilt()
+            return survey
+        return self._narrowed(survey)
+
+    def _without_failing(self, survey: Survey) -> tuple[Survey, bool]:
         cohort, settings = self.walk.cohort, self.settings
         failing = blame(cohort.clients, survey.errors, list(self.check.extras))
         if not failing:
-            return survey
+            return survey, False
         drop(self.roster, failing, settings.policy)
-        self.check = admit(self.roster, settings.policy, settings.read)
         self.warnings += _dropped(cohort.clients)
+        self.check = admit(self.roster, settings.policy, settings.read)
         self.walk = self.walk.narrowed(self._cohort())
+        return survey.select(*cohort.places(self.walk.cohort)), True
+
+    def _narrowed(self, survey: Survey) -> Survey:
+        """Go on with the clients that are left, with the weights and factors decided for them."""
+        cohort = self.walk.cohort
+        if all(client.status in PRESENT for client in cohort.clients):
+            return survey
+        self.check = admit(self.roster, self.settings.policy, self.settings.read)
+        self.walk = self.walk.narrowed(cohort.narrowed(self._cohort()))
         return survey.select(*cohort.places(self.walk.cohort))
 
-    def _output(self, folder: OutputFolder | None) -> Output:
+    def _delivery(self, folder: OutputFolder | None) -> Delivery:
         settings, cohort = self.settings, self.walk.cohort
         settings.write.check_extras(self.check.extras)
         metadata = {
@@ -116,17 +169,10 @@ class Run:
             "fedlora.weights": json.dumps(list(cohort.weights)),
             "fedlora.clients": json.dumps([client.name for client in cohort.clients]),
         }
-        if folder is None:
-            return MemoryOutput(settings.write, settings.seed, settings.round, metadata)
-        shapes = {}
-        for name, spec in self.check.modules.items():
-            shapes[name] = (spec.m, spec.n, sum(cohort.ranks[cohort.index[name]]))
-        return FolderOutput(
-            folder, shapes, self.check.extras, self.walk.dtype, metadata, settings.write, settings.seed, settings.round
-        )
+        return Delivery(settings, cohort, self.check.extras, self.walk.dtype, metadata, folder)
 
     def _extras(
-        self, output: Output, rows: Sequence[Mapping[str, Any]]
+        self, delivery: Delivery, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[list[dict[str, Any]], dict[str, ExtraSpec]]:
         """Combine and write the tensors that are no factors; a bias goes with its module if that is left out."""
         left_out = {row["name"] for row in rows if row["rank"] == 0}
@@ -135,18 +181,25 @@ class Run:
         for name, spec in self.check.extras.items():
             if spec.rule == "lora_bias" and spec.module in left_out:
                 continue
+            scales = cohort.scales([cohort.index[spec.module or ""]])[0].tolist() if spec.rule == "lora_bias" else None
+            kept[name] = spec
+            if self.settings.method.own_extras:
+                for k, client in enumerate(cohort.clients):
+                    if name in client.opened.extras:
+                        delivery.add_extra(name, own_extra(name, client, scales and scales[k], self.walk.dtype), k)
+                described.append({"name": name, "rule": "own", "shape": list(spec.tensor.shape)})
+                continue
             value, how = combine_extra(
                 name,
                 cohort.clients,
                 cohort.weights,
-                cohort.scales([cohort.index[spec.module or ""]])[0].tolist() if spec.rule == "lora_bias" else None,
+                scales,
                 rule=read.extras,
                 missing=read.missing,
                 dtype=self.walk.dtype,
             )
-            output.add_extra(name, value)
+            delivery.add_extra(name, value)
             described.append({"name": name, "rule": how, "shape": list(value.shape)})
-            kept[name] = spec
         return described, kept
 
     def _report(
@@ -155,6 +208,7 @@ class Run:
         extras: list[dict[str, Any]],
         summary: dict[str, Any],
         seen: Mapping[Any, None],
+        plan: Any,
     ) -> dict[str, Any]:
         settings, walk = self.settings, self.walk
         used = dict.fromkeys(entry.backend for entry in seen if isinstance(entry, backends.Choice))
@@ -175,6 +229,8 @@ class Run:
                 "fallbacks": fallbacks,
             },
             "policy": dataclasses.asdict(settings.policy),
+            "robust": self.robust,
+            "decision": self._decision(plan),
             "normalize": settings.normalize,
             "round": settings.round,
             "seed": settings.seed,
@@ -188,6 +244,12 @@ class Run:
             "passes": self.passes,
             "seconds": {stage: round(spent, 6) for stage, spent in walk.seconds.items()},
         }
+
+    def _decision(self, plan: Any) -> dict[str, Any] | None:
+        """What the method decided, as plain values."""
+        if plan is None:
+            return None
+        return self.settings.method.describe(plan, [client.name for client in self.walk.cohort.clients]) or None
 
     def _notes(self) -> list[str]:
         """Facts for the report only: from reading, and modules that some clients lack."""
@@ -213,8 +275,6 @@ def _dropped(clients: Sequence[Client]) -> list[str]:
     return [client.drop_text for client in clients if client.status == "dropped"]
 
 
-def _summary(
-    rows: Sequence[Mapping[str, Any]], clients: int, ranks: Mapping[str, int], dtype: torch.dtype, uniform: int | None
-) -> dict[str, Any]:
-    parameters = sum((row["m"] + row["n"]) * (uniform or row["rank"]) for row in rows if row["name"] in ranks)
-    return totals(rows, clients, parameters, parameters * dtype.itemsize)
+def looks_itself(method: Method) -> bool:
+    """Whether a method has a survey of its own."""
+    return type(method).survey is not Method.survey

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
 from fedlora_kernels.adapters.policy import Policy
-from fedlora_kernels.engine.output import REPORT_NAME
-from fedlora_kernels.engine.result import Result, State
+from fedlora_kernels.engine.state import State
 from fedlora_kernels.errors import BackendError, InputError
 from fedlora_kernels.linalg.rules import RankRule, parse_size
 from fedlora_kernels.methods.contract import Method, make_method
+from fedlora_kernels.methods.robust import RobustRule
 
 __all__ = [
     "Progress",
     "Settings",
+    "check_delivery",
+    "client_state_of",
     "count_of",
     "device_of",
     "dtype_of",
     "memory_of",
     "method_of",
     "options_of",
+    "robust_of",
     "round_of",
 ]
 
@@ -56,16 +55,16 @@ class Settings:
     seed: int
     round: int
     progress: Progress
+    robust: RobustRule | None = None
+    state: State | None = None
+    client_state: Mapping[str, Any] | None = None
+    per_client: bool = False
+    measure: bool = True
 
 
 def method_of(method: str | Method, rule: RankRule | None, write: WriteOptions, options: Mapping[str, Any]) -> Method:
     """The method, with its rule and options, and the place of the singular values that the output asks for."""
     made = _made(method, rule, options)
-    if made.gives != ("common",) or made.needs_previous:
-        raise InputError(
-            f"method {made.name!r} gives more or other than one common pair, or needs the pair of the round before; not in this "
-            "version"
-        )
     if isinstance(method, Method) or "output" in options or write.output == "left":
         return made
     if not hasattr(made, "output"):
@@ -136,44 +135,61 @@ def count_of(name: str, value: int) -> int:
     return value
 
 
-def round_of(value: int | None, previous: Any) -> int:
-    """The 0-based round: as given, else the one after ``previous``, else 0."""
+def round_of(value: int | None, state: State | None) -> int:
+    """The 0-based round: as given, else the one after ``state``, else 0."""
     if value is not None:
         return count_of("round", value)
-    return 0 if previous is None else _known_round(previous) + 1
+    if state is None:
+        return 0
+    if state.round < 0:
+        where = printable(getattr(state.adapter, "label", "state"))
+        raise InputError(f"previous {where} does not say its round; give round=, counted from 0")
+    return state.round + 1
 
 
-def _known_round(previous: Any) -> int:
-    if isinstance(previous, Result):
-        return previous.state.round
-    if isinstance(previous, State):
-        return previous.round
-    if isinstance(previous, Adapter):
-        found: Any = previous.metadata.get("fedlora.round")
-    elif isinstance(previous, str) and not previous:
-        raise InputError("previous is an empty path; an output folder needed")
-    elif isinstance(previous, (str, os.PathLike)):
-        found = _reported(Path(previous))
-    else:
-        kind = type(previous).__name__
-        raise InputError(f"previous is of type {kind}; an output folder, an Adapter, a Result or a State needed")
-    try:
-        return count_of("round", int(found))
-    except (TypeError, ValueError):
-        where = printable(getattr(previous, "label", previous))
-        raise InputError(f"previous {where} does not say its round; give round=, counted from 0") from None
+def robust_of(robust: Any, method: Method) -> RobustRule | None:
+    """The robust rule in front of ``method``, or the one that it is; a name stands for the rule with its defaults."""
+    if isinstance(method, RobustRule):
+        if robust is not None:
+            raise InputError(f"method {method.name!r} is a robust rule already; leave robust= out")
+        return method
+    if isinstance(robust, str):
+        robust = make_method(robust, {})
+    if robust is not None and not isinstance(robust, RobustRule):
+        raise InputError(
+            f"robust is {printable(robust)}; a robust rule such as fk.Krum(f=1) or 'geometric_median' needed"
+        )
+    if robust is not None and not method.uses_weights and isinstance(robust, RobustRule) and robust.scope == "matrix":
+        raise InputError(
+            f"robust: method {method.name!r} uses no weights, so a rule cannot choose per matrix; scope='model' needed"
+        )
+    return robust
 
 
-def _reported(folder: Path) -> Any:
-    try:
-        with open(folder / REPORT_NAME, encoding="utf-8") as file:
-            report = json.load(file)
-    except OSError as error:
-        reason = error.strerror or str(error)
-    except ValueError:
-        reason = "it is no JSON"
-    else:
-        return report.get("round") if isinstance(report, dict) else None
-    raise InputError(
-        f"previous {printable(folder)}: {REPORT_NAME} cannot be read: {reason}; an output folder needed, or give round="
-    )
+def client_state_of(value: Any, method: Method, names: Sequence[str]) -> Mapping[str, Any] | None:
+    """What clients report, by name; a list is in the order of the clients."""
+    if value is None:
+        return None
+    if not method.takes_client_state:
+        raise InputError(f"method {method.name!r} takes no client_state; leave it out")
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != len(names):
+            raise InputError(f"client_state holds {len(value)} entries for {len(names)} clients; one per client needed")
+        return dict(zip(names, value, strict=True))
+    if not isinstance(value, Mapping):
+        raise InputError(
+            f"client_state is of type {type(value).__name__}; a mapping by client name, or a list in their order, needed"
+        )
+    if unknown := [name for name in value if name not in names]:
+        raise InputError(f"client_state: no client {printable(unknown[0])!r} in this round; leave it out")
+    return value
+
+
+def check_delivery(method: Method, out: Any, per_client: bool) -> None:
+    """Raise InputError where the output folder would hold nothing of what the method gives."""
+    if out is not None and "common" not in method.gives and not per_client:
+        raise InputError(
+            f"method {method.name!r} has no common pair; per_client=True writes each client's own under OUT/clients/"
+        )
+    if out is None and per_client:
+        raise InputError("per_client=True writes folders; give out=, or take for_client of the result in memory")

@@ -9,13 +9,14 @@ import numpy as np
 
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.faults import beyond_float64, nonfinite_factor
+from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.engine.slabs import Block
 from fedlora_kernels.engine.walk import Walk
 from fedlora_kernels.errors import FedLoRAError
-from fedlora_kernels.methods.contract import Census
+from fedlora_kernels.methods.contract import Census, Group
 from fedlora_kernels.methods.factors import client_gram, client_squares
 
-__all__ = ["Survey", "make_survey"]
+__all__ = ["Survey", "census", "make_survey"]
 
 
 @dataclass
@@ -42,37 +43,48 @@ class Survey:
             {name: values[rows] for name, values in self.stats.items()},
         )
 
-    def census(self, cohort: Cohort) -> Census:
+    def census(self, cohort: Cohort, settings: Settings) -> Census:
         """The whole model for `decide`; ``cohort`` holds the clients and modules of this survey."""
-        gram = self.gram
-        assert gram is not None
-        if cohort.factors is not None:
-            gram = gram * cohort.factors[:, :, None] * cohort.factors[:, None, :]
-        specs = [next(a.modules[name] for a in cohort.adapters if name in a.modules) for name in cohort.modules]
-        return Census(
-            modules=tuple(cohort.modules),
-            clients=tuple(client.name for client in cohort.clients),
-            gram=gram,
-            ranks=np.array(cohort.ranks),
-            weight=np.asarray(cohort.weights, dtype=np.float64),
-            shapes=np.array([(spec.m, spec.n) for spec in specs]),
-        )
+        return census(cohort, settings, self.scaled_gram(cohort))
+
+    def scaled_gram(self, cohort: Cohort) -> np.ndarray | None:
+        """The Gram with the factors that policies and rules put on the updates."""
+        if self.gram is None or cohort.factors is None:
+            return self.gram
+        scaled: np.ndarray = self.gram * cohort.factors[:, :, None] * cohort.factors[:, None, :]
+        return scaled
 
 
-def make_survey(walk: Walk) -> Survey:
-    """Gram and finiteness of every client in every module, and the method's own statistics."""
+def census(cohort: Cohort, settings: Settings, gram: np.ndarray | None = None) -> Census:
+    """What `decide` sees beside a survey."""
+    state = settings.state
+    return Census(
+        modules=tuple(cohort.modules),
+        clients=tuple(client.name for client in cohort.clients),
+        gram=gram,
+        ranks=np.array(cohort.ranks),
+        weight=np.asarray(cohort.weights, dtype=np.float64),
+        shapes=np.array([cohort.shape(name) for name in cohort.modules]),
+        round=settings.round,
+        memory=None if state is None else state.memory,
+        client_state=settings.client_state,
+    )
+
+
+def make_survey(walk: Walk, *, gram: bool, own: bool) -> Survey:
+    """Squared norms and finiteness of every client in every module; the Gram and the method's own statistics if asked for."""
     L, K = len(walk.cohort.modules), len(walk.cohort.clients)
-    gram = np.zeros((L, K, K)) if walk.settings.method.needs_decision else None
-    survey = Survey(np.zeros((L, K)), np.ones((L, K), dtype=bool), gram, {}, {})
+    found = np.zeros((L, K, K)) if gram else None
+    survey = Survey(np.zeros((L, K)), np.ones((L, K), dtype=bool), found, {}, {})
     with walk.slabs("survey", keep=True) as slabs:
         for slab in slabs:
             for block in slab:
                 with walk.timed("compute"):
-                    _add_block(survey, walk, block)
+                    _add_block(survey, walk, block, own)
     return survey
 
 
-def _add_block(survey: Survey, walk: Walk, block: Block) -> None:
+def _add_block(survey: Survey, walk: Walk, block: Block, own: bool) -> None:
     group, cohort = walk.group(block), walk.cohort
     rows = [cohort.index[name] for name in group.modules]
     if survey.gram is None:
@@ -86,7 +98,17 @@ def _add_block(survey: Survey, walk: Walk, block: Block) -> None:
         i = int(np.flatnonzero(~finite[:, k])[0])
         name = cohort.clients[k].name
         survey.errors.setdefault(k, nonfinite_factor(block, i, k, name) or beyond_float64(block, i, name))
+    # a client that is not finite ends the run or leaves it, and then the method looks again
+    if own and finite.all():
+        _add_own(survey, walk, group, rows)
+
+
+def _add_own(survey: Survey, walk: Walk, group: Group, rows: Sequence[int]) -> None:
     own = walk.settings.method.survey(group)
-    for name, values in (own.stats if own is not None else {}).items():
-        store = survey.stats.setdefault(name, np.zeros((len(cohort.modules), *values.shape[1:]), values.dtype))
+    if own is None:
+        return
+    for name, values in own.stats.items():
+        store = survey.stats.setdefault(name, np.zeros((len(walk.cohort.modules), *values.shape[1:]), values.dtype))
         store[rows] = values
+    for module, tensors in zip(group.modules, own.carry, strict=False):
+        walk.carry.put(module, tensors)

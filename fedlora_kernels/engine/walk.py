@@ -8,11 +8,13 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
+from fedlora_kernels.engine.carry import Carry
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.engine.slabs import Block, Loaded, Plan, Prefetch, load_slab, plan_slabs
-from fedlora_kernels.methods.contract import Group
+from fedlora_kernels.methods.contract import Group, Previous
 
 __all__ = ["Walk"]
 
@@ -25,7 +27,12 @@ class Walk:
         self.cohort = cohort
         self.dtype = settings.dtype or cohort.widest
         self.seconds = dict.fromkeys(("read", "compute", "write", "total"), 0.0)
+        self.carry = Carry(settings.memory // 4)
         self._cached: list[Loaded] | None = None
+        state = settings.state
+        # the pair of the round before is read beside the clients', as the last of the sources
+        pair = state.adapter if state is not None and settings.method.reads_previous == "pair" else None
+        self.sources = cohort.adapters if pair is None else [*cohort.adapters, pair]
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -45,7 +52,7 @@ class Walk:
 
         def load(slab: list[Plan]) -> Loaded:
             with self.timed("read"):
-                loaded = load_slab(slab, self.cohort.adapters, pin=self.settings.device.type == "cuda")
+                loaded = load_slab(slab, self.sources, pin=self.settings.device.type == "cuda")
             loaded.keep = keep
             return loaded
 
@@ -76,8 +83,8 @@ class Walk:
             kind=block.plan.kind,
             m=block.plan.m,
             n=block.plan.n,
-            B=tuple(B.to(settings.device, non_blocking=True) for B in block.B),
-            A=tuple(A.to(settings.device, non_blocking=True) for A in block.A),
+            B=tuple(B.to(settings.device, non_blocking=True) for B in block.B[: len(cohort.clients)]),
+            A=tuple(A.to(settings.device, non_blocking=True) for A in block.A[: len(cohort.clients)]),
             scale=torch.from_numpy(cohort.scales(rows)),
             weight=torch.from_numpy(cohort.module_weights(rows)),
             clients=tuple(cohort.positions),
@@ -85,13 +92,42 @@ class Walk:
             backend=settings.backend,
             seed=settings.seed,
             round=settings.round,
+            measure=settings.measure,
+            carry=tuple(self._carried(name) for name in block.plan.modules),
         )
+
+    def previous(self, block: Block) -> Previous | None:
+        """What the round before left of the modules of a block, on the device; None where there is none."""
+        state, device = self.settings.state, self.settings.device
+        if state is None:
+            return None
+        if self.settings.method.reads_previous == "state":
+            return Previous(state.round, state=tuple(state.of_module(name) for name in block.plan.modules))
+        if not block.plan.ranks[-1]:
+            return Previous(state.round)
+        B, A = block.B[-1].to(device), block.A[-1].to(device)
+        scales = torch.tensor(
+            [self.sources[-1].modules[name].scale for name in block.plan.modules], dtype=torch.float64
+        )
+        if bool((scales != 1.0).any()):
+            B = B.to(torch.float64) * scales.to(device)[:, None, None]
+        return Previous(state.round, B, A)
+
+    def _carried(self, name: str) -> dict[str, Tensor]:
+        return {key: tensor.to(self.settings.device) for key, tensor in self.carry.get(name).items()}
+
+    def rebuilt(self) -> Walk:
+        """The same after clients were chosen module by module: what was read has to be cut into slabs anew."""
+        walk = Walk(self.settings, self.cohort)
+        walk.seconds = self.seconds
+        return walk
 
     def narrowed(self, cohort: Cohort) -> Walk:
         """The same for some of the clients; what has been read so far is kept where the modules keep their order."""
         walk = Walk(self.settings, cohort)
         walk.seconds = self.seconds
         rows, keep = self.cohort.places(cohort)
+        keep += range(len(self.cohort.clients), len(self.sources))
         if self._cached is not None and rows == sorted(rows):
             known = set(cohort.modules)
             chosen = [[_select(block, keep, known) for block in loaded.blocks] for loaded in self._cached]
@@ -99,11 +135,15 @@ class Walk:
         return walk
 
     def _plans(self) -> list[list[Plan]]:
+        clients = len(self.cohort.clients)
+
         def reads(k: int, name: str) -> bool:
-            return not self.settings.method.product_only or self.cohort.reads(k, name)
+            if k >= clients:
+                return True
+            return self.cohort.chosen(k, name) and (not self.settings.method.product_only or self.cohort.reads(k, name))
 
         return plan_slabs(
-            self.cohort.adapters,
+            self.sources,
             self.cohort.modules,
             reads,
             limit=self.settings.memory // 4,
