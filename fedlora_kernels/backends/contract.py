@@ -213,10 +213,13 @@ class RawRotation(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a backend is. Ops that it does not serve may be absent; `serves` is asked first."""
+    """What a backend is. Ops that it does not serve may be absent; `serves` is asked first.
+
+    ``bitwise`` are the ops that give a matrix the same bits whatever batch it stands in.
+    """
 
     name: str
-    bitwise: bool
+    bitwise: frozenset[str]
 
     def available(self) -> tuple[bool, str]:
         """Whether this machine can run it, and why (not)."""

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import RawSVD
+from fedlora_kernels.backends.contract import RawRotation, RawSVD
+from fedlora_kernels.backends.torch import procrustes
 from fedlora_kernels.errors import BackendError, InputError
 
 __all__ = ["BACKEND", "CpuBackend", "abi_stamp", "thread_count"]
@@ -27,6 +28,7 @@ _HEADERS = tuple(root / "include" / "fedlora.h" for root in (_PACKAGE / "_csrc",
 _REBUILD = "rebuild it with `pip install --force-reinstall fedlora-kernels`, in a checkout `python setup.py build_ext --inplace`"
 
 _LARGEST = 32
+_SIDES = {"core_svd": ("p", "q"), "procrustes_rotation": ("r",), "align_factors": ("r",)}
 _MOST_THREADS = 1024
 _DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.int32: 2}
 _WORKING_DTYPE = {
@@ -53,10 +55,13 @@ class _Block(ctypes.Structure):
 
 
 class CpuBackend:
-    """SIMD kernels, one small matrix per vector lane; results do not depend on batch, slot or threads, bit for bit."""
+    """SIMD kernels, one small matrix per vector lane; results do not depend on batch, slot or threads, bit for bit.
+
+    Procrustes is the torch backend's with these SVDs, and its products of factors are torch's: no promise of bits there.
+    """
 
     name = "cpu"
-    bitwise = True
+    bitwise = frozenset({"core_svd"})
 
     def __init__(self, library: Path = _LIBRARY, headers: Sequence[Path] = _HEADERS) -> None:
         self._path = library
@@ -73,14 +78,14 @@ class CpuBackend:
         return True, f"{self._path.name}, {library.fedlora_isa().decode()}"
 
     def serves(self, op: str, dtype: torch.dtype, device: torch.device, sizes: Mapping[str, int]) -> tuple[bool, str]:
-        """Only `core_svd`, on the CPU, with no dimension above 32."""
-        if op != "core_svd":
+        """`core_svd` with no dimension above 32, `procrustes_rotation` and `align_factors` of ranks up to 32; on the CPU."""
+        if op not in _SIDES:
             return False, f"the cpu library has no {op}"
         if device.type != "cpu":
             return False, f"the tensors are on {device}"
         if dtype not in _WORKING_DTYPE:
             return False, f"no kernel for {dtype}"
-        largest = max(sizes.get("p", 0), sizes.get("q", 0))
+        largest = max(sizes.get(side, 0) for side in _SIDES[op])
         if largest > _LARGEST:
             return False, f"a dimension of {largest} is above {_LARGEST}"
         return self.available()
@@ -118,6 +123,29 @@ class CpuBackend:
             )
         )
         return results
+
+    def procrustes_rotation(
+        self, source: Sequence[Tensor], target: Sequence[Tensor], special: bool, blend: float
+    ) -> list[RawRotation]:
+        """Rotation of every source onto its target; see `Backend.procrustes_rotation`."""
+        return procrustes.procrustes_rotation(source, target, special, blend, svd=self._svd)
+
+    def align_factors(
+        self,
+        B: Sequence[Tensor],
+        A: Sequence[Tensor],
+        reference_B: Sequence[Tensor] | None,
+        reference_A: Sequence[Tensor] | None,
+        side: tuple[float, float],
+        special: bool,
+        blend: float,
+    ) -> list[tuple[Tensor, Tensor, RawRotation]]:
+        """Every pair rotated towards its reference; see `Backend.align_factors`."""
+        return procrustes.align_factors(B, A, reference_B, reference_A, side, special, blend, svd=self._svd)
+
+    def _svd(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (raw,) = self.core_svd([C])
+        return raw.U, raw.S, raw.Vh, raw.info
 
     def _load(self) -> ctypes.CDLL | None:
         with self._lock:

@@ -30,7 +30,7 @@ class Served:
     """A backend whose operation is called only where it says that it serves it; else the test is skipped."""
 
     def __init__(self, backend, op):
-        self.backend, self.op, self.bitwise, self.name = backend, op, backend.bitwise, backend.name
+        self.backend, self.op, self.bitwise, self.name = backend, op, op in backend.bitwise, backend.name
 
     def __call__(self, *args, dtype=torch.float64, **sizes):
         serves, reason = self.backend.serves(self.op, dtype, torch.device("cpu"), sizes)

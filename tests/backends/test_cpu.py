@@ -19,7 +19,7 @@ def test_available_names_the_instruction_set():
     ok, reason = cpu.BACKEND.available()
     assert ok
     assert any(isa in reason for isa in ("x86-64-v4", "x86-64-v3", "portable"))
-    assert (cpu.BACKEND.name, cpu.BACKEND.bitwise) == ("cpu", True)
+    assert (cpu.BACKEND.name, cpu.BACKEND.bitwise) == ("cpu", {"core_svd"})
 
 
 @needs_library
@@ -33,6 +33,12 @@ def test_available_names_the_instruction_set():
         ("core_svd", torch.int32, CPU, {"p": 2, "q": 2, "N": 5}, "int32"),
         ("core_svd", torch.float32, torch.device("meta"), {"p": 2, "q": 2, "N": 5}, "meta"),
         ("product_svd", torch.float32, CPU, {"m": 2, "n": 2, "R": 1}, "product_svd"),
+        ("align_factors", torch.bfloat16, CPU, {"m": 5000, "n": 4096, "r": 32, "N": 5}, None),
+        ("align_factors", torch.float64, CPU, {"m": 50, "n": 40, "r": 33, "N": 5}, "33"),
+        ("align_factors", torch.float32, torch.device("meta"), {"m": 2, "n": 2, "r": 1, "N": 1}, "meta"),
+        ("procrustes_rotation", torch.float64, CPU, {"m": 500, "r": 32, "N": 5}, None),
+        ("procrustes_rotation", torch.float64, CPU, {"m": 500, "r": 40, "N": 5}, "40"),
+        ("rotate_factors", torch.float64, CPU, {"m": 50, "n": 40, "r": 3, "N": 5}, "rotate_factors"),
     ],
 )
 def test_serves(op, dtype, device, sizes, words):

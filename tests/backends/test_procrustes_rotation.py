@@ -397,6 +397,18 @@ def test_blend_of_a_half_turn_is_finite_and_orthogonal(backend, blend):
 
 
 @backends
+@pytest.mark.parametrize("blend", [0.5 + 5e-7, 0.5 - 5e-7])
+@pytest.mark.parametrize("seed", range(6))
+def test_blend_at_the_threshold_stays_a_rotation(backend, blend, seed):
+    """Six equal singular values of 1e-6, the threshold, where rounding counts some of them as zero and others not."""
+    turn = orthogonal(7, seed)
+    X, Y = with_correlation(turn @ torch.diag(torch.tensor([-1, -1, -1, -1, -1, -1, 1.0])).double() @ turn.T)
+    Q = rotate(backend, X, Y, True, blend).Q[0]
+    assert (Q.T @ Q - torch.eye(7)).abs().max() <= tolerance("rotation")
+    assert torch.linalg.det(Q).item() == pytest.approx(1)
+
+
+@backends
 def test_blend_of_a_reflection_jumps(backend):
     X, Y = with_correlation(torch.diag(torch.tensor([1, 1, -1.0])).double())
     for blend, sign in ((0.49, 1.0), (0.5, 1.0), (0.51, -1.0)):

@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from fedlora_kernels.backends.contract import OPS
 from fedlora_kernels.backends.reference.gram import update_gram
 from fedlora_kernels.backends.reference.procrustes import align_factors, procrustes_rotation, rotate_factors
 from fedlora_kernels.backends.reference.product import product_svd
@@ -55,7 +56,7 @@ class ReferenceBackend:
     """Beyond doubt rather than fast: a loop over matrices on the CPU, on one thread, so no result depends on its neighbours."""
 
     name = "reference"
-    bitwise = True
+    bitwise = frozenset(OPS)
 
     stacked_qr = staticmethod(_single_threaded(stacked_qr))
     core_svd = staticmethod(_single_threaded(core_svd))

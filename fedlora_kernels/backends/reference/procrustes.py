@@ -116,7 +116,7 @@ def _rotation(
     if blend == 0:
         Q = one
     elif blend < 1:
-        Q = _polar((1 - blend) * one + blend * Q, SINGULAR_BLEND, special=False)
+        Q = _polar((1 - blend) * one + blend * Q, SINGULAR_BLEND, special)
     singular_values = times_power(s, exponent)
     unit_in = max(torch.finfo(t.dtype).eps / 2 for term in terms for t in term[:2])
     unique, gap = _gap(s, threshold, special, reflected)

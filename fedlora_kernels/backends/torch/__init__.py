@@ -22,7 +22,7 @@ class TorchBackend:
     """Runs wherever torch runs. Batched library calls are not bitwise independent of the batch."""
 
     name = "torch"
-    bitwise = False
+    bitwise: frozenset[str] = frozenset()
 
     stacked_qr = staticmethod(stacked_qr)
     core_svd = staticmethod(core_svd)

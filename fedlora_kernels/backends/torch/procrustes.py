@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,10 @@ from fedlora_kernels.backends.contract import U64, Info, Note, RawRotation
 from fedlora_kernels.backends.torch.chunks import exponent, load, scale_pow2, slices
 from fedlora_kernels.backends.torch.svd import svd
 
-__all__ = ["align_factors", "procrustes_rotation", "rotate_factors"]
+__all__ = ["SmallSVD", "align_factors", "procrustes_rotation", "rotate_factors"]
+
+SmallSVD = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""``U, S, Vh, info`` of finite float64 matrices (N, r, r)."""
 
 SINGULAR_BLEND = 1e-6
 """Singular values of a blend that count as zero: eigenvalues -1 met halfway."""
@@ -22,11 +25,11 @@ _TILE = 1 << 20
 
 
 def procrustes_rotation(
-    source: Sequence[Tensor], target: Sequence[Tensor], special: bool, blend: float
+    source: Sequence[Tensor], target: Sequence[Tensor], special: bool, blend: float, *, svd: SmallSVD = svd
 ) -> list[RawRotation]:
-    """Rotation of every source onto its target; see `Backend.procrustes_rotation`."""
+    """Rotation of every source onto its target; see `Backend.procrustes_rotation`. ``svd`` decomposes the correlations."""
     return [
-        _rotation([_Term(X, Y, 1.0)], _finite(X) & _finite(Y), special, blend)
+        _rotation([_Term(X, Y, 1.0)], _finite(X) & _finite(Y), special, blend, svd)
         for X, Y in zip(source, target, strict=True)
     ]
 
@@ -44,8 +47,13 @@ def align_factors(
     side: tuple[float, float],
     special: bool,
     blend: float,
+    *,
+    svd: SmallSVD = svd,
 ) -> list[tuple[Tensor, Tensor, RawRotation]]:
-    """Every pair rotated towards its reference; see `Backend.align_factors`. Trouble in either factor marks the pair."""
+    """Every pair rotated towards its reference; see `Backend.align_factors`. Trouble in either factor marks the pair.
+
+    ``svd`` decomposes the correlations.
+    """
     out = []
     for g, (b, a) in enumerate(zip(B, A, strict=True)):
         terms = []
@@ -56,7 +64,7 @@ def align_factors(
         finite = _finite(b) & _finite(a)
         for term in terms:
             finite = finite & _finite(term.target)
-        rotation = _rotation(terms, finite, special, blend)
+        rotation = _rotation(terms, finite, special, blend, svd)
         left, right = _rotated(b, rotation.Q), _rotated(a.mT, rotation.Q).mT
         for factor in (left, right):
             factor.masked_fill_(~finite[:, None, None], torch.nan)
@@ -74,7 +82,7 @@ class _Term(NamedTuple):
     weight: float
 
 
-def _rotation(terms: list[_Term], finite: Tensor, special: bool, blend: float) -> RawRotation:
+def _rotation(terms: list[_Term], finite: Tensor, special: bool, blend: float, svd: SmallSVD) -> RawRotation:
     N, _, r = terms[0].source.shape
     M, size, e = _correlation(terms, finite)
     U, s, Vh, info = svd(M)
@@ -90,7 +98,8 @@ def _rotation(terms: list[_Term], finite: Tensor, special: bool, blend: float) -
             U_t, s_t, Vh_t, info_t = svd(mixed)
             info = info | info_t
             singular = torch.full_like(threshold, SINGULAR_BLEND)
-            Q = _polar(mixed, (U_t, s_t, Vh_t), singular, torch.zeros_like(reflected), special=False)
+            # no flip: without singular values that count as zero a blend of rotations has det +1
+            Q = _polar(mixed, (U_t, s_t, Vh_t), singular, torch.zeros_like(reflected), special)
     unique, gap = _gap(s, threshold, reflected & special, special)
     unit_in = max(torch.finfo(x.dtype).eps / 2 for term in terms for x in (term.source, term.target))
     singular_values = scale_pow2(s, e[:, None])
@@ -133,7 +142,7 @@ def _cross_product(term: _Term) -> tuple[Tensor, Tensor, Tensor]:
     M = torch.zeros(N, r, r, dtype=torch.float64, device=term.source.device)
     squares = torch.zeros(2, N, dtype=torch.float64, device=M.device)
     e_X, e_Y = exponent(_largest(term.source)), exponent(_largest(term.target))
-    for wave in slices(N, 16 * r * 512, _TILE):
+    for wave in slices(N, 16 * r * min(rows, 512), _TILE):
         X, Y = term.source[wave], term.target[wave]
         for part in slices(rows, 16 * r * X.shape[0], _TILE):
             x, y = load([X], part, e_X[wave, None]), load([Y], part, e_Y[wave, None])
@@ -221,7 +230,7 @@ def _rotated(X: Tensor, Q: Tensor) -> Tensor:
     out = torch.empty(shape, dtype=X.dtype, device=X.device)
     out = out.mT if by_columns else out
     kept = (Q == torch.eye(r, dtype=Q.dtype, device=Q.device)).all(-1).all(-1)[:, None, None]
-    for wave in slices(N, 16 * r * 512, _TILE):
+    for wave in slices(N, 16 * r * min(rows, 512), _TILE):
         q, still = Q[wave].to(wide), kept[wave]
         for part in slices(rows, 16 * r * q.shape[0], _TILE):
             x = X[wave, part]
