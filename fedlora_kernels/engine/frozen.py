@@ -53,7 +53,7 @@ def _check(group: Group, factor: str, names: Sequence[str]) -> None:
 
 def _reference(group: Group, factor: str, leader: Tensor) -> Tensor:
     """The frozen factor of each module's leader, (N, r, n) or (N, r, m)."""
-    rows = {k: _rows(group, factor, k) for k in leader.unique().tolist()}
+    rows = {k: _rows(group, factor, k) for k in sorted(set(leader.tolist()))}
     if len(rows) == 1:
         return next(iter(rows.values()))
     reference = torch.zeros(
