@@ -1,5 +1,25 @@
 """Aggregation methods, one file each; importing this package registers them."""
 
-from fedlora_kernels.methods import fedit, flora, florist, hetlora, zero_pad
+from fedlora_kernels.methods import (
+    fedex,
+    fedit,
+    fedmomentum,
+    flexlora,
+    flora,
+    florist,
+    hetlora,
+    lora_fair,
+    zero_pad,
+)
 
-__all__ = ["fedit", "flora", "florist", "hetlora", "zero_pad"]
+__all__ = [
+    "fedex",
+    "fedit",
+    "fedmomentum",
+    "flexlora",
+    "flora",
+    "florist",
+    "hetlora",
+    "lora_fair",
+    "zero_pad",
+]
