@@ -66,7 +66,7 @@ def _chosen(parsed: list[TensorKey], adapter_name: str | None, who: str) -> Iter
 
 def _parse(key: str, who: str) -> TensorKey:
     segments = _strip(key)
-    if not all(segments) or any("\ud800" <= char <= "\udfff" for char in key):
+    if not all(segments) or not (key.isascii() or _is_text(key)):
         raise FormatError(f"{who}: malformed key {printable(key)!r}; dotted names needed")
     at = next((i for i in reversed(range(len(segments))) if segments[i] in ("lora_A", "lora_B")), None)
     if at is None:
@@ -78,6 +78,11 @@ def _parse(key: str, who: str) -> TensorKey:
         return _extra(key, segments)
     refuse_key(segments[:at] + segments[at + 1 :], key, who)
     return _factor(key, segments[:at], segments[at][-1], segments[at + 1 :], who)
+
+
+def _is_text(key: str) -> bool:
+    """Whether a key holds no half of a surrogate pair."""
+    return not any("\ud800" <= char <= "\udfff" for char in key)
 
 
 def _factor(key: str, path: list[str], letter: str, tail: list[str], who: str) -> TensorKey:

@@ -55,6 +55,7 @@ KEY_PREFIXES = {
     "ia3_": ("IA3", CONVERT),
     "vera_": ("VeRA", CONVERT),
 }
+_PREFIXES = tuple(KEY_PREFIXES)
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -81,9 +82,9 @@ def refuse_key(segments: list[str], key: str, who: str) -> None:
     for segment in segments:
         if segment in KEY_MARKERS:
             refuse_variant(*_marked(KEY_MARKERS[segment], key), who)
-        for prefix, known in KEY_PREFIXES.items():
-            if segment.startswith(prefix):
-                refuse_variant(*_marked(known, key), who)
+        if segment.startswith(_PREFIXES):
+            known = next(known for prefix, known in KEY_PREFIXES.items() if segment.startswith(prefix))
+            refuse_variant(*_marked(known, key), who)
 
 
 def refuse_variant(variant: str, marker: str, remedy: str, who: str) -> None:
