@@ -14,7 +14,7 @@ ROOT = Path(fedlora_kernels.__file__).parent
 FLOOR = {
     "_version": 0, "errors": 0, "rows": 0, "text": 0,
     "backends": 1, "_lib": 1,
-    "linalg": 2, "adapters": 2, "testing": 2,
+    "linalg": 2, "adapters": 2, "testing": 2, "training": 2,
     "methods": 3,
     "engine": 4, "aggregate": 4.1,
     "arguments": 4.9, "reporting": 5, "environment": 5, "inspection": 5, "request": 5,

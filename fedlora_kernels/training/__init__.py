@@ -1,0 +1,1 @@
+"""What a client runs during local training: small torch helpers, one file per method."""
