@@ -176,8 +176,9 @@ class Outcome:
     ``error`` and ``error_bound`` (N,) float64: |D - B A|_F / |D|_F, NaN where it is not measured or there is no common pair.
     ``notes`` (N,) int, facts; ``info`` (N,) int, trouble (None: none), on which the engine raises. ``energy`` (N,) float64:
     |D|_F^2, where no spectrum says it.
-    ``personal``: for each client of the group its own pair, None where it lacks the modules. ``residual``: what the base
-    weight gains beside the common pair; rank 0 where nothing. ``state``: tensors of each module for the next round.
+    ``personal``: for each client of the group its own pair, None where it lacks the modules; ``personal_error`` (N, K)
+    float64: what a cap took away of it, relative, NaN where there is none. ``residual``: what the base weight gains beside the
+    common pair; rank 0 where nothing. ``state``: tensors of each module for the next round.
     """
 
     B: Tensor | None
@@ -190,6 +191,7 @@ class Outcome:
     energy: Tensor | None = None
     spectrum: Spectrum | None = None
     personal: tuple[Pair | None, ...] | None = None
+    personal_error: Tensor | None = None
     residual: Pair | None = None
     state: tuple[Mapping[str, Tensor], ...] = ()
 

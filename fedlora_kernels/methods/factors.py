@@ -125,7 +125,7 @@ def joined(outcomes: Sequence[Outcome]) -> Outcome:
     if len(outcomes) == 1:
         return first
     whole: dict[str, Any] = {}
-    for name in ("error", "error_bound", "notes", "info", "energy"):
+    for name in ("error", "error_bound", "notes", "info", "energy", "personal_error"):
         whole[name] = None if getattr(first, name) is None else torch.cat([getattr(o, name) for o in outcomes])
     common = _joined_pairs([None if o.B is None else Pair(o.B, o.A, o.rank) for o in outcomes])  # type: ignore[arg-type]
     whole["B"], whole["A"], whole["rank"] = common or (None, None, None)
