@@ -134,7 +134,7 @@ def aggregate(
     if out is not None:
         check_out(out, overwrite)
     with ExitStack() as stack:
-        roster = open_clients(clients, weights, normalize=normalize, read=settings.read)
+        roster = open_clients(clients, weights, normalize=normalize, read=settings.read, written=per_client)
         for client in roster:
             stack.callback(client.close)
         if out is not None:

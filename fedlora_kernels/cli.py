@@ -30,7 +30,16 @@ _INPUT_ERRNO = frozenset(
 """System errors that name a wrong path. Every other one (disc full, I/O error) is a failure of the run."""
 
 _OPTION = re.compile(r"\b(missing|extras|rank_from|output|backend|policy|dtype|device)='(\w+)'")
-_SWITCHES = {"normalize=False": "--no-normalize", "overwrite=True": "--overwrite", "adapter_name=": "--adapter-name "}
+_SWITCHES = {
+    "normalize=False": "--no-normalize",
+    "overwrite=True": "--overwrite",
+    "per_client=True": "--per-client",
+    "drop_zero=False": "no --drop-zero",
+    "adapter_name=": "--adapter-name ",
+    "previous=": "--previous",
+    "round=0": "--round 0",
+    "round=": "--round",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

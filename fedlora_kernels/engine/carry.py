@@ -1,4 +1,4 @@
-"""What a survey keeps of each module for the second pass: in memory, and past a limit in a nameless temporary file."""
+"""What a survey keeps of each module for the second pass: in memory, and past a limit in a temporary file without a name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +30,11 @@ class Carry:
         self._held = 0
         self._kept: dict[str, dict[str, Tensor]] = {}
         self._spilled: dict[str, dict[str, _Place]] = {}
-        self._fd = -1
+        self._file: IO[bytes] | None = None
         self._end = 0
 
     def put(self, module: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the tensors of a module, on the host."""
+        """Keep the tensors of a module, on the host. What was put once is not put again before `clear`."""
         host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         size = sum(tensor.numel() * tensor.element_size() for tensor in host.values())
         if self._held + size <= self._limit:
@@ -50,32 +50,37 @@ class Carry:
             return self._kept[module]
         return {name: self._load(place) for name, place in self._spilled.get(module, {}).items()}
 
-    def close(self) -> None:
-        """Drop everything. Idempotent."""
+    def clear(self) -> None:
+        """Drop everything, and start anew."""
         self._kept.clear()
         self._spilled.clear()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._held = self._end = 0
+
+    def close(self) -> None:
+        """Drop everything, and the file with it. Idempotent."""
+        self.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _spill(self, tensor: Tensor) -> _Place:
         place = _Place(self._end, tuple(tensor.shape), tensor.dtype)
         with disc_errors(tempfile.gettempdir()):
-            if self._fd < 0:
-                self._fd, path = tempfile.mkstemp(prefix="fedlora-")
-                os.unlink(path)
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="fedlora-", buffering=0)
             done, buffer = 0, _bytes(tensor)
             while done < len(buffer):
-                done += os.pwrite(self._fd, buffer[done:], place.offset + done)
+                done += os.pwrite(self._file.fileno(), buffer[done:], place.offset + done)
         self._end += len(buffer)
         return place
 
     def _load(self, place: _Place) -> Tensor:
         tensor = torch.empty(place.shape, dtype=place.dtype)
+        assert self._file is not None
         done, buffer = 0, _bytes(tensor)
         with disc_errors(tempfile.gettempdir()):
             while done < len(buffer):
-                got = os.preadv(self._fd, [buffer[done:]], place.offset + done)
+                got = os.preadv(self._file.fileno(), [buffer[done:]], place.offset + done)
                 if got == 0:
                     raise OSError(errno.EIO, "a temporary file was cut short")
                 done += got

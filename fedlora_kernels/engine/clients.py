@@ -85,14 +85,16 @@ class Client:
             self.adapter.close()
 
 
-def open_clients(clients: Any, weights: Any, *, normalize: bool, read: ReadOptions) -> list[Client]:
-    """Open every client; one that cannot be read carries its failure.
+def open_clients(
+    clients: Any, weights: Any, *, normalize: bool, read: ReadOptions, written: bool = False
+) -> list[Client]:
+    """Open every client; one that cannot be read carries its failure. ``written``: each will have a file of its own to write.
 
     Raises InputError for no clients or something that is no collection of clients, WeightError for wrong weights.
     """
     named = _named(clients)
     values = _weights(weights, [name for name, _ in named], normalize)
-    _allow_files(sum(isinstance(source, (str, os.PathLike)) for _, source in named))
+    _allow_files(len(named), sum(isinstance(source, (str, os.PathLike)) + written for _, source in named))
     opened: list[Client] = []
     for (name, source), weight in zip(named, values, strict=True):
         client = Client(name, _source_text(source), weight, status="used" if weight != 0.0 else "absent")
@@ -120,15 +122,15 @@ def check_apart(roster: Sequence[Client], out: str | os.PathLike[str]) -> None:
             )
 
 
-def _allow_files(count: int) -> None:
-    """Make room for one open file per client: a limit of this process must not look like a client's fault."""
+def _allow_files(clients: int, count: int) -> None:
+    """Make room for the ``count`` open files of the clients: a limit of this process must not look like a client's fault."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(os.listdir("/proc/self/fd")) + count + SPARE_FILES if os.path.isdir("/proc/self/fd") else count + 1024
     if soft == resource.RLIM_INFINITY or needed <= soft:
         return
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise LimitError(
-            f"{count} clients need {needed} open files; the system allows {hard}. Raise it (ulimit -n), or aggregate in two levels"
+            f"{clients} clients need {needed} open files; the system allows {hard}. Raise it (ulimit -n), or aggregate in two levels"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 

@@ -77,7 +77,13 @@ class Cohort:
 
     def scales(self, rows: Sequence[int]) -> np.ndarray:
         """(N, K) scales s_k, clipping included; 0 where a client lacks the module."""
-        return self._scale[rows] if self.factors is None else self._scale[rows] * self.factors[rows]
+        own = self.own_scales(rows)
+        return own if self.factors is None else own * self.factors[rows]
+
+    def own_scales(self, rows: Sequence[int]) -> np.ndarray:
+        """(N, K) scales s_k as the clients sent them; 0 where a client lacks the module."""
+        scale: np.ndarray = self._scale[rows]
+        return scale
 
     def module_weights(self, rows: Sequence[int]) -> np.ndarray:
         """(N, K) weights: all clients', or the owners' brought to the same sum where missing modules renormalise."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.backends.contract import Info, Note
 from fedlora_kernels.engine.delivery import ModuleOutput
-from fedlora_kernels.engine.faults import nonfinite_factor
+from fedlora_kernels.engine.faults import nonfinite_factor, nonfinite_previous
 from fedlora_kernels.engine.frozen import check_frozen
 from fedlora_kernels.engine.report import module_rows
 from fedlora_kernels.engine.slabs import Block, Drain
@@ -54,7 +54,7 @@ def _combine_block(walk: Walk, block: Block, plan: Any) -> tuple[list[ModuleOutp
     previous = walk.previous(block)
     frozen = method.frozen_factor(group.round)
     if frozen is not None:
-        check_frozen(group, frozen, [client.name for client in walk.cohort.clients])
+        check_frozen(walk.as_sent(group), frozen, [client.name for client in walk.cohort.clients])
     outcome = method.combine(group, plan, previous)
     _raise_for_info(walk, block, group, plan, previous, outcome)
     _check_given(method, outcome)
@@ -100,6 +100,8 @@ def _raise_for_info(
         for k, client in enumerate(walk.cohort.clients):
             if (error := nonfinite_factor(block, i, k, client.name)) is not None:
                 raise error
+        if previous is not None and (error := nonfinite_previous(previous, i, group.modules[i])) is not None:
+            raise error
         raise RunError(
             f"{where}: the result is not finite although every input is; report this with the adapters' shapes"
         )
@@ -120,7 +122,7 @@ def _largest(method: Method, group: Group, i: int, plan: Any, previous: Previous
         B, A = (None if factor is None else factor[i : i + 1] for factor in (previous.B, previous.A))
         previous = dataclasses.replace(previous, B=B, A=A, state=previous.state[i : i + 1])
     wide = method.combine(one, plan, previous)
-    pairs = [pair for pair in wide.personal or () if pair is not None]
+    pairs = [pair for pair in (wide.residual, *(wide.personal or ())) if pair is not None]
     if wide.B is not None and wide.A is not None:
         pairs.append(Pair(wide.B, wide.A, torch.empty(0)))
     return max(float(factor.abs().max()) for pair in pairs for factor in (pair.B, pair.A) if factor.numel())

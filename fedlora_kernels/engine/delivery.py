@@ -172,11 +172,13 @@ class Delivery:
     def _add_clients(self, module: ModuleOutput) -> None:
         if not self.personal:
             return
-        pairs = module.personal
-        if "personal" not in self._settings.method.gives and module.common is not None:
-            pairs = {k: self._for_client(k, module.name, *module.common) for k in self._owners(module.name)}
-        for k, pair in pairs.items():
+        for k, pair in module.personal.items():
             self._output(self._places[k]).add_pairs([(module.name, *pair)])
+        if "personal" not in self._settings.method.gives and module.common is not None:
+            for k in self._owners(module.name):
+                self._output(self._places[k]).add_pairs(
+                    [(module.name, *self._for_client(k, module.name, *module.common))]
+                )
 
     def _owners(self, module: str) -> list[int]:
         return [k for k, adapter in enumerate(self._cohort.adapters) if module in adapter.modules]
@@ -184,6 +186,9 @@ class Delivery:
     def _for_client(self, k: int, module: str, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         own = self._cohort.adapters[k].modules[module].rank
         rank = self._settings.method.client_rank(own, A.shape[0])
+        if rank <= A.shape[0]:
+            # views: many clients hold on to parts of one pair
+            return B[:, :rank], A[:rank]
         return resize_pair(B, A, rank, seed=self._settings.seed, round=self._settings.round, module=module)
 
     def _output(self, place: str) -> Output:

@@ -19,7 +19,7 @@ from fedlora_kernels.errors import FedLoRAError, InputError, MismatchError
 from fedlora_kernels.methods.contract import Method
 from fedlora_kernels.methods.norm_rules import clip_factors
 
-__all__ = ["admit", "blame", "check_ranks", "clip", "drop"]
+__all__ = ["admit", "blame", "check_ranks", "clip", "common_ground", "drop"]
 
 
 def admit(roster: Sequence[Client], policy: Policy, read: ReadOptions) -> ClientCheck:
@@ -41,9 +41,14 @@ def admit(roster: Sequence[Client], policy: Policy, read: ReadOptions) -> Client
         drop(roster, failing, policy)
     if policy.kind != "strict":
         _check_remaining(roster, policy)
-    check = _check(present(roster), read)
+    check = common_ground(roster, read)
     warnings.update(dict.fromkeys(check.warnings))
     return replace(check, warnings=tuple(warnings))
+
+
+def common_ground(roster: Sequence[Client], read: ReadOptions) -> ClientCheck:
+    """What the clients that take part have in common; all of them have passed the check of headers."""
+    return _check(present(roster), read)
 
 
 def drop(roster: Sequence[Client], failing: Sequence[Client], policy: Policy) -> None:

@@ -107,10 +107,14 @@ class Result:
         return adapter_in_memory(pairs, extras, config, label=name)
 
     def _client(self, key: str | int) -> tuple[str, Adapter]:
-        names = list(self.clients)
+        names = [row["name"] for row in self.report["clients"]]
         position = _whole(key)
         if position is not None and 0 <= position < len(names):
             key = names[position]
+        if isinstance(key, str) and key in names and key not in self.clients:
+            raise InputError(
+                f"for_client: client {printable(key)!r} could not be read, so nothing is known of its modules"
+            )
         if not isinstance(key, str) or key not in self.clients:
             raise InputError(
                 f"for_client: no client {printable(str(key))!r}; clients: {', '.join(map(printable, names[:20]))}"
@@ -119,9 +123,9 @@ class Result:
 
     def _source(self, name: str) -> tuple[Adapter, bool]:
         """The adapter that a client's pairs are taken from, and whether they are still to be cut to what the method sends."""
-        if name in self.personal:
-            return self.personal[name], "personal" not in self.method.gives
         if "personal" in self.method.gives:
+            if name in self.personal:
+                return self.personal[name], False
             took_part = any(row["name"] == name and row["folder"] for row in self.report["clients"])
             why = "its folder is gone" if took_part else "it took no part, or personal adapters were not kept"
             raise InputError(

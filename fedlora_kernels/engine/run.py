@@ -21,7 +21,7 @@ from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.combine import combine
 from fedlora_kernels.engine.delivery import Delivered, Delivery
 from fedlora_kernels.engine.extras import combine_extra, own_extra
-from fedlora_kernels.engine.policy import admit, blame, check_ranks, clip, drop
+from fedlora_kernels.engine.policy import admit, blame, check_ranks, clip, common_ground, drop
 from fedlora_kernels.engine.report import SCHEMA, certificates, efficiency, number, totals
 from fedlora_kernels.engine.robust import apply_rule
 from fedlora_kernels.engine.settings import Settings
@@ -66,6 +66,14 @@ class Run:
         self, folder: OutputFolder | None, seen: Mapping[Any, None], started: float
     ) -> tuple[Delivered, dict[str, Any]]:
         """Survey if needed, combine, write; return what is delivered and the report. Nothing is committed if anything fails."""
+        try:
+            return self._executed(folder, seen, started)
+        finally:
+            self.walk.carry.close()
+
+    def _executed(
+        self, folder: OutputFolder | None, seen: Mapping[Any, None], started: float
+    ) -> tuple[Delivered, dict[str, Any]]:
         settings = self.settings
         plan = self._decide()
         walk, method = self.walk, settings.method
@@ -80,8 +88,6 @@ class Run:
         except BaseException:
             delivery.abandon()
             raise
-        finally:
-            walk.carry.close()
         for k, client in enumerate(walk.cohort.clients):
             client.folder = delivery.place(k)
         walk.seconds["total"] = time.perf_counter() - started
@@ -104,7 +110,9 @@ class Run:
             return method.decide({}, census(self.walk.cohort, settings)) if method.needs_decision else None
         self.passes += 1
         gram = settings.robust is not None or (surveys and method.needs_gram())
-        survey, changed = self._without_failing(make_survey(self.walk, gram=gram, own=surveys))
+        # a method looks at what it will combine: after the rule, where there is one
+        own = surveys and settings.robust is None
+        survey, changed = self._without_failing(make_survey(self.walk, gram=gram, own=own))
         changed |= self._clip(survey)
         if settings.robust is not None:
             survey = self._robust(settings.robust, survey)
@@ -133,10 +141,20 @@ class Run:
         gram = survey.scaled_gram(self.walk.cohort)
         assert gram is not None
         self.robust = apply_rule(rule, self.walk.cohort, gram)
+        self._warn_of_weights(rule)
         if self.walk.cohort.table is not None:
             self.walk = self.walk.rebuilt()
             return survey
         return self._narrowed(survey)
+
+    def _warn_of_weights(self, rule: RobustRule) -> None:
+        """Say so where a rule weighs clients for a method that uses no weights: only rejections count then."""
+        cohort, method = self.walk.cohort, self.settings.method
+        if not method.uses_weights and len({weight for weight in cohort.weights if weight != 0.0}) > 1:
+            self.warnings.append(
+                f"method {method.name!r} uses no weights; those of robust rule {rule.name!r} change nothing, only the clients "
+                "that it rejects are left out"
+            )
 
     def _without_failing(self, survey: Survey) -> tuple[Survey, bool]:
         cohort, settings = self.walk.cohort, self.settings
@@ -154,7 +172,7 @@ class Run:
         cohort = self.walk.cohort
         if all(client.status in PRESENT for client in cohort.clients):
             return survey
-        self.check = admit(self.roster, self.settings.policy, self.settings.read)
+        self.check = common_ground(self.roster, self.settings.read)
         self.walk = self.walk.narrowed(cohort.narrowed(self._cohort()))
         return survey.select(*cohort.places(self.walk.cohort))
 
@@ -181,7 +199,12 @@ class Run:
         for name, spec in self.check.extras.items():
             if spec.rule == "lora_bias" and spec.module in left_out:
                 continue
-            scales = cohort.scales([cohort.index[spec.module or ""]])[0].tolist() if spec.rule == "lora_bias" else None
+            scales, weights = None, cohort.weights
+            if spec.rule == "lora_bias":
+                row = [cohort.index[spec.module or ""]]
+                scales = cohort.scales(row)[0].tolist()
+                # decided for its matrix, it is decided for its bias
+                weights = weights if cohort.table is None else cohort.table[row][0].tolist()
             kept[name] = spec
             if self.settings.method.own_extras:
                 for k, client in enumerate(cohort.clients):
@@ -192,7 +215,7 @@ class Run:
             value, how = combine_extra(
                 name,
                 cohort.clients,
-                cohort.weights,
+                weights,
                 scales,
                 rule=read.extras,
                 missing=read.missing,

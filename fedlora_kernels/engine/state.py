@@ -68,7 +68,11 @@ class State:
         file = SafetensorsFile(path / STATE_NAME)
         if (found := file.metadata.get("fedlora.method")) != method:
             raise FormatError(
-                f"{printable(path / STATE_NAME)}: of method {printable(found)!r}, but {REPORT_NAME} says {method!r}"
+                f"{printable(path / STATE_NAME)}: of method {printable(found)!r}, but {REPORT_NAME} says {printable(method)!r}"
+            )
+        if (found := file.metadata.get("fedlora.round")) != str(number):
+            raise FormatError(
+                f"{printable(path / STATE_NAME)}: of round {printable(found)}, but {REPORT_NAME} says {number}"
             )
         return cls(method, number, _Lazy(file), _memory(file), adapter)
 
@@ -223,4 +227,6 @@ def _reported(folder: Path) -> tuple[str, int]:
         if not isinstance(name, str) or type(number) is not int or number < 0:
             raise InputError(f"{where}: {REPORT_NAME} does not say its method and round; an output folder needed")
         return name, number
-    raise InputError(f"{where}: {REPORT_NAME} cannot be read: {reason}; an output folder needed, or an Adapter and round=")
+    raise InputError(
+        f"{where}: {REPORT_NAME} cannot be read: {reason}; an output folder needed, or an Adapter and round="
+    )

@@ -72,7 +72,11 @@ def census(cohort: Cohort, settings: Settings, gram: np.ndarray | None = None) -
 
 
 def make_survey(walk: Walk, *, gram: bool, own: bool) -> Survey:
-    """Squared norms and finiteness of every client in every module; the Gram and the method's own statistics if asked for."""
+    """Squared norms and finiteness of every client in every module; the Gram and the method's own statistics if asked for.
+
+    What an earlier survey of this walk carried is dropped.
+    """
+    walk.carry.clear()
     L, K = len(walk.cohort.modules), len(walk.cohort.clients)
     found = np.zeros((L, K, K)) if gram else None
     survey = Survey(np.zeros((L, K)), np.ones((L, K), dtype=bool), found, {}, {})

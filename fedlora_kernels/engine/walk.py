@@ -96,6 +96,11 @@ class Walk:
             carry=tuple(self._carried(name) for name in block.plan.modules),
         )
 
+    def as_sent(self, group: Group) -> Group:
+        """The group with the scales of the clients' own, before any clipping."""
+        rows = [self.cohort.index[name] for name in group.modules]
+        return dataclasses.replace(group, scale=torch.from_numpy(self.cohort.own_scales(rows)))
+
     def previous(self, block: Block) -> Previous | None:
         """What the round before left of the modules of a block, on the device; None where there is none."""
         state, device = self.settings.state, self.settings.device
@@ -118,20 +123,22 @@ class Walk:
 
     def rebuilt(self) -> Walk:
         """The same after clients were chosen module by module: what was read has to be cut into slabs anew."""
-        walk = Walk(self.settings, self.cohort)
-        walk.seconds = self.seconds
-        return walk
+        return self._over(self.cohort)
 
     def narrowed(self, cohort: Cohort) -> Walk:
         """The same for some of the clients; what has been read so far is kept where the modules keep their order."""
-        walk = Walk(self.settings, cohort)
-        walk.seconds = self.seconds
+        walk = self._over(cohort)
         rows, keep = self.cohort.places(cohort)
         keep += range(len(self.cohort.clients), len(self.sources))
         if self._cached is not None and rows == sorted(rows):
             known = set(cohort.modules)
             chosen = [[_select(block, keep, known) for block in loaded.blocks] for loaded in self._cached]
             walk._cached = [Loaded([block for block in blocks if block.plan.modules], keep=True) for blocks in chosen]
+        return walk
+
+    def _over(self, cohort: Cohort) -> Walk:
+        walk = Walk(self.settings, cohort)
+        walk.seconds, walk.carry = self.seconds, self.carry
         return walk
 
     def _plans(self) -> list[list[Plan]]:
