@@ -9,6 +9,8 @@ from fedlora_kernels.methods import (
     florist,
     hetlora,
     lora_fair,
+    prelort,
+    raflora,
     zero_pad,
 )
 
@@ -21,5 +23,7 @@ __all__ = [
     "florist",
     "hetlora",
     "lora_fair",
+    "prelort",
+    "raflora",
     "zero_pad",
 ]
