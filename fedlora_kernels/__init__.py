@@ -12,7 +12,7 @@ from fedlora_kernels.adapters import WriteOptions as WriteOptions
 from fedlora_kernels.adapters import open_adapter as open_adapter
 from fedlora_kernels.aggregate import aggregate as aggregate
 from fedlora_kernels.engine.result import Result as Result
-from fedlora_kernels.engine.result import State as State
+from fedlora_kernels.engine.state import State as State
 from fedlora_kernels.errors import BackendError as BackendError
 from fedlora_kernels.errors import ConvergenceError as ConvergenceError
 from fedlora_kernels.errors import FedLoRAError as FedLoRAError
@@ -49,5 +49,10 @@ from fedlora_kernels.linalg import rotate_factors as rotate_factors
 from fedlora_kernels.linalg import select_rank as select_rank
 from fedlora_kernels.linalg import stacked_qr as stacked_qr
 from fedlora_kernels.linalg import update_gram as update_gram
+from fedlora_kernels.methods.geometric_median import GeometricMedian as GeometricMedian
+from fedlora_kernels.methods.krum import Krum as Krum
+from fedlora_kernels.methods.krum import MultiKrum as MultiKrum
+from fedlora_kernels.methods.norm_rules import NormClip as NormClip
+from fedlora_kernels.methods.norm_rules import TrimmedMean as TrimmedMean
 
 logging.getLogger("fedlora_kernels").addHandler(logging.NullHandler())
