@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
     """What a rule decides of K clients, float64 on the host.
 
     ``weight`` (K,) replaces w_k, 0 rejects a client; its sum is that of the weights given. ``factor`` (K,) multiplies s_k, 1 except
-    for clipping. ``scores`` (K,) are what the rule judged by, in the units of the updates; None where it judged by nothing.
+    for clipping. ``scores`` (K,) are what the rule judged by, NaN for an absent client; None where it judged by nothing.
     """
 
     weight: np.ndarray
