@@ -90,6 +90,7 @@ def test_negative_weights_are_refused_by_name_where_ranks_differ():
         cut((2, 4), [1.0, -0.5])
     assert cut((4, 0), [1.0, -0.5]).weight[0].tolist() == [[1.0], [0.0]]
     assert not cut((0, 0), [0.5, -0.5], top=3).owned.any()
+    assert cut((0, 0, 2), [0.5, -0.5, 1.0], top=4).weight[0].tolist() == [[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
 
 
 @pytest.mark.parametrize("levels", [(), (4, 4), (8, 4), (0, 4), (-1,), (2.5,), (True,), "48", 8])
