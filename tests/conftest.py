@@ -35,3 +35,9 @@ def poisoned_empty(monkeypatch):
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+@pytest.fixture
+def unsynced(monkeypatch):
+    """Nothing waits for the disc: tests that write many small outputs care for what is written, not for when it is durable."""
+    monkeypatch.setattr("os.fsync", lambda fd: None)

@@ -67,7 +67,7 @@ class Carry:
         place = _Place(self._end, tuple(tensor.shape), tensor.dtype)
         with disc_errors(tempfile.gettempdir()):
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="fedlora-", buffering=0)
+                self._file = tempfile.TemporaryFile(prefix="fedlora-", buffering=0)  # noqa: SIM115 - it lives as long as we do
             done, buffer = 0, _bytes(tensor)
             while done < len(buffer):
                 done += os.pwrite(self._file.fileno(), buffer[done:], place.offset + done)

@@ -57,17 +57,19 @@ class Survey:
 
 def census(cohort: Cohort, settings: Settings, gram: np.ndarray | None = None) -> Census:
     """What `decide` sees beside a survey."""
-    state = settings.state
+    state, reported = settings.state, settings.client_state
+    names = tuple(client.name for client in cohort.clients)
     return Census(
         modules=tuple(cohort.modules),
-        clients=tuple(client.name for client in cohort.clients),
+        clients=names,
         gram=gram,
         ranks=np.array(cohort.ranks),
         weight=np.asarray(cohort.weights, dtype=np.float64),
         shapes=np.array([cohort.shape(name) for name in cohort.modules]),
         round=settings.round,
         memory=None if state is None else state.memory,
-        client_state=settings.client_state,
+        # of clients that were dropped nothing counts
+        client_state=None if reported is None else {name: reported[name] for name in names if name in reported},
     )
 
 
