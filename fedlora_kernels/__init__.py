@@ -41,6 +41,7 @@ from fedlora_kernels.linalg import Rotation as Rotation
 from fedlora_kernels.linalg import SingularValueRatio as SingularValueRatio
 from fedlora_kernels.linalg import SingularValueSum as SingularValueSum
 from fedlora_kernels.linalg import SVDResult as SVDResult
+from fedlora_kernels.linalg import WeightedSum as WeightedSum
 from fedlora_kernels.linalg import align_factors as align_factors
 from fedlora_kernels.linalg import core_svd as core_svd
 from fedlora_kernels.linalg import procrustes_rotation as procrustes_rotation
@@ -49,6 +50,7 @@ from fedlora_kernels.linalg import rotate_factors as rotate_factors
 from fedlora_kernels.linalg import select_rank as select_rank
 from fedlora_kernels.linalg import stacked_qr as stacked_qr
 from fedlora_kernels.linalg import update_gram as update_gram
+from fedlora_kernels.linalg import weighted_sum as weighted_sum
 from fedlora_kernels.methods.geometric_median import GeometricMedian as GeometricMedian
 from fedlora_kernels.methods.krum import Krum as Krum
 from fedlora_kernels.methods.krum import MultiKrum as MultiKrum

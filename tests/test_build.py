@@ -39,7 +39,7 @@ def has_sanitizers(folder):
 
 def check_kernels(folder, *flags):
     """Compiles the library with the program that exercises all its variants, and runs that."""
-    sources = [*sorted(ROOT.glob("csrc/cpu/*.cpp")), ROOT / "tests/csrc/core_svd_check.cpp"]
+    sources = [*sorted(ROOT.glob("csrc/cpu/*.cpp")), *sorted(ROOT.glob("tests/csrc/*.cpp"))]
     common = ["-std=c++17", "-fopenmp", "-DFEDLORA_ABI_STAMP=1ull", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu"]
     code, output = run([CXX, *flags, *common, *sources, "-o", "check"], folder)
     assert code == 0, output

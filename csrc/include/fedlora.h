@@ -34,7 +34,7 @@ typedef struct fedlora_block {
     int64_t batch_stride;
 } fedlora_block;
 
-enum { FEDLORA_FLOAT32 = 0, FEDLORA_FLOAT64 = 1, FEDLORA_INT32 = 2 };
+enum { FEDLORA_FLOAT32 = 0, FEDLORA_FLOAT64 = 1, FEDLORA_INT32 = 2, FEDLORA_BFLOAT16 = 3, FEDLORA_FLOAT16 = 4 };
 
 /* Status of a call. */
 enum {
@@ -74,6 +74,24 @@ FEDLORA_API int fedlora_core_svd(const fedlora_block *C, const fedlora_block *U,
                                  const fedlora_block *Vh, const fedlora_block *info, const fedlora_block *notes,
                                  int64_t groups, int64_t max_sweeps, void *workspace, int64_t workspace_bytes,
                                  int64_t threads, void *stream);
+
+/* Bytes of scratch that fedlora_weighted_sum needs for the groups sum[0..groups). */
+FEDLORA_API int fedlora_weighted_sum_workspace(const fedlora_block *sum, int64_t groups, int64_t *bytes);
+
+/* sum = sum_k w_k X_k for every matrix of every group, the blocks of a group lying on the top left corner of the sum.
+ *
+ *   X         blocks of all groups one after the other, counts[g] of group g: p_k x q_k, any float dtype, read only
+ *   weights   one descriptor per group, batch x counts[g] float64 (batch 1)
+ *   sum       p x q, p >= p_k, q >= q_k, any float dtype; rounded once from float64 (halves by way of float32)
+ *   norm      1 x 1 float64, Frobenius norm of the sum       rounding  1 x 1 float64, of what the dtype took away
+ *   info      1 x 1, int32                                    notes     1 x 1, int32
+ *
+ * Products and sums are float64, in the order of the blocks, without fused multiply-add.
+ */
+FEDLORA_API int fedlora_weighted_sum(const fedlora_block *X, const int64_t *counts, const fedlora_block *weights,
+                                     const fedlora_block *sum, const fedlora_block *norm, const fedlora_block *rounding,
+                                     const fedlora_block *info, const fedlora_block *notes, int64_t groups,
+                                     void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
 
 #ifdef __cplusplus
 }

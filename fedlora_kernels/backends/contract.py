@@ -24,6 +24,7 @@ __all__ = [
     "OPS",
     "U64",
     "Backend",
+    "Blocks",
     "Factors",
     "Info",
     "Note",
@@ -31,6 +32,7 @@ __all__ = [
     "RawQR",
     "RawRotation",
     "RawSVD",
+    "RawSum",
     "RuleCode",
     "RuleSpec",
     "Stack",
@@ -45,6 +47,7 @@ OPS = (
     "select_rank",
     "product_svd",
     "update_gram",
+    "weighted_sum",
     "procrustes_rotation",
     "rotate_factors",
     "align_factors",
@@ -158,6 +161,24 @@ class Factors:
         return sum(block.shape[-1] for block in self.B)
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Client blocks of N equally shaped sums ``sum_k w_k X_k``, each on the top left corner of the p x q sum.
+
+    ``blocks[k]`` is ``(N, p_k, q_k)`` (any strides and dtypes), p_k <= p and q_k <= q; ``weights`` is ``(N, K)`` float64 on the host.
+    """
+
+    blocks: tuple[Tensor, ...]
+    weights: Tensor
+    p: int
+    q: int
+
+    @property
+    def batch(self) -> int:
+        """Number of problems N."""
+        return self.weights.shape[0]
+
+
 class RawSVD(NamedTuple):
     """``C = U diag(S) Vh``: U (N, p, k), S (N, k) descending, Vh (N, k, q), k = min(p, q); info, notes (N,) int32."""
 
@@ -212,6 +233,16 @@ class RawRotation(NamedTuple):
     notes: Tensor
 
 
+class RawSum(NamedTuple):
+    """Sum (N, p, q), rounded once from float64; norms of the sum and of what rounding took, (N,) float64; info, notes (N,) int32."""
+
+    sum: Tensor
+    norm: Tensor
+    rounding: Tensor
+    info: Tensor
+    notes: Tensor
+
+
 class Backend(Protocol):
     """What a backend is. Ops that it does not serve may be absent; `serves` is asked first.
 
@@ -249,6 +280,9 @@ class Backend(Protocol):
 
     def update_gram(self, groups: Sequence[Factors]) -> list[Tensor]:
         """(N, K, K) float64 inner products of the weighted updates ``w_k B_k A_k``; NaN in row and column of a non-finite client."""
+
+    def weighted_sum(self, groups: Sequence[Blocks], dtype: torch.dtype) -> list[RawSum]:
+        """Weighted sum of each group in ``dtype``: float64 products and sums in the order of the blocks, halves by way of float32."""
 
     def procrustes_rotation(
         self, source: Sequence[Tensor], target: Sequence[Tensor], special: bool, blend: float

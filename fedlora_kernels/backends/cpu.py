@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import RawRotation, RawSVD
+from fedlora_kernels.backends.contract import Blocks, RawRotation, RawSum, RawSVD
 from fedlora_kernels.backends.torch import procrustes
 from fedlora_kernels.errors import BackendError, InputError
 
@@ -28,9 +28,15 @@ _HEADERS = tuple(root / "include" / "fedlora.h" for root in (_PACKAGE / "_csrc",
 _REBUILD = "rebuild it with `pip install --force-reinstall fedlora-kernels`, in a checkout `python setup.py build_ext --inplace`"
 
 _LARGEST = 32
-_SIDES = {"core_svd": ("p", "q"), "procrustes_rotation": ("r",), "align_factors": ("r",)}
+_SIDES: Mapping[str, tuple[str, ...]] = {
+    "core_svd": ("p", "q"),
+    "procrustes_rotation": ("r",),
+    "align_factors": ("r",),
+    "weighted_sum": (),
+}
+"""The sizes of an operation that have an upper bound."""
 _MOST_THREADS = 1024
-_DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.int32: 2}
+_DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.int32: 2, torch.bfloat16: 3, torch.float16: 4}
 _WORKING_DTYPE = {
     torch.float64: torch.float64,
     torch.float32: torch.float32,
@@ -61,7 +67,7 @@ class CpuBackend:
     """
 
     name = "cpu"
-    bitwise = frozenset({"core_svd"})
+    bitwise = frozenset({"core_svd", "weighted_sum"})
 
     def __init__(self, library: Path = _LIBRARY, headers: Sequence[Path] = _HEADERS) -> None:
         self._path = library
@@ -78,14 +84,14 @@ class CpuBackend:
         return True, f"{self._path.name}, {library.fedlora_isa().decode()}"
 
     def serves(self, op: str, dtype: torch.dtype, device: torch.device, sizes: Mapping[str, int]) -> tuple[bool, str]:
-        """`core_svd` with no dimension above 32, `procrustes_rotation` and `align_factors` of ranks up to 32; on the CPU."""
+        """`core_svd`, `procrustes_rotation` and `align_factors` up to 32 x 32, `weighted_sum` of any size; on the CPU."""
         if op not in _SIDES:
             return False, f"the cpu library has no {op}"
         if device.type != "cpu":
             return False, f"the tensors are on {device}"
         if dtype not in _WORKING_DTYPE:
             return False, f"no kernel for {dtype}"
-        largest = max(sizes.get(side, 0) for side in _SIDES[op])
+        largest = max((sizes.get(side, 0) for side in _SIDES[op]), default=0)
         if largest > _LARGEST:
             return False, f"a dimension of {largest} is above {_LARGEST}"
         return self.available()
@@ -105,9 +111,7 @@ class CpuBackend:
             BackendError: the library is absent, or does not serve the tensors.
             InputError: FEDLORA_NUM_THREADS is no number of threads.
         """
-        library = self._load()
-        if library is None:
-            raise BackendError(f"backend 'cpu', core_svd: {self._reason}")
+        library = self._needed("core_svd")
         inputs = [_working_copy(group) for group in groups]
         results = [_empty_svd(group) for group in inputs]
         tables = [_table(inputs)]
@@ -115,13 +119,33 @@ class CpuBackend:
             tables.append(_table([_rows(getattr(result, field)) for result in results]))
         threads = thread_count()
         needed = ctypes.c_int64()
-        _check(library.fedlora_core_svd_workspace(tables[0], len(inputs), threads, ctypes.byref(needed)))
+        status = library.fedlora_core_svd_workspace(tables[0], len(inputs), threads, ctypes.byref(needed))
+        _check("core_svd", status)
         workspace = torch.empty(needed.value, dtype=torch.uint8)
-        _check(
-            library.fedlora_core_svd(
-                *tables, len(inputs), max_sweeps, workspace.data_ptr(), workspace.numel(), threads, None
-            )
+        status = library.fedlora_core_svd(
+            *tables, len(inputs), max_sweeps, workspace.data_ptr(), workspace.numel(), threads, None
         )
+        _check("core_svd", status)
+        return results
+
+    def weighted_sum(self, groups: Sequence[Blocks], dtype: torch.dtype) -> list[RawSum]:
+        """Weighted sum of the blocks of each group in one pass over them; see `Backend.weighted_sum`.
+
+        Raises BackendError where the library is absent or does not take a dtype, InputError as `core_svd`.
+        """
+        library = self._needed("weighted_sum")
+        results = [_empty_sum(group, dtype) for group in groups]
+        blocks = _table([block for group in groups for block in group.blocks])
+        counts = (ctypes.c_int64 * max(len(groups), 1))(*[len(group.blocks) for group in groups])
+        weights = _table([group.weights[None] for group in groups])
+        tables = [_table([_rows(getattr(result, field)) for result in results]) for field in RawSum._fields]
+        needed = ctypes.c_int64()
+        _check("weighted_sum", library.fedlora_weighted_sum_workspace(tables[0], len(groups), ctypes.byref(needed)))
+        workspace = torch.empty(needed.value, dtype=torch.uint8)
+        status = library.fedlora_weighted_sum(
+            blocks, counts, weights, *tables, len(groups), workspace.data_ptr(), workspace.numel(), thread_count(), None
+        )
+        _check("weighted_sum", status)
         return results
 
     def procrustes_rotation(
@@ -146,6 +170,12 @@ class CpuBackend:
     def _svd(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (raw,) = self.core_svd([C])
         return raw.U, raw.S, raw.Vh, raw.info
+
+    def _needed(self, op: str) -> ctypes.CDLL:
+        library = self._load()
+        if library is None:
+            raise BackendError(f"backend 'cpu', {op}: {self._reason}")
+        return library
 
     def _load(self) -> ctypes.CDLL | None:
         with self._lock:
@@ -188,6 +218,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fedlora_isa.restype = ctypes.c_char_p
     library.fedlora_core_svd_workspace.argtypes = [table, count, count, ctypes.POINTER(ctypes.c_int64)]
     library.fedlora_core_svd.argtypes = [*[table] * 6, count, count, address, count, count, address]
+    library.fedlora_weighted_sum_workspace.argtypes = [table, count, ctypes.POINTER(count)]
+    counts = ctypes.POINTER(count)
+    library.fedlora_weighted_sum.argtypes = [table, counts, *[table] * 6, count, address, count, count, address]
 
 
 def _working_copy(group: Tensor) -> Tensor:
@@ -217,6 +250,17 @@ def _empty_svd(C: Tensor) -> RawSVD:
     )
 
 
+def _empty_sum(group: Blocks, dtype: torch.dtype) -> RawSum:
+    N = group.batch
+    return RawSum(
+        sum=torch.empty(N, group.p, group.q, dtype=dtype),
+        norm=torch.empty(N, dtype=torch.float64),
+        rounding=torch.empty(N, dtype=torch.float64),
+        info=torch.empty(N, dtype=torch.int32),
+        notes=torch.empty(N, dtype=torch.int32),
+    )
+
+
 def _rows(t: Tensor) -> Tensor:
     """(N, k) and (N,) as matrices of one row."""
     if t.dim() == 1:
@@ -234,9 +278,9 @@ def _table(groups: Sequence[Tensor]) -> ctypes.Array[_Block]:
     return table
 
 
-def _check(status: int) -> None:
+def _check(op: str, status: int) -> None:
     if status:
-        raise BackendError(f"backend 'cpu', core_svd: the library refused the call: {_STATUS_TEXT.get(status, status)}")
+        raise BackendError(f"backend 'cpu', {op}: the library refused the call: {_STATUS_TEXT.get(status, status)}")
 
 
 _forked = False

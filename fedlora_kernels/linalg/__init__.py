@@ -12,6 +12,7 @@ from fedlora_kernels.linalg.results import (
     QRResult,
     Rotation,
     SVDResult,
+    WeightedSum,
     info_text,
     note_text,
 )
@@ -25,6 +26,7 @@ from fedlora_kernels.linalg.rules import (
     SingularValueRatio,
     SingularValueSum,
 )
+from fedlora_kernels.linalg.sums import weighted_sum
 from fedlora_kernels.linalg.svd import core_svd, product_svd
 from fedlora_kernels.linalg.threshold import select_rank
 
@@ -45,6 +47,7 @@ __all__ = [
     "SVDResult",
     "SingularValueRatio",
     "SingularValueSum",
+    "WeightedSum",
     "align_factors",
     "core_svd",
     "info_text",
@@ -55,4 +58,5 @@ __all__ = [
     "select_rank",
     "stacked_qr",
     "update_gram",
+    "weighted_sum",
 ]

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import Factors, Stack
+from fedlora_kernels.backends.contract import Blocks, Factors, Stack
 from fedlora_kernels.errors import InputError, MismatchError
 from fedlora_kernels.linalg.arrays import Array, Caller, promote
 from fedlora_kernels.linalg.ragged import each_problem
@@ -25,6 +25,8 @@ __all__ = [
     "Matrices",
     "Part",
     "Problem",
+    "by_dtype",
+    "corner_problems",
     "factor_problems",
     "largest",
     "matrix_problems",
@@ -80,6 +82,14 @@ def stack_problems(caller: Caller, blocks: Any, weights: Any) -> list[Problem[St
     """Turn (blocks, weights) into problems for a backend; blocks is ``(..., m, R)`` or client blocks ``(..., m, r_k)``."""
     return [
         _stack_problem(caller, where, *values)
+        for where, values in each_problem(caller.function, blocks=blocks, weights=weights)
+    ]
+
+
+def corner_problems(caller: Caller, blocks: Any, weights: Any) -> list[Problem[Blocks]]:
+    """Turn (blocks, weights) into problems for a backend; blocks is ``(..., p, q)`` or client blocks ``(..., p_k, q_k)``."""
+    return [
+        _corner_problem(caller, where, *values)
         for where, values in each_problem(caller.function, blocks=blocks, weights=weights)
     ]
 
@@ -168,6 +178,21 @@ def _stack_problem(caller: Caller, where: str, blocks: Any, weights: Any) -> Pro
     return Problem(batch, ranks, promote(block.dtype for block in taken), sizes, parts)
 
 
+def _corner_problem(caller: Caller, where: str, blocks: Any, weights: Any) -> Problem[Blocks]:
+    names, taken = _take_blocks(caller, where, "blocks", blocks)
+    batch = _common_batch(where, names, taken)
+    p, q = (max(block.shape[axis] for block in taken) for axis in (-2, -1))
+    flat = [_flatten(block, batch) for block in taken]
+
+    def group(rows: Tensor | None, clients: tuple[int, ...], left: Tensor) -> Blocks:
+        picked = tuple(_pick(flat[k], rows) for k in clients) or (_pick(flat[0][:, :0, :0], rows),)
+        return Blocks(picked, left, p, q)
+
+    parts = _split(host_weights(where, weights, batch, len(taken)), caller.device, group)
+    sizes = {"p": p, "q": q, "K": len(taken), "N": math.prod(batch)}
+    return Problem(batch, (), promote(block.dtype for block in taken), sizes, parts)
+
+
 def _split(
     weights: Tensor, device: torch.device, group: Callable[[Tensor | None, tuple[int, ...], Tensor], G]
 ) -> tuple[Part[G], ...]:
@@ -202,6 +227,19 @@ def solve(
             pieces = [widen(problem, part, piece) for part, piece in zip(problem.parts, pieces, strict=True)]
         answers.append(merge(problem, pieces))
     return answers
+
+
+def by_dtype(
+    problems: Sequence[Problem[G]],
+    dtypes: Sequence[torch.dtype],
+    call: Callable[[torch.dtype], Callable[[list[G]], Sequence[T]]],
+) -> list[T]:
+    """Solve together what is answered in one dtype; one raw record per problem, in their order."""
+    raws: dict[int, T] = {}
+    for dtype in dict.fromkeys(dtypes):
+        members = [i for i, own in enumerate(dtypes) if own == dtype]
+        raws.update(zip(members, solve([problems[i] for i in members], call(dtype)), strict=True))
+    return [raws[i] for i in range(len(problems))]
 
 
 def largest(problems: Sequence[Problem[Any]]) -> dict[str, int]:

@@ -24,6 +24,7 @@ __all__ = [
     "QRResult",
     "Rotation",
     "SVDResult",
+    "WeightedSum",
     "Where",
     "info_text",
     "note_text",
@@ -64,6 +65,21 @@ class QRResult:
     Q: Array | None
     R: Array
     rank: Array
+    info: Array
+    notes: Array
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedSum:
+    """``sum_k w_k X_k``: sum (..., p, q) in the output dtype, rounded once from float64.
+
+    ``norm`` (...) float64 is the Frobenius norm of the sum and ``rounding`` (...) float64 that of what its dtype took away;
+    ``info``, ``notes`` (...) int32.
+    """
+
+    sum: Array
+    norm: Array
+    rounding: Array
     info: Array
     notes: Array
 

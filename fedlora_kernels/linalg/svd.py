@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
-from fedlora_kernels.backends.contract import Backend, Factors, RawProduct, RawSVD, RuleCode, RuleSpec
+from fedlora_kernels.backends.contract import Backend, RawProduct, RawSVD, RuleCode, RuleSpec
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.linalg.arrays import Array, Caller, parse_dtype
-from fedlora_kernels.linalg.blocks import Problem, factor_problems, matrix_problems, solve
+from fedlora_kernels.linalg.blocks import by_dtype, factor_problems, matrix_problems, solve
 from fedlora_kernels.linalg.call import run
 from fedlora_kernels.linalg.ragged import Ragged
 from fedlora_kernels.linalg.results import Certificate, ProductSVD, SVDResult
@@ -106,7 +102,7 @@ def product_svd(
     dtypes = [asked or caller.answer_dtype(problem.dtype) for problem in problems]
 
     def work(chosen: Backend) -> list[RawProduct]:
-        return _by_dtype(problems, dtypes, lambda dtype, groups: chosen.product_svd(groups, spec, output, dtype))
+        return by_dtype(problems, dtypes, lambda dtype: lambda groups: chosen.product_svd(groups, spec, output, dtype))
 
     return run(caller, problems, work, _product, like=B, backend=backend, check=check)
 
@@ -116,19 +112,6 @@ def _column_cap(spec: RuleSpec) -> int | None:
     if spec.code == RuleCode.RANK:
         caps.append(int(spec.value))
     return min(caps, default=None)
-
-
-def _by_dtype(
-    problems: Sequence[Problem[Factors]],
-    dtypes: Sequence[torch.dtype],
-    call: Callable[[torch.dtype, list[Factors]], list[RawProduct]],
-) -> list[RawProduct]:
-    """Solve together what is answered in one dtype; one raw record per problem, in their order."""
-    raws: dict[int, RawProduct] = {}
-    for dtype in dict.fromkeys(dtypes):
-        members = [i for i, own in enumerate(dtypes) if own == dtype]
-        raws.update(zip(members, solve([problems[i] for i in members], functools.partial(call, dtype)), strict=True))
-    return [raws[i] for i in range(len(problems))]
 
 
 def _product(*fields: Array) -> ProductSVD:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from fedlora_kernels.backends.contract import U64, Info, Note
 from fedlora_kernels.errors import MismatchError
-from fedlora_kernels.linalg import update_gram
+from fedlora_kernels.linalg import WeightedSum, update_gram, weighted_sum
 from fedlora_kernels.methods.contract import Group, Outcome, Pair, Spectrum
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "client_gram",
     "client_squares",
     "drift",
+    "factor_sums",
     "joined",
     "mean_outcome",
     "norms",
@@ -155,25 +156,45 @@ def _joined_pairs(pairs: Sequence[Pair | None]) -> Pair | None:
 
 
 def padded_mean(group: Group, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Means ``sum_k p_k s_k [B_k | 0]`` and ``sum_k p_k [A_k ; 0]`` in float64, padded to the largest rank.
+    """Means ``sum_k p_k s_k [B_k | 0]`` and ``sum_k p_k [A_k ; 0]`` in float64, padded to the largest rank; ``weight`` is p, (N, K)."""
+    B, A = factor_sums(group, weight, torch.float64)
+    return B.sum, A.sum
 
-    ``weight`` is p, (N, K). Sums run in client order, one client's block in float64 at a time.
-    """
-    r = max(group.ranks)
-    device = group.B[0].device
-    B = torch.zeros(group.batch, group.m, r, dtype=torch.float64, device=device)
-    A = torch.zeros(group.batch, r, group.n, dtype=torch.float64, device=device)
-    on_A = weight.to(device)[:, :, None, None]
-    on_B = (weight * group.scale).to(device)[:, :, None, None]
-    for k, rank in enumerate(group.ranks):
-        B[:, :, :rank] += group.B[k].to(torch.float64) * on_B[:, k]
-        A[:, :rank] += group.A[k].to(torch.float64) * on_A[:, k]
-    return B, A
+
+def factor_sums(group: Group, weight: Tensor, dtype: torch.dtype) -> tuple[WeightedSum, WeightedSum]:
+    """The same means rounded once to ``dtype``, each factor read once, with their norms; NaN of a client of weight 0 is not seen."""
+    options: dict[str, Any] = {"dtype": dtype, "check": False, "backend": group.backend}
+    B = weighted_sum(list(group.B), weights=weight * group.scale, **options)
+    return B, weighted_sum(list(group.A), weights=weight, **options)
 
 
 def mean_outcome(group: Group, weight: Tensor | None = None) -> Outcome:
     """Outcome of the padded factor means with weights ``weight`` (K,), by default the group's, with its exact drift."""
-    return chunked(group, lambda part: _mean_outcome(part, part.weight if weight is None else share(part, weight)))
+    p = group.weight if weight is None else share(group, weight)
+    B, A = factor_sums(group, p, group.dtype)
+    unknown = torch.full((group.batch,), math.nan, dtype=torch.float64)
+    error, bound, energy = unknown, unknown, None
+    if group.measure:
+        rounding = (B.rounding * A.norm + (B.norm + B.rounding) * A.rounding).cpu()
+        parts = [_drift_of_means(group, p, rounding, start, stop) for start, stop in chunks(group)]
+        error, bound, energy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Outcome(
+        B=B.sum,
+        A=A.sum,
+        rank=torch.full((group.batch,), B.sum.shape[-1], dtype=torch.int64),
+        error=error,
+        error_bound=bound,
+        notes=(B.notes | A.notes).cpu() & int(Note.ZERO),
+        info=(B.info | A.info).cpu(),
+        energy=energy,
+    )
+
+
+def _drift_of_means(
+    group: Group, weight: Tensor, rounding: Tensor, start: int, stop: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    part, p = group.part(start, stop), weight[start:stop]
+    return drift(part, p, *padded_mean(part, p), rounding[start:stop])
 
 
 def share(group: Group, weight: Tensor) -> Tensor:
@@ -181,11 +202,6 @@ def share(group: Group, weight: Tensor) -> Tensor:
     owned_by = weight * (group.weight != 0.0)
     total = owned_by.sum(1, keepdim=True)
     return torch.where(total > 0.0, owned_by * (weight.sum() / total), group.weight)
-
-
-def _mean_outcome(group: Group, weight: Tensor) -> Outcome:
-    mean_B, mean_A = padded_mean(group, weight)
-    return pair_outcome(group, mean_B, mean_A, lambda rounding: drift(group, weight, mean_B, mean_A, rounding))
 
 
 def pair_outcome(

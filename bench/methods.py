@@ -1,0 +1,275 @@
+"""Every method from files to files, 8 clients x 224 modules, against the loop over modules that a user would write, in one run.
+
+Shapes are those of TinyLlama's seven projections, over 32 layers. Ours is `aggregate` with ``out=``: reading,
+checking, combining, writing, reading back. The loop reads the same files with safetensors into dictionaries, works in plain torch
+float32 and writes one file; where a loop is too slow for all modules it is timed on a few of each shape, and the rest is in proportion
+(`modules timed`). The floor of both is reading the bytes of all clients and
+writing those of the answer, with nothing between. Methods of factor means are
+also timed with the exact distance from the weighted sum (``measure``), which the loops do not give. Accuracy: the largest relative
+distance of a module's product from the loop's own answer in float64.
+
+    python bench/methods.py [--quick] [--only NAME ...] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from method_peers import LOOPS, Clients, Made, Pairs
+from safetensors.torch import load_file, save_file
+from timing import machine, save
+from torch import Tensor
+
+import fedlora_kernels as fk
+from fedlora_kernels.methods.contract import method_class
+
+PREFIX = "base_model.model."
+SHAPES = {
+    "q": (1, 1),
+    "k": (0.125, 1),
+    "v": (0.125, 1),
+    "o": (1, 1),
+    "gate": (2.75, 1),
+    "up": (2.75, 1),
+    "down": (1, 2.75),
+}
+EQUAL = (16,) * 8
+MIXED = (4, 4, 8, 8, 16, 16, 32, 32)
+MIXED_METHODS = ("zero_pad", "hetlora", "prelort", "flora", "florist", "flexlora", "raflora", "geometric_median")
+FROZEN_METHODS = ("ffa", "rolora", "fedsvd")
+MEANS = ("fedit", "zero_pad", "hetlora", "ffa", "rolora", "fedsa", "prelort", "fedtree")
+"""Methods without a decomposition; the others have one in every module (flora and fedex: stacks of factors)."""
+
+
+def shapes(width: int, layers: int) -> dict[str, tuple[int, int]]:
+    """(m, n) of every module."""
+    return {
+        f"model.layers.{layer}.{name}_proj": (int(m * width), int(n * width))
+        for layer in range(layers)
+        for name, (m, n) in SHAPES.items()
+    }
+
+
+def write_clients(folder: Path, sizes: Mapping[str, tuple[int, int]], ranks: Sequence[int], frozen: bool) -> list[Path]:
+    """Write clients that share a base pair and differ by noise; A is common where it is ``frozen``."""
+    made = torch.Generator().manual_seed(0)
+    top = max(ranks)
+    base = {
+        n: (torch.randn(a, top, generator=made), torch.randn(top, b, generator=made)) for n, (a, b) in sizes.items()
+    }
+    paths = []
+    for k, r in enumerate(ranks):
+        state = {}
+        for name, (B, A) in base.items():
+            noise_B, noise_A = (0.3 * torch.randn(x.shape, generator=made) for x in (B, A))
+            state[f"{PREFIX}{name}.lora_B.weight"] = (B + noise_B)[:, :r].contiguous()
+            state[f"{PREFIX}{name}.lora_A.weight"] = (A if frozen else A + noise_A)[:r].contiguous()
+        config = {
+            "peft_type": "LORA",
+            "r": r,
+            "lora_alpha": 2 * r,
+            "target_modules": [f"{name}_proj" for name in SHAPES],
+        }
+        path = folder / f"client_{k}"
+        path.mkdir(parents=True)
+        save_file(state, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        paths.append(path)
+    return paths
+
+
+def read(paths: Sequence[Path], names: Sequence[str], dtype: torch.dtype = torch.float32) -> list[Pairs]:
+    """All clients by module, with the scale 2 in B."""
+    clients = []
+    for path in paths:
+        state = load_file(path / "adapter_model.safetensors")
+        pairs = {n: (state[f"{PREFIX}{n}.lora_B.weight"], state[f"{PREFIX}{n}.lora_A.weight"]) for n in names}
+        clients.append({n: (2.0 * B.to(dtype), A.to(dtype)) for n, (B, A) in pairs.items()})
+    return clients
+
+
+def write(folder: Path, made: Made) -> None:
+    """One file, as a user's script ends."""
+    state = {}
+    for name, (B, A) in made.items():
+        state[f"{PREFIX}{name}.lora_B.weight"], state[f"{PREFIX}{name}.lora_A.weight"] = B.contiguous(), A.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "adapter_model.safetensors")
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def few(sizes: Mapping[str, tuple[int, int]], count: int) -> list[str]:
+    """``count`` modules whose shapes stand in the proportion of the model; all of them for 0."""
+    names = list(sizes)
+    return names if count == 0 else names[:count]
+
+
+class Case:
+    """One method on its clients: ours, the loop, the floor."""
+
+    def __init__(self, name: str, paths: Sequence[Path], sizes: Mapping[str, tuple[int, int]], place: Path) -> None:
+        self.name, self.paths, self.sizes, self.place = name, list(paths), sizes, place
+        self.loop, count = LOOPS[name]
+        self.names = few(sizes, count)
+        self.weights = [(k + 1) / sum(range(1, len(paths) + 1)) for k in range(len(paths))]
+        self.options: dict[str, Any] = {"weights": self.weights}
+        self.per_client = "common" not in method_class(name).gives
+        self.before: Pairs = {}
+        if name == "fedtree":
+            self.options["weights"] = None
+        if name == "fedrot":
+            fk.aggregate(self.paths, "fedrot", out=place / "before", **self.options)
+            state = load_file(place / "before" / "adapter_model.safetensors")
+            keys = {n: (f"{PREFIX}{n}.lora_B.weight", f"{PREFIX}{n}.lora_A.weight") for n in sizes}
+            self.before = {n: (state[b], state[a]) for n, (b, a) in keys.items()}
+            self.options["previous"] = place / "before"
+
+    def ours(self, measure: bool = False) -> fk.Result:
+        """From files to files."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return fk.aggregate(
+                self.paths,
+                self.name,
+                out=self.place / "ours",
+                overwrite=True,
+                measure=measure,
+                per_client=self.per_client,
+                **self.options,
+            )
+
+    def theirs(self) -> dict[str, float]:
+        """Seconds of the loop's parts: reading, working (in proportion), writing what came out."""
+        clients: list[Pairs] = []
+        made: Made = {}
+        reading = seconds(lambda: clients.extend(read(self.paths, list(self.sizes))))
+        working = seconds(lambda: made.update(self.loop(clients, self.weights, self.before, self.names)))
+        writing = seconds(lambda: write(self.place / "theirs", made))
+        share = self._share()
+        return {"read": reading, "work": working / share, "write": writing / share}
+
+    def floor(self) -> float:
+        """Seconds of reading the bytes of all clients into memory and writing, durably, as many as ours wrote."""
+        sizes = [target.stat().st_size for target in sorted((self.place / "ours").rglob("*.safetensors"))]
+        buffer = bytearray(max((path / "adapter_model.safetensors").stat().st_size for path in self.paths))
+        wanted = memoryview(bytes(max(sizes)))
+
+        def both() -> None:
+            for path in self.paths:
+                with open(path / "adapter_model.safetensors", "rb", buffering=0) as file:
+                    while file.readinto(buffer):
+                        pass
+            for size in sizes:
+                with open(self.place / "copy", "wb", buffering=0) as file:
+                    done = 0
+                    while done < size:
+                        done += file.write(wanted[done:size])
+                    os.fsync(file.fileno())
+
+        return seconds(both)
+
+    def accuracy(self, result: fk.Result) -> tuple[float | None, float | None]:
+        """Largest relative distance of ours and of the loop from the loop in float64; None where the loop answers something else."""
+        if result.adapter is None or self.name in ("clair", "geometric_median"):
+            return None, None
+        names = self.names[: min(2, len(self.names))]
+        before = {n: (B.double(), A.double()) for n, (B, A) in self.before.items()}
+        exact = self._answer(read(self.paths, names, torch.float64), before, names)
+        single = self._answer(read(self.paths, names), self.before, names)
+        ours = {n: (result.adapter[n].B, result.adapter[n].A) for n in names}
+        return max(_distance(ours[n], exact[n]) for n in names), max(_distance(single[n], exact[n]) for n in names)
+
+    def _answer(self, clients: Clients, before: Pairs, names: Sequence[str]) -> Made:
+        torch.manual_seed(0)
+        return self.loop(clients, self.weights, before, names)
+
+    def _share(self) -> float:
+        cost = {n: float(m) * k for n, (m, k) in self.sizes.items()}
+        return sum(cost[n] for n in self.names) / sum(cost.values())
+
+
+def _distance(pair: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
+    product = exact[0].double() @ exact[1].double()
+    return float(torch.linalg.norm(pair[0].double() @ pair[1].double() - product) / torch.linalg.norm(product))
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder that goes away."""
+    folder = Path(tempfile.mkdtemp(prefix="fedlora-bench-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def compare(case: Case, repeats: int) -> dict[str, Any]:
+    """One row: medians of interleaved runs."""
+    result = case.ours()
+    accuracy = case.accuracy(result)
+    taken: dict[str, list[float]] = {"ours": [], "measured": [], "floor": [], "theirs": []}
+    for _ in range(repeats):
+        taken["ours"].append(seconds(case.ours))
+        taken["measured"].append(seconds(lambda: case.ours(measure=True)))
+        taken["floor"].append(case.floor())
+        taken["theirs"].append(sum(case.theirs().values()))
+    median = {name: statistics.median(times) for name, times in taken.items()}
+    row: dict[str, Any] = {"method": case.name, "kind": "means" if case.name in MEANS else "decomposition"}
+    row |= {f"{name}_s": value for name, value in median.items()}
+    row |= {"ratio": median["theirs"] / median["ours"], "times_floor": median["ours"] / median["floor"]}
+    row |= {"modules": len(case.sizes), "modules_timed": len(case.names), "runs": repeats}
+    row |= {"ours_distance": accuracy[0], "theirs_distance": accuracy[1], "work": _work(result)}
+    return row
+
+
+def _work(result: fk.Result) -> dict[str, float]:
+    return {stage: spent for stage, spent in result.report["seconds"].items() if math.isfinite(spent)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="4 layers, an eighth of the width")
+    parser.add_argument("--only", nargs="*", choices=sorted(LOOPS), help="these methods alone")
+    parser.add_argument("--json", help="write the figures here")
+    options = parser.parse_args()
+    sizes = shapes(256, 4) if options.quick else shapes(2048, 32)
+    print(machine())
+    rows = []
+    with scratch() as folder:
+        sets = {
+            "equal": write_clients(folder / "equal", sizes, EQUAL, frozen=False),
+            "mixed": write_clients(folder / "mixed", sizes, MIXED, frozen=False),
+            "frozen": write_clients(folder / "frozen", sizes, EQUAL, frozen=True),
+        }
+        for name in options.only or LOOPS:
+            kind = "mixed" if name in MIXED_METHODS else "frozen" if name in FROZEN_METHODS else "equal"
+            place = folder / "work"
+            place.mkdir()
+            row = compare(Case(name, sets[kind], sizes, place), 3) | {"ranks": kind}
+            shutil.rmtree(place)
+            rows.append(row)
+            print({key: (f"{value:.3g}" if isinstance(value, float) else value) for key, value in row.items()})
+    save(options.json, rows)
+
+
+if __name__ == "__main__":
+    main()

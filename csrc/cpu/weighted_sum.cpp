@@ -1,0 +1,312 @@
+// fedlora_weighted_sum: one pass over the blocks, float64 in registers and first-level cache, no temporary of their size.
+//
+// Every block is read once and the sum written once, so memory sets the pace. A matrix is cut into chunks of rows that
+// do not depend on the threads; each leaves its partial norms in the workspace, and they are added up in order.
+
+// Products and sums must round as they are written: torch's do, and so do those of every instruction set.
+#pragma GCC optimize("fp-contract=off")
+
+#include <omp.h>
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../include/fedlora.h"
+
+#ifdef __x86_64__
+#define FEDLORA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FEDLORA_CLONES
+#endif
+
+namespace {
+
+constexpr int64_t kTile = 1024;        // float64 accumulators: 8 KiB
+constexpr int64_t kChunk = 1 << 16;    // numbers of the sum in one task
+constexpr int kLanes = 8;
+
+struct Partial {
+    double squares, lost_squares;
+    int64_t nonfinite, overflow, nonzero;
+};
+
+struct Bfloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+inline float as_float(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline uint32_t as_bits(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+inline double widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline double widen(Bfloat16 x) { return as_float((uint32_t)x.bits << 16); }
+inline double widen(Float16 x) {
+    const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+    // exponents move by a multiplication, which is exact and gets subnormals right; 31 stands for Inf and NaN
+    const float finite = as_float(rest << 13) * as_float((254 - 15) << 23);
+    const uint32_t special = 0x7f800000u | (rest << 13);
+    return as_float((rest >= 0x7c00 ? special : as_bits(finite)) | sign);
+}
+
+inline void narrow(double x, float &out) { out = (float)x; }
+inline void narrow(double x, double &out) { out = x; }
+inline void narrow(double x, Bfloat16 &out) {
+    const uint32_t bits = as_bits((float)x);
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    out.bits = nan ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void narrow(double x, Float16 &out) {
+    const uint32_t bits = as_bits((float)x), sign = (bits >> 16) & 0x8000;
+    uint32_t rest = bits & 0x7fffffff;
+    if (rest > 0x7f800000) {
+        out.bits = (uint16_t)(sign | 0x7e00);
+    } else if (rest >= 0x477ff000) {  // 65520 and more round to infinity
+        out.bits = (uint16_t)(sign | 0x7c00);
+    } else if (rest < 0x38800000) {  // below the normal range: adding 1/2 rounds at the last subnormal bit
+        const float shifted = as_float(rest) + 0.5f;
+        out.bits = (uint16_t)(sign | (as_bits(shifted) - as_bits(0.5f)));
+    } else {
+        rest += 0xfff + ((rest >> 13) & 1);
+        out.bits = (uint16_t)(sign | ((rest - (112u << 23)) >> 13));
+    }
+}
+
+// acc[0..count) += w x
+template <class T>
+inline void add(double *acc, const T *x, int64_t stride, double w, int64_t count) {
+    if (stride == 1)
+        for (int64_t i = 0; i < count; ++i) acc[i] += w * widen(x[i]);
+    else
+        for (int64_t i = 0; i < count; ++i) acc[i] += w * widen(x[i * stride]);
+}
+
+#define FEDLORA_ADD(name, T) \
+    FEDLORA_CLONES void name(double *acc, const T *x, int64_t stride, double w, int64_t count) { add(acc, x, stride, w, count); }
+FEDLORA_ADD(add_float32, float)
+FEDLORA_ADD(add_float64, double)
+FEDLORA_ADD(add_bfloat16, Bfloat16)
+FEDLORA_ADD(add_float16, Float16)
+
+// out = acc, and what that says of the matrix. Lanes are added up at the end, in order.
+template <class T>
+inline void store(const double *acc, T *out, int64_t stride, int64_t count, Partial &partial) {
+    double squares[kLanes] = {}, lost[kLanes] = {};
+    int64_t nonfinite = 0, overflow = 0, nonzero = 0;
+    for (int64_t begin = 0; begin < count; begin += kLanes) {
+        const int64_t end = count - begin < kLanes ? count - begin : kLanes;
+        for (int64_t i = 0; i < end; ++i) {
+            const double x = acc[begin + i];
+            T &rounded = out[(begin + i) * stride];
+            narrow(x, rounded);
+            const double kept = widen(rounded), gap = x - kept;
+            squares[i] += x * x;
+            lost[i] += gap * gap;
+            nonfinite |= !(std::fabs(x) <= DBL_MAX);
+            overflow |= !(std::fabs(kept) <= DBL_MAX);
+            nonzero |= x != 0.0;
+        }
+    }
+    for (int i = 0; i < kLanes; ++i) {
+        partial.squares += squares[i];
+        partial.lost_squares += lost[i];
+    }
+    partial.nonfinite |= nonfinite;
+    partial.overflow |= overflow;
+    partial.nonzero |= nonzero;
+}
+
+#define FEDLORA_STORE(name, T) \
+    FEDLORA_CLONES void name(const double *acc, T *out, int64_t stride, int64_t count, Partial &partial) { store(acc, out, stride, count, partial); }
+FEDLORA_STORE(store_float32, float)
+FEDLORA_STORE(store_float64, double)
+FEDLORA_STORE(store_bfloat16, Bfloat16)
+FEDLORA_STORE(store_float16, Float16)
+
+int64_t size_of(int64_t dtype) {
+    switch (dtype) {
+        case FEDLORA_FLOAT64: return 8;
+        case FEDLORA_FLOAT32: return 4;
+        default: return 2;
+    }
+}
+
+bool is_float(int64_t dtype) { return dtype >= FEDLORA_FLOAT32 && dtype <= FEDLORA_FLOAT16 && dtype != FEDLORA_INT32; }
+
+void add_any(const fedlora_block &X, int64_t offset, int64_t stride, double *acc, double w, int64_t count) {
+    const char *x = (const char *)X.data + offset * size_of(X.dtype);
+    switch (X.dtype) {
+        case FEDLORA_FLOAT64: return add_float64(acc, (const double *)x, stride, w, count);
+        case FEDLORA_FLOAT32: return add_float32(acc, (const float *)x, stride, w, count);
+        case FEDLORA_BFLOAT16: return add_bfloat16(acc, (const Bfloat16 *)x, stride, w, count);
+        default: return add_float16(acc, (const Float16 *)x, stride, w, count);
+    }
+}
+
+void store_any(const fedlora_block &S, int64_t offset, const double *acc, int64_t stride, int64_t count, Partial &partial) {
+    char *out = (char *)S.data + offset * size_of(S.dtype);
+    switch (S.dtype) {
+        case FEDLORA_FLOAT64: return store_float64(acc, (double *)out, stride, count, partial);
+        case FEDLORA_FLOAT32: return store_float32(acc, (float *)out, stride, count, partial);
+        case FEDLORA_BFLOAT16: return store_bfloat16(acc, (Bfloat16 *)out, stride, count, partial);
+        default: return store_float16(acc, (Float16 *)out, stride, count, partial);
+    }
+}
+
+struct Problem {
+    const fedlora_block *X;
+    int64_t count;
+    fedlora_block weights, sum, norm, rounding, info, notes;
+};
+
+double weight(const Problem &p, int64_t i, int64_t k) {
+    return ((const double *)p.weights.data)[i * p.weights.row_stride + k * p.weights.col_stride];
+}
+
+bool packed(const fedlora_block &b, int64_t cols) { return b.cols == cols && b.row_stride == cols && b.col_stride == 1; }
+
+// Whether rows follow one another without gaps, in the sum and in every block: then a chunk is one run.
+bool is_packed(const Problem &p) {
+    bool all = packed(p.sum, p.sum.cols);
+    for (int64_t k = 0; k < p.count; ++k) all = all && packed(p.X[k], p.sum.cols);
+    return all;
+}
+
+int64_t rows_of_chunk(const fedlora_block &sum) {
+    const int64_t rows = kChunk / (sum.cols > 0 ? sum.cols : 1);
+    return rows > 0 ? rows : 1;
+}
+
+int64_t chunks_of(const fedlora_block &sum) {
+    const int64_t step = rows_of_chunk(sum);
+    return (sum.rows + step - 1) / step;
+}
+
+// Columns [begin, begin + count) of the run that starts at element (row, 0): packed runs go on over the rows.
+void run_tile(const Problem &p, bool packed_run, int64_t i, int64_t row, int64_t begin, int64_t count, Partial &partial) {
+    double acc[kTile];
+    std::memset(acc, 0, sizeof(double) * (size_t)count);
+    for (int64_t k = 0; k < p.count; ++k) {
+        const fedlora_block &X = p.X[k];
+        const int64_t whole = packed_run ? (X.rows - row) * X.cols : row < X.rows ? X.cols : 0;
+        const int64_t there = whole - begin < count ? whole - begin : count;
+        if (there <= 0) continue;
+        const int64_t offset = i * X.batch_stride + row * X.row_stride + begin * X.col_stride;
+        add_any(X, offset, X.col_stride, acc, weight(p, i, k), there);
+    }
+    const int64_t offset = i * p.sum.batch_stride + row * p.sum.row_stride + begin * p.sum.col_stride;
+    store_any(p.sum, offset, acc, p.sum.col_stride, count, partial);
+}
+
+void run_span(const Problem &p, bool packed_run, int64_t i, int64_t row, int64_t length, Partial &partial) {
+    for (int64_t begin = 0; begin < length; begin += kTile)
+        run_tile(p, packed_run, i, row, begin, length - begin < kTile ? length - begin : kTile, partial);
+}
+
+void run_chunk(const Problem &p, bool packed_run, int64_t i, int64_t chunk, Partial &partial) {
+    const int64_t step = rows_of_chunk(p.sum), first = chunk * step;
+    const int64_t last = first + step < p.sum.rows ? first + step : p.sum.rows;
+    partial = {};
+    if (packed_run) return run_span(p, true, i, first, (last - first) * p.sum.cols, partial);
+    for (int64_t row = first; row < last; ++row) run_span(p, false, i, row, p.sum.cols, partial);
+}
+
+template <class T>
+T &element(const fedlora_block &b, int64_t i) {
+    return ((T *)b.data)[i * b.batch_stride];
+}
+
+void finish(const Problem &p, int64_t i, const Partial *partials, int64_t chunks) {
+    Partial all = {};
+    for (int64_t c = 0; c < chunks; ++c) {
+        all.squares += partials[c].squares;
+        all.lost_squares += partials[c].lost_squares;
+        all.nonfinite |= partials[c].nonfinite;
+        all.overflow |= partials[c].overflow;
+        all.nonzero |= partials[c].nonzero;
+    }
+    element<double>(p.norm, i) = std::sqrt(all.squares);
+    element<double>(p.rounding, i) = std::sqrt(all.lost_squares);
+    element<int32_t>(p.info, i) = all.nonfinite ? FEDLORA_INFO_NONFINITE : all.overflow ? FEDLORA_INFO_OVERFLOW : 0;
+    element<int32_t>(p.notes, i) = all.nonzero ? 0 : FEDLORA_NOTE_ZERO;
+}
+
+bool scalar(const fedlora_block &b, int64_t dtype, int64_t batch) {
+    return b.rows == 1 && b.cols == 1 && b.batch == batch && b.dtype == dtype;
+}
+
+int check(const Problem &p) {
+    const int64_t batch = p.sum.batch;
+    if (!is_float(p.sum.dtype)) return FEDLORA_BAD_DTYPE;
+    if (p.count < 0 || batch < 0 || p.sum.rows < 0 || p.sum.cols < 0) return FEDLORA_BAD_SHAPE;
+    if (p.weights.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
+    if (p.weights.rows != batch || p.weights.cols != p.count) return FEDLORA_BAD_SHAPE;
+    for (int64_t k = 0; k < p.count; ++k) {
+        if (!is_float(p.X[k].dtype)) return FEDLORA_BAD_DTYPE;
+        const fedlora_block &X = p.X[k];
+        if (X.batch != batch || X.rows < 0 || X.cols < 0 || X.rows > p.sum.rows || X.cols > p.sum.cols) return FEDLORA_BAD_SHAPE;
+    }
+    const bool fit = scalar(p.norm, FEDLORA_FLOAT64, batch) && scalar(p.rounding, FEDLORA_FLOAT64, batch) &&
+                     scalar(p.info, FEDLORA_INT32, batch) && scalar(p.notes, FEDLORA_INT32, batch);
+    return fit ? FEDLORA_OK : FEDLORA_BAD_SHAPE;
+}
+
+// All chunks of all matrices of a group over the threads, then the matrices' totals.
+void run_group(const Problem &p, Partial *partials, int threads) {
+    const int64_t chunks = chunks_of(p.sum), tasks = chunks * p.sum.batch;
+    const bool packed_run = is_packed(p);
+#pragma omp parallel for num_threads(tasks < threads ? (tasks > 0 ? (int)tasks : 1) : threads) schedule(dynamic)
+    for (int64_t t = 0; t < tasks; ++t) run_chunk(p, packed_run, t / chunks, t % chunks, partials[t]);
+    for (int64_t i = 0; i < p.sum.batch; ++i) finish(p, i, partials + i * chunks, chunks);
+}
+
+int64_t workspace_bytes_of(const fedlora_block *sum, int64_t groups) {
+    int64_t most = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t tasks = chunks_of(sum[g]) * sum[g].batch;
+        most = tasks > most ? tasks : most;
+    }
+    return most * (int64_t)sizeof(Partial);
+}
+
+}  // namespace
+
+extern "C" {
+
+int fedlora_weighted_sum_workspace(const fedlora_block *sum, int64_t groups, int64_t *bytes) {
+    if (!sum || !bytes || groups < 0) return FEDLORA_BAD_ARGUMENT;
+    *bytes = workspace_bytes_of(sum, groups) + 64;
+    return FEDLORA_OK;
+}
+
+int fedlora_weighted_sum(const fedlora_block *X, const int64_t *counts, const fedlora_block *weights,
+                         const fedlora_block *sum, const fedlora_block *norm, const fedlora_block *rounding,
+                         const fedlora_block *info, const fedlora_block *notes, int64_t groups, void *workspace,
+                         int64_t workspace_bytes, int64_t threads, void *) {
+    if (!X || !counts || !weights || !sum || !norm || !rounding || !info || !notes || !workspace || groups < 0 || threads < 1)
+        return FEDLORA_BAD_ARGUMENT;
+    const fedlora_block *blocks = X;
+    for (int64_t g = 0; g < groups; blocks += counts[g], ++g)
+        if (const int status = check({blocks, counts[g], weights[g], sum[g], norm[g], rounding[g], info[g], notes[g]})) return status;
+    if (workspace_bytes < workspace_bytes_of(sum, groups) + 64) return FEDLORA_BAD_WORKSPACE;
+    Partial *partials = (Partial *)(((uintptr_t)workspace + 63) / 64 * 64);
+    blocks = X;
+    for (int64_t g = 0; g < groups; blocks += counts[g], ++g)
+        run_group({blocks, counts[g], weights[g], sum[g], norm[g], rounding[g], info[g], notes[g]}, partials, (int)threads);
+    return FEDLORA_OK;
+}
+
+}  // extern "C"
