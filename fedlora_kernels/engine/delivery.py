@@ -25,6 +25,7 @@ from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.output import FolderOutput, MemoryOutput, Output, resize_pair
 from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.engine.state import REPORT_NAME, STATE_NAME, State, StateWriter
+from fedlora_kernels.errors import InputError
 from fedlora_kernels.methods.contract import Memory
 
 __all__ = ["Delivered", "Delivery", "ModuleOutput", "client_folders"]
@@ -121,6 +122,8 @@ class Delivery:
         self._memory = memory
         if "common" in self._settings.method.gives:
             self._output("")  # an output without modules is refused below
+        elif not self._outputs.keys() - {"residual"}:
+            raise InputError("no modules to write; every module was zero or left out")
         for place, output in self._outputs.items():
             owners, extras = self._cohort.adapters, kept
             if place in self._places:
