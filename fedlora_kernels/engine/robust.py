@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.methods.robust import RobustRule, Verdict, describe_verdict, near_twins
 
 __all__ = ["apply_rule"]
+
+MOST_TWINS = 100
+"""Pairs of near twins that a report lists."""
 
 
 def apply_rule(rule: RobustRule, cohort: Cohort, gram: np.ndarray) -> dict[str, Any]:
@@ -21,7 +25,7 @@ def apply_rule(rule: RobustRule, cohort: Cohort, gram: np.ndarray) -> dict[str, 
     """
     names = [client.name for client in cohort.clients]
     told: dict[str, Any] = {"name": rule.name, "options": rule.options(), "scope": rule.scope}
-    told["near_twins"] = [[names[i], names[j]] for i, j in near_twins(gram.sum(0))]
+    told["near_twins"] = [[names[i], names[j]] for i, j in near_twins(gram.sum(0))[:MOST_TWINS]]
     if rule.scope == "matrix":
         verdicts = _per_matrix(rule, cohort, gram)
         told["modules"] = {name: describe_verdict(v, [names[k] for k in own]) for name, (v, own) in verdicts.items()}
@@ -46,7 +50,10 @@ def _per_matrix(rule: RobustRule, cohort: Cohort, gram: np.ndarray) -> dict[str,
     verdicts = {}
     for row, name in enumerate(cohort.modules):
         own = np.flatnonzero(cohort.owns[row])
-        verdict = rule.coefficients(gram[row][np.ix_(own, own)], table[row, own])
+        try:
+            verdict = rule.coefficients(gram[row][np.ix_(own, own)], table[row, own])
+        except InputError as error:
+            raise type(error)(f"module {printable(name)!r}: {error}") from None
         table[row, own], factors[row, own] = verdict.weight, verdict.factor
         verdicts[name] = (verdict, own.tolist())
     _scale(cohort, factors)
