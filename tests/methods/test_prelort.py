@@ -198,6 +198,17 @@ def test_weight_zero_is_no_contributor():
     assert float(outcome.error[0]) < 10
 
 
+def test_weight_zero_in_one_module_alone_does_not_enter_it():
+    problems = [standard(m=37, n=29, ranks=(4, 8), seed=seed) for seed in (0, 1)]
+    problems[1] = replace(problems[1], weight=[1.0, 0.0])
+    problems[1].B[1][0, 0] = problems[1].A[1][0, 0] = float("nan")
+    outcome = make_method("prelort", {}).combine(batch(problems), None, None)
+    assert outcome.info.tolist() == [0, 0]
+    for i, problem in enumerate(problems):
+        assert distance(outcome.B[i].double() @ outcome.A[i].double(), product(problem.run("prelort"))) < 1e-12
+        assert float(outcome.error[i]) == pytest.approx(float(problem.run("prelort").error[0]), rel=1e-9, abs=1e-12)
+
+
 def test_one_client_is_returned_and_higher_segments_kept():
     p = standard(m=37, n=29, ranks=(5,), scale=(3.0,))
     assert distance(product(p.run("prelort")), p.dense()) < 1e-14

@@ -184,6 +184,17 @@ def test_weight_zero_is_no_contributor():
     assert float(outcome.error[0]) < 1e-12
 
 
+def test_weight_zero_in_one_module_alone_does_not_enter_it():
+    problems = [standard(m=37, n=29, ranks=(4, 8), seed=seed) for seed in (0, 1)]
+    problems[1] = replace(problems[1], weight=[1.0, 0.0])
+    problems[1].B[1][0, 0] = problems[1].A[1][0, 0] = float("nan")
+    outcome = make_method("raflora", {}).combine(batch(problems), None, None)
+    assert outcome.info.tolist() == [0, 0]
+    for i, problem in enumerate(problems):
+        assert distance(outcome.B[i].double() @ outcome.A[i].double(), product(problem.run("raflora"))) < 1e-12
+        assert float(outcome.error[i]) == pytest.approx(float(problem.run("raflora").error[0]), rel=1e-9, abs=1e-12)
+
+
 @pytest.mark.parametrize("missing", ["zero", "renormalize"])
 def test_a_missing_module_counts_as_zero_in_every_segment_or_not_at_all(missing):
     p = standard(m=37, n=29, ranks=(3, 3, 0), counts=(1, 1, 2), scale=(1.0, 3.0, 0.0))
