@@ -1,0 +1,165 @@
+"""FedRot-LoRA: the mean of factors after every client's pair is rotated towards the last broadcast (arXiv 2602.23638)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.backends.contract import U64, Info
+from fedlora_kernels.errors import InputError, MismatchError
+from fedlora_kernels.linalg import Ragged, procrustes_rotation
+from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
+from fedlora_kernels.methods.factors import (
+    chunks,
+    drift,
+    joined,
+    mean_outcome,
+    norms,
+    padded_mean,
+    pair_outcome,
+    require_equal_ranks,
+    share,
+)
+
+__all__ = ["FedRot"]
+
+_CHOICES = {"first": ("A", "B"), "group": ("SO", "O"), "weights": ("samples", "uniform")}
+
+
+@register
+@dataclass(frozen=True)
+class FedRot(Method):
+    """``(B_k, A_k) -> (s_k B_k Q_k, Q_k^T A_k)``, then the mean of each factor; the products do not change.
+
+    Q_k turns A_k towards the A broadcast last (A-rounds) or s_k B_k towards the B (B-rounds), in turns; round 0 has nothing to
+    turn to. ``lam`` is the part of the way: Q_k is the polar factor of ``(1 - lam) I + lam R_k``, R_k the best rotation.
+    Ours: the default of ``lam``, and that of several best rotations the one closest to the identity is taken, so that a
+    factor or a reference of zero leaves the client as it is. The authors' code may answer a reflection there; ``group="O"``
+    allows reflections, for ``lam = 1`` only.
+
+    Attributes:
+        lam: soft rotation, 0 (FedIT) to 1 (the best rotation).
+        first: the factor that round 1 aligns; odd rounds are its rounds.
+        group: "SO", rotations, or "O", reflections too.
+        weights: "samples", those of the clients, or "uniform", 1/K of the paper's formulas.
+    """
+
+    name: ClassVar[str] = "fedrot"
+    summary: ClassVar[str] = "factor means after rotating each pair towards the last broadcast"
+    exact: ClassVar[str] = "no (smaller error than FedIT when clients are rotated)"
+    broadcast: ClassVar[str] = "mean of aligned pairs"
+    download: ClassVar[str] = "r(m+n)"
+    equal_ranks: ClassVar[bool] = True
+    reads_previous: ClassVar[str | None] = "pair"
+    needs_previous: ClassVar[bool] = True
+    needs_round: ClassVar[bool] = True
+
+    lam: float = 0.5
+    first: Literal["A", "B"] = "A"
+    group: Literal["SO", "O"] = "SO"
+    weights: Literal["samples", "uniform"] = "samples"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if isinstance(self.lam, bool) or not isinstance(self.lam, (int, float)) or not 0.0 <= self.lam <= 1.0:
+            raise InputError(f"fedrot: lam is {self.lam!r}; 0 <= lam <= 1 is needed")
+        for name, choices in _CHOICES.items():
+            if (found := getattr(self, name)) not in choices:
+                needed = " or ".join(map(repr, choices))
+                raise InputError(f"fedrot: {name} is {found!r}; {needed} is needed")
+        if self.group == "O" and self.lam != 1.0:
+            raise InputError(
+                f"fedrot: group is 'O' with lam {self.lam!r}; a reflection has no half way: 'SO' or lam 1 is needed"
+            )
+
+    def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
+        """Combine one group. MismatchError where ranks differ, or the previous pair has another."""
+        require_equal_ranks(group, self.name)
+        uniform = torch.full((len(group.B),), 1.0 / max(1, len(group.B)), dtype=torch.float64)
+        weight = uniform if self.weights == "uniform" else None
+        rank = max(group.ranks, default=0)
+        if group.round == 0 or self.lam == 0.0 or rank == 0 or (rank == 1 and self.group == "SO"):
+            return mean_outcome(group, weight)
+        keep = [k for k, owned in enumerate(group.ranks) if owned > 0 and bool((group.weight[:, k] != 0.0).any())]
+        turns, info = self._rotations(group, keep, _reference(group, previous, self.aligned_factor(group.round)))
+        table = group.weight if weight is None else share(group, weight)
+        outcome = joined(
+            [
+                _turned_mean(group.part(start, stop), table[start:stop], {k: Q[start:stop] for k, Q in turns.items()})
+                for start, stop in chunks(group)
+            ]
+        )
+        assert outcome.info is not None
+        return dataclasses.replace(outcome, info=outcome.info | info)
+
+    def aligned_factor(self, round: int) -> str:  # noqa: A002
+        """The factor, "A" or "B", that is turned towards the reference in this round."""
+        return self.first if round % 2 else ("B" if self.first == "A" else "A")
+
+    def _rotations(self, group: Group, keep: Sequence[int], reference: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+        """Rotation (N, r, r) of each of the clients ``keep``, float64; (N,) int32, where one failed."""
+        by_A = self.aligned_factor(group.round) == "A"
+        sources = [group.A[k].mT if by_A else group.B[k] for k in keep]
+        targets = [reference if by_A else _signed(reference, group.scale[:, k]) for k in keep]
+        rotations = procrustes_rotation(
+            Ragged(sources),
+            Ragged(targets),
+            special=self.group == "SO",
+            blend=self.lam,
+            check=False,
+            backend=group.backend,
+        )
+        info = torch.zeros(group.batch, dtype=torch.int32)
+        for rotation in rotations:
+            info |= (rotation.info & int(Info.NOT_CONVERGED)).cpu()
+        return {k: rotation.Q for k, rotation in zip(keep, rotations, strict=True)}, info
+
+
+def _turned_mean(group: Group, weight: Tensor, turns: Mapping[int, Tensor]) -> Outcome:
+    """Outcome of the factor means over the turned pairs, ``weight`` (N, K); only the clients in ``turns`` (N, r, r) turn."""
+    B, A = list(group.B), list(group.A)
+    for k, Q in turns.items():
+        B[k], A[k] = B[k].to(torch.float64) @ Q, Q.mT @ A[k].to(torch.float64)
+    turned = dataclasses.replace(group, B=tuple(B), A=tuple(A))
+    mean_B, mean_A = padded_mean(turned, weight)
+
+    def gap(rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return drift(turned, weight, mean_B, mean_A, rounding + _moved(group, turns))
+
+    return pair_outcome(group, mean_B, mean_A, gap)
+
+
+def _moved(group: Group, turns: Mapping[int, Tensor]) -> Tensor:
+    """How far turning in float64 can move D, (N,) float64."""
+    total = torch.zeros(group.batch, dtype=torch.float64)
+    for k in turns:
+        r = group.ranks[k]
+        size = norms(group.B[k]) * norms(group.A[k]) * (group.weight[:, k] * group.scale[:, k]).abs()
+        # each product with Q misses r^(3/2) u64 at most, Q^T Q misses the identity by 16 u64 per entry
+        total += (2 * r**1.5 + 16 * r) * U64 * size
+    return total
+
+
+def _reference(group: Group, previous: Previous | None, side: str) -> Tensor:
+    """The factor to turn to, its r directions as columns, on the device of the group. MismatchError where r is another."""
+    pair = None if previous is None else (previous.A if side == "A" else previous.B)
+    if pair is None:
+        raise InputError(f"fedrot: round {group.round} has no previous pair; the pair broadcast last is needed")
+    reference = (pair.mT if side == "A" else pair).to(group.device)
+    rank, found = max(group.ranks), reference.shape[-1]
+    if found != rank:
+        raise MismatchError(
+            f"module {group.modules[0]!r}: the previous pair has rank {found}, the clients have rank {rank}; "
+            "method 'fedrot' needs one rank. Give the pair that was broadcast last"
+        )
+    return reference
+
+
+def _signed(reference: Tensor, scale: Tensor) -> Tensor:
+    """The reference (N, rows, r) for a B whose scale (N,) is not folded in yet: a rotation sees only its sign."""
+    return reference if bool((scale > 0.0).all()) else reference * scale.sign().to(reference)[:, None, None]
