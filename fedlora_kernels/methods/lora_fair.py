@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -87,7 +88,8 @@ class LoraFair(Method):
             signs[:, -1] = -1.0
             return stack_error(group, [*gap.lefts(), correction], [*gap.rights(), mean_A], signs, rounding)
 
-        return pair_outcome(group, mean_B + correction, mean_A, distance)
+        outcome = pair_outcome(group, mean_B + correction, mean_A, distance)
+        return dataclasses.replace(outcome, info=outcome.info | frame.info)  # type: ignore[operator]
 
     def _descent(self, group: Group, start: Tensor, missed: Tensor, S: Tensor) -> Tensor:
         """``X V - Bbar V`` (N, m, k) after all steps, from ``start = Bbar V``, ``missed = (D - Bbar Abar) W`` and S (N, k).
@@ -112,17 +114,18 @@ class LoraFair(Method):
 
 
 class _Frame(NamedTuple):
-    """``Abar = V diag(S) W^T`` with k = min(r, n): V (N, r, k), S (N, k), W (N, n, k), float64."""
+    """``Abar = V diag(S) W^T`` with k = min(r, n): V (N, r, k), S (N, k), W (N, n, k), float64; ``info`` (N,) on the host."""
 
     V: Tensor
     S: Tensor
     W: Tensor
+    info: Tensor
 
 
 def _frame(group: Group, mean_A: Tensor) -> _Frame:
     qr = stacked_qr(mean_A.mT, mode="reduced", check=False, backend=group.backend)
     svd = core_svd(qr.R, check=False, backend=group.backend)
-    return _Frame(svd.Vh.mT, svd.S, qr.Q @ svd.U)
+    return _Frame(svd.Vh.mT, svd.S, qr.Q @ svd.U, (qr.info | svd.info).cpu())
 
 
 def _filter(S: Tensor, lam: float) -> Tensor:

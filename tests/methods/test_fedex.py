@@ -195,6 +195,9 @@ def test_batch_answers_each_module_by_itself():
         rank = int(alone.residual.rank[0])
         assert int(outcome.residual.rank[i]) == rank
         assert distance(residual(outcome, i), residual(alone)) < 1e-14
+        for x, y in zip(outcome.residual[:2], alone.residual[:2], strict=True):  # the same factors, not a like product
+            cut = (slice(None), slice(rank)) if x is outcome.residual.B else (slice(rank),)
+            torch.testing.assert_close(x[i][cut], y[0][cut], rtol=0, atol=1e-10)
         assert not outcome.residual.B[i, :, rank:].any()
         assert not outcome.residual.A[i, rank:].any()
         assert distance(outcome.B[i] @ outcome.A[i] + residual(outcome, i), problem.dense()) < 1e-13
@@ -219,6 +222,16 @@ def test_a_gauge_changes_the_pair_and_not_the_sum():
         second = changed.run("fedex")
         assert distance(total(first), total(second)) < 1e-12
         assert distance(product(first), product(second)) > 0.05
+
+
+def test_rotated_copies_are_mended_by_the_residual():
+    one = identical(1)
+    made = torch.Generator().manual_seed(2)
+    turns = [torch.linalg.qr(torch.randn(6, 6, generator=made, dtype=torch.float64))[0] for _ in range(4)]
+    B, A = [one.B[0] @ q for q in turns], [q.T @ one.A[0] for q in turns]
+    outcome = Problem(B, A, [3.0] * 4, normalised([1, 2, 3, 4])).run("fedex")
+    assert distance(product(outcome), one.dense()) > 0.3
+    assert distance(total(outcome), one.dense()) < 1e-13
 
 
 @pytest.mark.parametrize("change", [lambda p: p.permuted([3, 0, 2, 1]), lambda p: split(p, 3)], ids=["order", "split"])

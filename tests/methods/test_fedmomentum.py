@@ -117,11 +117,12 @@ def test_batch_answers_each_module_by_itself():
         [1.0] * 4,
         unequal().weight,
     )
-    problems = [unequal(), low, unequal(seed=4), identical(4)]
-    outcome = make_method("fedmomentum", {}).combine(batch_of(problems), None, None)
+    uneven = replace(unequal(seed=4), weight=[0.01, 0.04, 0.15, 0.8])
+    problems = [unequal(), low, uneven, identical(4)]
+    outcome = make_method("fedmomentum", {"energy": 0.99}).combine(batch_of(problems), None, None)
     ranks = []
     for i, problem in enumerate(problems):
-        alone = problem.run("fedmomentum")
+        alone = problem.run("fedmomentum", energy=0.99)
         p, q = int(outcome.rank[i]), int(outcome.residual.rank[i])
         ranks.append((p, q > 0))
         assert (p, q) == (int(alone.rank[0]), int(alone.residual.rank[0]))
@@ -130,6 +131,7 @@ def test_batch_answers_each_module_by_itself():
         assert not outcome.residual.B[i, :, q:].any()
         assert not outcome.residual.A[i, q:].any()
     assert ranks == [(6, True), (2, False), (6, True), (6, False)]
+    assert int(outcome.residual.rank[0]) != int(outcome.residual.rank[2])
 
 
 def test_a_sum_of_low_rank_has_no_residual_and_the_client_still_receives_r():
