@@ -284,7 +284,8 @@ def stack_error(
 def _squared_norm(B: Sequence[Tensor], A: Sequence[Tensor], weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """``|sum_k w_k B_k A_k|_F^2`` (N,) and a bound of its absolute error."""
     gram = update_gram(list(B), list(A), weights=weight, check=False, backend=backend).cpu()
-    terms = torch.stack([norms(b) * norms(a) for b, a in zip(B, A, strict=True)], 1) * weight.abs()
+    sizes = torch.stack([norms(b) * norms(a) for b, a in zip(B, A, strict=True)], 1)
+    terms = torch.where(weight != 0.0, sizes * weight.abs(), 0.0)  # what has no weight may be NaN
     return gram.sum((1, 2)).clamp(min=0.0), 18.0 * U64 * terms.sum(1) ** 2
 
 

@@ -139,7 +139,8 @@ def _moved(group: Group, turns: Mapping[int, Tensor]) -> Tensor:
     total = torch.zeros(group.batch, dtype=torch.float64)
     for k in turns:
         r = group.ranks[k]
-        size = norms(group.B[k]) * norms(group.A[k]) * (group.weight[:, k] * group.scale[:, k]).abs()
+        folded = (group.weight[:, k] * group.scale[:, k]).abs()
+        size = torch.where(folded > 0.0, norms(group.B[k]) * norms(group.A[k]) * folded, 0.0)
         # each product with Q misses r^(3/2) u64 at most, Q^T Q misses the identity by 16 u64 per entry
         total += (2 * r**1.5 + 16 * r) * U64 * size
     return total

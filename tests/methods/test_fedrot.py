@@ -548,6 +548,21 @@ def test_a_value_that_is_not_finite_marks_its_module_alone(bad, factor):
         assert float(outcome.error[i]) == pytest.approx(float(clean.error[i]), rel=1e-10)
 
 
+@backends
+def test_a_client_of_weight_zero_in_one_module_is_not_seen_there(backend):
+    group, previous = batch(3)
+    group.weight[1] = torch.tensor([0.4, 0.0, 0.6], dtype=torch.float64)
+    group = replace(group, backend=backend)
+    clean = make_method("fedrot", {}).combine(group, None, previous)
+    group.B[1][1, 2, 3], group.A[1][1, 0, 0] = math.nan, math.inf
+    outcome = make_method("fedrot", {}).combine(group, None, previous)
+    assert outcome.info.tolist() == [0, 0, 0]
+    for got, wanted in ((outcome.B, clean.B), (outcome.A, clean.A)):
+        assert distance(got, wanted) < 1e-13
+    torch.testing.assert_close(outcome.error, clean.error)
+    torch.testing.assert_close(outcome.error_bound, clean.error_bound)
+
+
 def test_a_result_beyond_its_dtype_is_marked():
     outcome = replace(problem(), scale=[1e6] * 4).run("fedrot", dtype=torch.float16, previous=before("A"))
     assert int(outcome.info[0]) == Info.OVERFLOW
