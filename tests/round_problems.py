@@ -77,7 +77,7 @@ def same(x, y):
     """Whether two tensors are the same bits."""
     if x.dtype != y.dtype or x.shape != y.shape:
         return False
-    return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (x, y)))
+    return torch.equal(*(t.reshape(-1).contiguous().view(torch.uint8) for t in (x, y)))
 
 
 def same_result(one, other):

@@ -43,7 +43,7 @@ class Run:
         self.check = check
         self.warnings = [text for client in roster if client.adapter for text in client.adapter.warnings]
         self.warnings += check.warnings
-        if not settings.method.uses_weights and len({client.weight for client in roster}) > 1:
+        if not settings.method.uses_weights and len({client.weight for client in roster} - {0.0}) > 1:
             self.warnings.append(
                 f"method {settings.method.name!r} uses no weights; the unequal ones given change nothing"
             )
