@@ -188,12 +188,14 @@ def test_a_gauge_common_to_all_clients_changes_nothing():
     assert distance(first.B[0].norm(dim=0), second.B[0].norm(dim=0)) < 1e-12
 
 
-def test_small_singular_values_are_kept():
-    """Twelve orders below the largest, still far above the floor."""
+@pytest.mark.parametrize("gauge", [1e-6, 1.0, 1e6])
+def test_small_singular_values_are_kept(gauge):
+    """Twelve orders below the largest, still far above the floor, however the size is shared between the factors."""
     p = problem(ranks=(6,))
     U = torch.linalg.qr(p.B[0])[0]
+    V = torch.linalg.qr(p.A[0].T)[0]
     S = torch.logspace(0, -12, 6, dtype=torch.float64)
-    outcome = Problem([U * S], [torch.linalg.qr(p.A[0].T)[0].T], [1.0], [1.0]).run("fedsvd")
+    outcome = Problem([U * S * gauge], [V.T / gauge], [1.0], [1.0]).run("fedsvd")
     assert int(outcome.notes[0]) == 0
     assert float((outcome.B[0].norm(dim=0) / S - 1).abs().max()) < 1e-3
 

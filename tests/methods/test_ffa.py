@@ -172,6 +172,17 @@ def test_what_has_weight_zero_is_not_read():
     assert distance(product(outcome), p.permuted([0, 1, 2, 3]).dense()) < 1e-14
 
 
+def test_what_has_weight_zero_in_one_module_is_read_in_the_others():
+    first, second = common_A(), replace(common_A(seed=3), weight=[0.5, 0.0, 0.5, 0.0, 0.0])
+    for k in (1, 4):
+        second.B[k][:] = float("nan")
+    outcome = make_method("ffa", {}).combine(batched([first, second]), None, None)
+    assert outcome.info.tolist() == [0, 0]
+    assert bool((outcome.error_bound < 1e-13).all())
+    for i, p in enumerate((first, second.permuted([0, 2]))):
+        assert distance(product(cut(outcome, i)), p.dense()) < 1e-14
+
+
 def test_modules_with_other_leaders_go_in_one_batch():
     first, second = common_A(), replace(common_A(seed=3), weight=[0.25, 0.25, 0.5, 0.0, 0.0])
     outcome = make_method("ffa", {}).combine(batched([first, second]), None, None)
