@@ -5,6 +5,10 @@ from fedlora_kernels.methods import (
     fedit,
     fedmomentum,
     fedrot,
+    fedsa,
+    fedsvd,
+    fedtree,
+    ffa,
     flexlora,
     flora,
     florist,
@@ -15,6 +19,7 @@ from fedlora_kernels.methods import (
     norm_rules,
     prelort,
     raflora,
+    rolora,
     zero_pad,
 )
 
@@ -23,6 +28,10 @@ __all__ = [
     "fedit",
     "fedmomentum",
     "fedrot",
+    "fedsa",
+    "fedsvd",
+    "fedtree",
+    "ffa",
     "flexlora",
     "flora",
     "florist",
@@ -33,5 +42,6 @@ __all__ = [
     "norm_rules",
     "prelort",
     "raflora",
+    "rolora",
     "zero_pad",
 ]
