@@ -428,6 +428,32 @@ def test_a_weight_is_not_used_but_zero_means_absent():
     assert torch.equal(result.tensors[f"{neighbour}.cluster_B"], plain.tensors[f"{neighbour}.cluster_B"])
 
 
+def test_splitting_a_client_into_two_counts_it_twice():
+    fed = federation(K=6, groups=2)
+    module = "model.layers.0.q_proj"
+    one, two = (p.run(window=1).tensors[f"{module}.cluster_B"] for p in (fed, fed.only(0, 0, 1, 2, 3, 4, 5)))
+    assert distance(two[0], (6 * one[0] + fed.B[module][0]) / 7) < 1e-14
+    assert distance(two, one) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_gpu_computes_what_the_host_does(metric):
+    fed = federation(K=7, groups=3, shared=1)
+    host = fed.run(metric=metric)
+    moved = Federation(
+        *({m: [x.cuda() for x in xs] for m, xs in f.items()} for f in (fed.B, fed.A)), fed.scale, fed.names
+    )
+    device = moved.run(metric=metric)
+    np.testing.assert_array_equal(device.plan.labels, host.plan.labels)
+    assert all(distance(device.tensors[key].cpu(), x) < 1e-14 for key, x in host.tensors.items())
+    last = moved.only(0, 3).run(device)
+    assert all(x.is_cuda for x in last.tensors.values())
+    assert (
+        distance(last.tensors["lm_head.cluster_B"].cpu(), fed.only(0, 3).run(host).tensors["lm_head.cluster_B"]) < 1e-14
+    )
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_at_either_end_leaves_one_product(share):
     fed = federation(K=6, groups=2)
@@ -575,6 +601,19 @@ def test_shares_are_remembered_until_clients_report_others():
     assert (lam[~split] == 1.0).all()
     away = later.only(0).run(two, client_state={"c6": 0.375})
     assert (away.plan.lam[split, 6] == 0.375).all(), "a client that is absent may still report"
+
+
+def test_each_present_client_is_mixed_with_its_own_share():
+    """In another order, and with clients away: shares belong to names, not to places."""
+    _, zero, later = mixed_rounds()
+    shares = {f"c{k}": (k + 1) / 8 for k in range(7)}
+    here = [5, 0, 3]
+    one = later.only(*here).run(zero, client_state=shares)
+    for k in here:
+        B, _ = one.personal[f"c{k}", "lm_head"]
+        label = next(c for c, members in enumerate(clusters_of(zero, "lm_head")) if k in members)
+        assert distance(B[:, :3], shares[f"c{k}"] * one.tensors["lm_head.cluster_B"][label]) < 1e-14
+        assert distance(B[:, 3:], (1.0 - shares[f"c{k}"]) * one.tensors["lm_head.outside_B"][label]) < 1e-14
 
 
 @pytest.mark.parametrize("value", [np.float32(0.25), np.float64(0.25), torch.tensor(0.25), np.array(0.25), 1, 0])

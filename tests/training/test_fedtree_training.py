@@ -106,8 +106,11 @@ def test_project_puts_an_overshoot_back():
     layer = TreeLoRA(base(), pair(1), pair(2))
     with torch.no_grad():
         layer.lam.fill_(3.0)
+    x = torch.randn(4, N, dtype=torch.float64)
+    overshot = layer(x)
     layer.project()
     assert float(layer.lam.detach()) == 1.0
+    assert torch.equal(layer(x), overshot), "beyond an end lam counts as that end"
     TreeLoRA(base(), pair(1)).project()
 
 
