@@ -219,10 +219,11 @@ def normalised(weights: Sequence[float], normalize: bool) -> list[float]:
     """Weights divided by their sum; as they are without ``normalize``."""
     if not normalize:
         return list(weights)
-    # scaled first: a sum of weights near the largest float would overflow
-    top = max(weights)
-    total = math.fsum(weight / top for weight in weights)
-    return [weight / top / total for weight in weights]
+    # scaled by a power of two first, which is exact: a sum of weights near the largest float would overflow
+    exponent = math.frexp(max(weights))[1]
+    scaled = [math.ldexp(weight, -exponent) for weight in weights]
+    total = math.fsum(scaled)
+    return [weight / total for weight in scaled]
 
 
 def present(roster: Sequence[Client]) -> list[Client]:
