@@ -112,8 +112,9 @@ def _options(cls: type[Method], options: argparse.Namespace) -> tuple[dict[str, 
     prefix = f"{options.robust}."
     own = [text for text in options.set if not text.startswith(prefix)]
     of_rule = [text[len(prefix) :] for text in options.set if text.startswith(prefix)]
-    made = _named(f"--robust {options.robust}", lambda: make_method(options.robust, method_options(rule, of_rule)))
-    return method_options(cls, own), made
+    settings = method_options(cls, own)
+    where = f"--robust {options.robust}, --set {prefix}OPTION=VALUE"
+    return settings, _named(where, lambda: make_method(options.robust, method_options(rule, of_rule)))
 
 
 def _client_state(path: str | None) -> Any:

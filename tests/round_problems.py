@@ -29,7 +29,8 @@ def federation(number, ranks=EQUAL, present=None, dtypes=(torch.float32,) * 5, s
                 kind = groups[k] + 1 if "layers.1." in key else 0
                 source = torch.Generator().manual_seed(10_000 + 100 * kind + place)
                 state[key] = torch.randn(state[key].shape[0], 16, generator=source)[:, : ranks[k]] + 0.2 * state[key]
-        made[NAMES[k]] = {key: value.to(dtypes[k]) for key, value in state.items()}, settings
+        # in the order that a file has
+        made[NAMES[k]] = {key: state[key].to(dtypes[k]) for key in sorted(state)}, settings
     return made
 
 
