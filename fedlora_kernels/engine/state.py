@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ __all__ = [
 REPORT_NAME = "report.json"
 STATE_NAME = "fedlora_state.safetensors"
 MEMORY = "memory:"
-"""Before the names of model-wide tensors in a state file; those of modules are ``<module>.<name>``, with a dot."""
+"""Before the names of model-wide tensors in a state file, without a dot; those of modules are ``<module>.<name>``, with one."""
 FACT = "fedlora.memory."
 HEADER_SHARE = 4096
 """Bytes of header kept free for the tensors of one module."""
@@ -97,7 +98,7 @@ class _Lazy(Mapping[str, Tensor]):
 
     def __init__(self, file: SafetensorsFile) -> None:
         self._file = file
-        self._keys = [key for key in file.tensors if not key.startswith(MEMORY)]
+        self._keys = [key for key in file.tensors if not _is_memory(key)]
 
     def __getitem__(self, key: str) -> Tensor:
         return self._file.read(key)
@@ -140,10 +141,8 @@ def previous_state(previous: Any) -> State | None:
     if isinstance(state := getattr(previous, "state", None), State):
         return state
     if isinstance(previous, Adapter):
-        found = previous.metadata.get("fedlora.round", "")
-        return State(
-            previous.metadata.get("fedlora.method", ""), int(found) if found.isdigit() else -1, adapter=previous
-        )
+        found = re.fullmatch("[0-9]{1,18}", previous.metadata.get("fedlora.round", ""))
+        return State(previous.metadata.get("fedlora.method", ""), int(found[0]) if found else -1, adapter=previous)
     if isinstance(previous, str) and not previous:
         raise InputError("previous is an empty path; an output folder needed")
     if isinstance(previous, (str, os.PathLike)):
@@ -205,8 +204,13 @@ def check_modules(state: State, method: Method, modules: Sequence[str]) -> None:
             )
 
 
+def _is_memory(key: str) -> bool:
+    # a client may name a module as it likes
+    return key.startswith(MEMORY) and "." not in key
+
+
 def _memory(file: SafetensorsFile) -> Memory:
-    tensors = {key[len(MEMORY) :]: file.read(key) for key in file.tensors if key.startswith(MEMORY)}
+    tensors = {key[len(MEMORY) :]: file.read(key) for key in file.tensors if _is_memory(key)}
     facts = {key[len(FACT) :]: text for key, text in file.metadata.items() if key.startswith(FACT)}
     return Memory(tensors, facts)
 
