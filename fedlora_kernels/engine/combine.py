@@ -71,7 +71,10 @@ def _check_given(method: Method, outcome: Outcome) -> None:
 
 
 def _module(name: str, i: int, outcome: Outcome) -> ModuleOutput:
-    made = ModuleOutput(name, state=outcome.state[i] if outcome.state else {})
+    made = ModuleOutput(name)
+    if outcome.state:
+        # copies, as of pairs
+        made.state = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in outcome.state[i].items()}
     if outcome.B is not None and outcome.A is not None and outcome.rank is not None:
         made.common = _cut(Pair(outcome.B, outcome.A, outcome.rank), i)
     if outcome.residual is not None and int(outcome.residual.rank[i]) > 0:

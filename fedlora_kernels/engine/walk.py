@@ -107,7 +107,10 @@ class Walk:
         if state is None:
             return None
         if self.settings.method.reads_previous == "state":
-            return Previous(state.round, state=tuple(state.of_module(name) for name in block.plan.modules))
+            kept = [state.of_module(name) for name in block.plan.modules]
+            return Previous(
+                state.round, state=tuple({key: tensor.to(device) for key, tensor in own.items()} for own in kept)
+            )
         if not block.plan.ranks[-1]:
             return Previous(state.round)
         B, A = block.B[-1].to(device), block.A[-1].to(device)

@@ -233,3 +233,20 @@ def test_the_state_of_a_run_survives_its_folder(tmp_path, counting):
     kept = aggregate(federation(1), "counting", previous=first)
     shutil.rmtree(Path(tmp_path) / "out")
     assert same_result(aggregate(federation(1), "counting", previous=first), kept)
+
+
+def test_what_is_kept_does_not_keep_its_batch_alive():
+    """State and pairs of many modules are cut from batches; each has a memory of its own."""
+    result = aggregate(federation(0), "fedtree")
+    tensors = [*result.state.tensors.values(), *(result.personal["ada"][name].B for name in SHAPES)]
+    assert len(tensors) > 8
+    assert all(tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_hostile_names_of_clients_go_from_round_to_round(tmp_path):
+    names = ["../x", "a\nb", "\ud800", "ä", ""]
+    pairs = [dict(zip(names, federation(number, present=range(5)).values(), strict=True)) for number in range(2)]
+    memory = aggregate(pairs[0], "fedtree")
+    aggregate(pairs[0], "fedtree", out=tmp_path / "out", per_client=True)
+    now = {name: pairs[1][name] for name in names[2:]}
+    assert same_result(aggregate(now, "fedtree", previous=memory), aggregate(now, "fedtree", previous=tmp_path / "out"))
