@@ -121,18 +121,22 @@ def test_a_round_may_replace_the_output_of_the_round_before(tmp_path, method):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apart", "out"]
 
 
-def test_a_baked_in_scale_of_the_previous_adapter_counts():
-    """A pair of scale 3 as previous is the pair with 3 B."""
-    ranks = REMEMBERING["fedrot"]
+@pytest.mark.parametrize("method", ["prelort", "raflora"])
+def test_the_scale_of_a_previous_adapter_counts(method):
+    """A pair of scale 3 is the pair with 3 B; it shows where nobody present has the last ranks."""
     state, settings = client(5, rank=4, alpha=12)
     folded = {key: value.double() * (3.0 if "lora_B" in key else 1.0) for key, value in state.items()}
-    one, other = (
-        aggregate(federation(2, ranks), "fedrot", previous=fk.open_adapter(pair), round=2)
-        for pair in ((state, settings), (folded, {**settings, "lora_alpha": 4}))
+    now = federation(2, MIXED, present=(0, 1, 2))
+    one, other, without_scale = (
+        products(aggregate(now, method, previous=fk.open_adapter(pair), round=2).adapter)
+        for pair in (
+            (state, settings),
+            (folded, {**settings, "lora_alpha": 4}),
+            (state, {**settings, "lora_alpha": 4}),
+        )
     )
-    assert distance(products(one.adapter), products(other.adapter)) < 1e-6
-    plain = aggregate(federation(2, ranks), "fedit")
-    assert distance(products(one.adapter), products(plain.adapter)) > 1e-3
+    assert distance(one, other) < 1e-6
+    assert distance(one, without_scale) > 1e-2
 
 
 @pytest.mark.parametrize("method", ["fedrot", "fedtree"])
