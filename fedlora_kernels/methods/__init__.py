@@ -1,6 +1,7 @@
 """Aggregation methods, one file each; importing this package registers them."""
 
 from fedlora_kernels.methods import (
+    clair,
     fedex,
     fedit,
     fedmomentum,
@@ -24,6 +25,7 @@ from fedlora_kernels.methods import (
 )
 
 __all__ = [
+    "clair",
     "fedex",
     "fedit",
     "fedmomentum",
