@@ -1,5 +1,6 @@
 """What each client receives, in memory and on disc, of every method; residuals; frozen factors; without measuring."""
 
+import copy
 import json
 import math
 import subprocess
@@ -406,6 +407,41 @@ def test_clients_and_residual_beside_a_cut_sum():
     U, S, Vh = torch.linalg.svd(weighted(pairs)[FIRST], full_matrices=False)
     found = products(result.for_client(1, rank=2))[FIRST]
     assert float((found - U[:, :2] * S[:2] @ Vh[:2]).norm() / updates(pairs[0])[FIRST].norm()) < 1e-5
+
+
+class Net(torch.nn.Module):
+    """Two layers of other shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(7, 11, bias=False), torch.nn.Linear(11, 5, bias=False)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+@pytest.mark.parametrize("method", ["clair", "fedex", "fedtree", "prelort"])
+@pytest.mark.filterwarnings("ignore")
+def test_peft_loads_the_folders_of_clients_and_the_residual(tmp_path, method):
+    peft = pytest.importorskip("peft")
+    shapes = {"up": (11, 7), "down": (5, 11)}
+    ranks = (4, 4, 4) if method_class(method).equal_ranks else (4, 2, 3)
+    pairs = {
+        name: client(k, rank=rank, alpha=2 * rank, shapes=shapes, target_modules=["up", "down"], task_type=None)
+        for k, (name, rank) in enumerate(zip("abc", ranks, strict=True))
+    }
+    result = run(method, pairs, out=tmp_path / "out", per_client=True)
+    torch.manual_seed(1)
+    base = Net()
+    folders = {f"clients/{name}": adapter for name, adapter in result.personal.items()}
+    if result.residual is not None:
+        folders["residual"] = result.residual
+    assert len(folders) == 3 + (method == "fedex")
+    for folder, adapter in folders.items():
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out" / folder)
+        merged = loaded.merge_and_unload()
+        found = {name: (getattr(merged, name).weight - getattr(base, name).weight).double() for name in shapes}
+        assert distance({name: delta.detach() for name, delta in found.items()}, products(adapter)) < 1e-5
 
 
 PEAK = """
