@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from adapter_problems import FIRST, SHAPES, client, clients, distance, products, without
+from adapter_problems import FIRST, SHAPES, changed, client, clients, distance, poison, products, without
 from round_problems import (
     EQUAL,
     MIXED,
@@ -381,3 +381,21 @@ def test_a_copy_of_an_output_is_as_good_as_the_output(tmp_path):
     shutil.copytree(out, tmp_path / "copy")
     shutil.rmtree(out)
     assert aggregate(federation(1), "fedtree", previous=tmp_path / "copy").report["round"] == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("memory", [None, 1])
+@pytest.mark.filterwarnings("ignore:client 'ben' was dropped", "ignore:method 'fedtree' uses no weights")
+def test_who_is_dropped_or_rejected_in_a_later_round_is_as_if_never_given(method, memory):
+    """What has been read of the clients, and of the round before, is that of those who are left."""
+    ranks = REMEMBERING[method]
+    first = aggregate(federation(0, ranks), method)
+    now = federation(1, ranks, present=range(5))
+    bad = {**now, "ben": changed(now["ben"], "A", poison())}
+    dropped = aggregate(bad, method, previous=first, policy="drop", memory=memory)
+    rejected = aggregate(now, method, previous=first, robust=fk.MultiKrum(f=1), memory=memory)
+    names = [row["name"] for row in rejected.report["clients"] if row["status"] != "rejected"]
+    assert len(names) == 4
+    for result, left in ((dropped, [name for name in now if name != "ben"]), (rejected, names)):
+        alone = aggregate({name: now[name] for name in left}, method, previous=first, memory=memory)
+        assert same_result(result, alone)
