@@ -249,7 +249,9 @@ def test_overwriting_clients_and_residual(tmp_path, capsys):
     assert "'clients/mine.txt', which was not written here" in failed(capsys, *clients, "-o", out, "--overwrite")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.full)]
+)
 def test_an_ended_run_with_folders_of_clients_leaves_no_output(tmp_path, number):
     """The folder in which all is made is gone, or, after SIGKILL, apart and swept by the next run."""
     shapes = {f"model.layers.{k}.q_proj": (1031, 517) for k in range(24)}

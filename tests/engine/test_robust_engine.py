@@ -31,7 +31,13 @@ from fedlora_kernels.errors import InputError, NonFiniteError, WeightError
 from fedlora_kernels.linalg.rules import Energy
 
 ALL = Energy(1.0)
-METHODS = ("fedit", "florist", "hetlora", "clair", "fedtree", "prelort", "fedsa", "fedex", "fedmomentum", "flexlora")
+METHODS = (
+    *("fedit", "florist", "hetlora", "clair", "fedtree", "prelort"),
+    *(
+        pytest.param(name, marks=pytest.mark.full)
+        for name in ("fedsa", "fedex", "fedmomentum", "flexlora", "lora_fair")
+    ),
+)
 RULES = {
     "krum": fk.Krum(f=2),
     "multi_krum": fk.MultiKrum(f=2),
