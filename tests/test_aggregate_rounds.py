@@ -399,3 +399,11 @@ def test_who_is_dropped_or_rejected_in_a_later_round_is_as_if_never_given(method
     for result, left in ((dropped, [name for name in now if name != "ben"]), (rejected, names)):
         alone = aggregate({name: now[name] for name in left}, method, previous=first, memory=memory)
         assert same_result(result, alone)
+
+
+@pytest.mark.parametrize("method", ["fedrot", "fedtree"])
+def test_round_zero_starts_anew_whatever_was_before(method):
+    """The remedy that fedtree names for clients that its tree does not know."""
+    first = aggregate(federation(0, present=(0, 1, 2)), method)
+    anew = aggregate(federation(1, present=range(5)), method, previous=first, round=0)
+    assert same_result(anew, aggregate(federation(1, present=range(5)), method))

@@ -156,10 +156,10 @@ def check_state(state: State | None, method: Method, round: int) -> State | None
 
     Raises InputError where the method cannot go on without, or where the state is another method's or holds nothing.
     """
-    if method.reads_previous is None:
+    if method.reads_previous is None or (method.needs_previous and round == 0):  # such a method starts anew in round 0
         return None
     if state is None:
-        if method.needs_previous and round > 0:
+        if method.needs_previous:
             raise InputError(
                 f"method {method.name!r} in round {round} needs previous=, the result of the round before; without one "
                 "start with round=0"
