@@ -558,6 +558,9 @@ def test_carried_bases_may_differ_in_rank_and_come_from_the_host():
     plan = method.decide(survey.stats, census(group))
     outcome = method.combine(replace(group, carry=survey.carry), plan, None)
     assert distance(personal(outcome, 3, 0), low.problem.updates()[3]) < 1e-6
+    nothing = tuple({"basis": carry["basis"][:, :0]} for carry in survey.carry)
+    averaged = method.combine(replace(group, carry=nothing), plan, None)
+    assert distance(personal(averaged, 3, 1), high.problem.dense()) < 1e-12, "what is carried is used"
     fresh = method.combine(group, plan, None)
     for k in range(8):
         assert distance(personal(fresh, k, 1), personal(outcome, k, 1)) < 1e-12
@@ -609,6 +612,16 @@ def test_overflow_and_bad_numbers_are_told_and_harm_no_neighbour():
     stats = make_method("clair", {}).survey(stacked(made)).stats
     assert np.isnan(stats["scores"][0]).all()
     assert np.isfinite(stats["scores"][1:]).all()
+
+
+def test_a_flagged_client_that_overflows_is_told():
+    problem = noisy().problem
+    assert clair(problem, dtype=torch.float16)[2].info.tolist() == [0]
+    large = replace(problem, scale=[1e6, *problem.scale[1:]])
+    plan, _, outcome = clair(large, dtype=torch.float16)
+    assert plan.flags[0]
+    assert bool(torch.isfinite(outcome.B).all())
+    assert outcome.info.tolist() == [Info.OVERFLOW]
 
 
 def with_absent(problem, k, weight=0.0):
@@ -675,7 +688,9 @@ def test_modules_nobody_or_two_own():
     assert np.isnan(stats["scores"]).all(), "no score must not count as a good one"
     stats = {name: np.concatenate([values, values]) for name, values in stats.items()}
     stats["scores"][1] = [0.1, 0.2, 0.9, 0.1, 0.1]
-    assert method.decide(stats, census(two.group())).flags.tolist() == [False, False, True, False, False]
+    plan = method.decide(stats, census(two.group()))
+    assert plan.flags.tolist() == [False, False, True, False, False]
+    assert plan.scores.tolist() == [0.1, 0.2, 0.9, 0.1, 0.1]
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0, 1.0, 1.0], [2.0, -0.5, 1.0, 1.0, 3.0]])
