@@ -113,9 +113,10 @@ def _raise_for_info(
             f"{where}: an iteration hit its guard; certified results needed. Use backend='reference'"
         )
     largest = _largest(walk.settings.method, group, i, plan, previous)
+    balance = "output='balanced', " if getattr(walk.settings.method, "output", "") == "left" else ""
     raise OutputOverflowError(
         f"{where}: max|x| of the result is {largest:.4g}; {str(walk.dtype).removeprefix('torch.')} holds "
-        f"{torch.finfo(walk.dtype).max:.4g}. Use output='balanced', bfloat16 or a wider dtype"
+        f"{torch.finfo(walk.dtype).max:.4g}. Use {balance}bfloat16 or a wider dtype"
     )
 
 

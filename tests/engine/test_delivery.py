@@ -343,7 +343,8 @@ def test_an_overflow_of_a_residual_or_a_personal_pair_names_its_size():
     state, settings_ = pairs[0]
     big = {k: v * 3e5 if "lora_B" in k else v for k, v in state.items()}
     with pytest.raises(
-        OutputOverflowError, match=r"max\|x\| of the result is [1-9]\.\d+e\+0[67]; float16 holds 6\.55e\+04"
+        OutputOverflowError,
+        match=r"max\|x\| of the result is [1-9]\.\d+e\+0[67]; float16 holds 6\.55e\+04\. Use bfloat16 or",
     ):
         aggregate([(big, settings_), pairs[1]], "fedsa", dtype="float16")
     opposite = {k: -v if "lora_B" in k else v for k, v in big.items()}
