@@ -272,8 +272,11 @@ def test_the_reason_for_a_drop_is_cut():
     assert result.report["clients"][2]["reason"].count("client 'c'") == 19
 
 
-@pytest.mark.parametrize("method", ["florist", "hetlora"])
-def test_only_a_method_that_decides_pays_for_pairs_of_clients(monkeypatch, method):
+@pytest.mark.parametrize(
+    ("method", "robust", "most"),
+    [("florist", None, 1), ("hetlora", None, 1), ("florist", "geometric_median", 3)],
+)
+def test_only_who_compares_clients_pays_for_pairs_of_them(monkeypatch, method, robust, most):
     """K^2 numbers for every module are gigabytes where the norms of the clients are kilobytes."""
     from fedlora_kernels.methods import factors
 
@@ -285,8 +288,8 @@ def test_only_a_method_that_decides_pays_for_pairs_of_clients(monkeypatch, metho
 
     monkeypatch.setattr(factors, "update_gram", counted)
     pairs = clients()
-    result = aggregate(pairs, method, policy="drop")
-    assert (max(asked[:3]) == 1) == (method == "florist")
+    result = aggregate(pairs, method, policy="drop", robust=robust)
+    assert max(asked[:3]) == most
     assert [row["norm"] for row in result.report["clients"]] == pytest.approx([norm(pair) for pair in pairs], rel=1e-12)
 
 

@@ -39,16 +39,31 @@ def check_frozen(group: Group, factor: str, names: Sequence[str]) -> None:
 
 def _check(group: Group, factor: str, names: Sequence[str]) -> None:
     taking, leader = holders(group), leaders(group)
+    others = taking & (leader[:, None] != torch.arange(len(group.B)))
+    apart = [k for k in range(len(group.B)) if bool(others[:, k].any()) and not _alike(group, factor, k, leader)]
+    if not apart:
+        return
     reference = _reference(group, factor, leader)
     differs = torch.zeros(len(group.B), group.batch, dtype=torch.bool, device=group.device)
-    for k, rank in enumerate(group.ranks):
-        if bool((taking[:, k] & (leader != k)).any()):
-            own = _rows(group, factor, k)[:, : reference.shape[1]]
-            differs[k] = (own != reference[:, :rank]).flatten(1).any(1)
+    for k in apart:
+        own = _rows(group, factor, k)[:, : reference.shape[1]]
+        differs[k] = (own != reference[:, : group.ranks[k]]).flatten(1).any(1)
     found = (differs.cpu().T & taking).nonzero()
     if len(found):
         i, k = found[0].tolist()
         _raise(group.part(i, i + 1), factor, names, k, int(leader[i]))
+
+
+def _alike(group: Group, factor: str, k: int, leader: Tensor) -> bool:
+    """Whether one look shows that client ``k`` holds what one leader of all modules does: it takes one pass over stored numbers."""
+    first, rank = int(leader[0]), group.ranks[k]
+    if bool((leader != first).any()):
+        return False
+    stored = group.A if factor == "A" else group.B
+    own, other = stored[k], stored[first]
+    if factor == "B" and not (torch.equal(group.scale[:, k], group.scale[:, first]) and bool(group.scale[:, k].all())):
+        return False
+    return own.dtype == other.dtype and torch.equal(own, other[:, :rank] if factor == "A" else other[:, :, :rank])
 
 
 def _reference(group: Group, factor: str, leader: Tensor) -> Tensor:

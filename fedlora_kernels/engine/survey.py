@@ -45,7 +45,8 @@ class Survey:
 
     def census(self, cohort: Cohort, settings: Settings) -> Census:
         """The whole model for `decide`; ``cohort`` holds the clients and modules of this survey."""
-        return census(cohort, settings, self.scaled_gram(cohort))
+        squares = self.squares if cohort.factors is None else self.squares * cohort.factors**2
+        return census(cohort, settings, self.scaled_gram(cohort), squares)
 
     def scaled_gram(self, cohort: Cohort) -> np.ndarray | None:
         """The Gram with the factors that policies and rules put on the updates."""
@@ -55,7 +56,9 @@ class Survey:
         return scaled
 
 
-def census(cohort: Cohort, settings: Settings, gram: np.ndarray | None = None) -> Census:
+def census(
+    cohort: Cohort, settings: Settings, gram: np.ndarray | None = None, squares: np.ndarray | None = None
+) -> Census:
     """What `decide` sees beside a survey."""
     state, reported = settings.state, settings.client_state
     names = tuple(client.name for client in cohort.clients)
@@ -70,6 +73,7 @@ def census(cohort: Cohort, settings: Settings, gram: np.ndarray | None = None) -
         memory=None if state is None else state.memory,
         # of clients that were dropped nothing counts
         client_state=None if reported is None else {name: reported[name] for name in names if name in reported},
+        squares=squares,
     )
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import U64, Info
-from fedlora_kernels.linalg import update_gram
+from fedlora_kernels.linalg import WeightedSum, update_gram, weighted_sum
 from fedlora_kernels.methods.contract import Group, Outcome
-from fedlora_kernels.methods.factors import norms, pair_outcome, zero_outcome
+from fedlora_kernels.methods.factors import norms, sums_outcome, zero_outcome
 
 __all__ = ["common_A", "flagged", "holders", "leaders", "summed", "summed_norms", "with_common_A", "with_common_B"]
 
@@ -24,16 +24,18 @@ def with_common_A(group: Group) -> Outcome:
     """
     if not any(group.ranks):
         return zero_outcome(group)
-    A, rank = common_A(group)
-    weight = group.weight * group.scale
-    B = summed(group.B, weight, A.shape[1])
+    weight, leader = group.weight * group.scale, leaders(group)
+    A = _chosen(group, group.A, leader, group.dtype)
+    B = _sum(group, group.B, weight, A.sum.shape[1], group.dtype)
 
-    def gap(rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        terms = _products(summed_norms(group.B, weight, A.shape[1]), A.mT)
-        return _exact(group, B, A, (len(group.B) + 2) * U64 * terms + rounding)
+    def gap(part: Group, rows: slice, rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        A = common_A(part)
+        terms = _products(summed_norms(part.B, weight[rows], A.shape[1]), A.mT)
+        total = summed(part, part.B, weight[rows], A.shape[1])
+        return _exact(part, total, A, (len(part.B) + 2) * U64 * terms + rounding)
 
-    outcome = pair_outcome(group, B, A, gap)
-    return dataclasses.replace(flagged(outcome, group, group.A), rank=rank)
+    outcome = flagged(sums_outcome(group, B, A, gap), group, group.A)
+    return dataclasses.replace(outcome, rank=torch.tensor(group.ranks)[leader])
 
 
 def with_common_B(group: Group) -> Outcome:
@@ -47,16 +49,21 @@ def with_common_B(group: Group) -> Outcome:
     size = _peaks(group, group.B) * group.scale.abs()
     leader = torch.where(size.amax(1, keepdim=True) > size.gather(1, leader), size.argmax(1, keepdim=True), leader)
     largest = size.gather(1, leader)
-    weight = group.weight * torch.where(largest == 0.0, 1.0, size / largest)
-    B = _chosen(group.B, leader[:, 0]) * group.scale.gather(1, leader).to(group.device)[:, :, None]
-    rights = [A.mT for A in group.A]
-    A = summed(rights, weight, B.shape[2]).mT
+    shrunk = size / largest  # not finite where a factor is, or where all are zero
+    weight = group.weight * torch.where(torch.isfinite(shrunk), shrunk, 1.0)
+    scale = group.scale.gather(1, leader)
+    rank = max(group.ranks)
 
-    def gap(rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        terms = _products(summed_norms(rights, weight, B.shape[2]), B)
-        return _exact(group, B, A, (len(group.B) + 6) * U64 * terms + rounding)
+    def pair(part: Group, rows: slice, dtype: torch.dtype) -> tuple[WeightedSum, WeightedSum]:
+        B = _chosen(part, part.B, leader[rows, 0], dtype, scale[rows])
+        return B, _sum(part, part.A, weight[rows], rank, dtype)
 
-    return flagged(pair_outcome(group, B, A, gap), group, group.B)
+    def gap(part: Group, rows: slice, rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, A = (total.sum for total in pair(part, rows, torch.float64))
+        terms = _products(summed_norms([A.mT for A in part.A], weight[rows], rank), B)
+        return _exact(part, B, A, (len(part.B) + 6) * U64 * terms + rounding)
+
+    return flagged(sums_outcome(group, *pair(group, slice(None), group.dtype), gap), group, group.B)
 
 
 def holders(group: Group) -> Tensor:
@@ -73,25 +80,15 @@ def leaders(group: Group) -> Tensor:
     return (ranks * torch.where(holders(group), ranks.max() + 1, 1)).argmax(1)
 
 
-def common_A(group: Group) -> tuple[Tensor, Tensor]:
-    """The A of `leaders`, (N, r, n) float64, zero below its own rank, and that rank, (N,) int64 on the host."""
-    leader = leaders(group)
-    return _chosen([A.mT for A in group.A], leader).mT, torch.tensor(group.ranks)[leader]
+def common_A(group: Group) -> Tensor:
+    """The A of `leaders`, (N, r, n) float64, zero below its own rank."""
+    A: Tensor = _chosen(group, group.A, leaders(group), torch.float64).sum
+    return A
 
 
-def summed(blocks: Sequence[Tensor], weight: Tensor, width: int) -> Tensor:
+def summed(group: Group, blocks: Sequence[Tensor], weight: Tensor, width: int) -> Tensor:
     """``sum_k c_k [X_k | 0]`` in float64, (N, m, width), in client order, for ``weight`` c (N, K). What has weight 0 does not enter."""
-    first = blocks[0]
-    total = torch.zeros(*first.shape[:2], width, dtype=torch.float64, device=first.device)
-    for k, block in enumerate(blocks):
-        share = weight[:, k]
-        if block.shape[2] == 0 or not bool(share.any()):
-            continue
-        factor = share.to(total.device)[:, None, None]
-        term = block.to(torch.float64) * factor
-        if not bool(share.all()):
-            term = torch.where(factor == 0.0, 0.0, term)
-        total[:, :, : block.shape[2]] += term
+    total: Tensor = _sum(group, blocks, weight, width, torch.float64).sum
     return total
 
 
@@ -105,13 +102,30 @@ def summed_norms(blocks: Sequence[Tensor], weight: Tensor, width: int) -> Tensor
     return total
 
 
+def _sum(group: Group, blocks: Sequence[Tensor], weight: Tensor, rank: int, dtype: torch.dtype) -> WeightedSum:
+    """``sum_k c_k X_k`` rounded once to ``dtype``, padded to ``rank``, over the clients of no larger rank."""
+    keep = [k for k, own in enumerate(group.ranks) if 0 < own <= rank]
+    options: dict[str, Any] = {"dtype": dtype, "check": False, "backend": group.backend}
+    total: WeightedSum = weighted_sum([blocks[k] for k in keep], weights=weight[:, keep], **options)
+    return total
+
+
+def _chosen(
+    group: Group, blocks: Sequence[Tensor], client: Tensor, dtype: torch.dtype, scale: Tensor | float = 1.0
+) -> WeightedSum:
+    """The block of ``client`` (N,) for each module times ``scale`` (N, 1), padded with zeros to the largest rank of them."""
+    one = torch.nn.functional.one_hot(client, len(blocks)).to(torch.float64)
+    return _sum(group, blocks, one * scale, max(group.ranks[k] for k in client.tolist()), dtype)
+
+
 def _peaks(group: Group, blocks: Sequence[Tensor]) -> Tensor:
     """Largest magnitude of each client's factor, (N, K) float64 on the host; 0 for clients that take no part, NaN for NaN."""
     taking = holders(group)
     size = torch.zeros(group.batch, len(blocks), dtype=torch.float64)
     for k, block in enumerate(blocks):
         if bool(taking[:, k].any()):
-            size[:, k] = torch.linalg.vector_norm(block.flatten(1), math.inf, dim=1).to("cpu", torch.float64)
+            flat = block.flatten(1)
+            size[:, k] = torch.maximum(flat.amax(1), -flat.amin(1)).to("cpu", torch.float64)
     return torch.where(taking, size, 0.0)
 
 
@@ -128,8 +142,22 @@ def _products(columns: Tensor, other: Tensor) -> Tensor:
 def flagged(outcome: Outcome, group: Group, blocks: Sequence[Tensor]) -> Outcome:
     """``outcome``, its info marking what is not finite in the common factor of any client, not only in that which is answered."""
     assert outcome.info is not None
-    bad = ~torch.isfinite(_peaks(group, blocks)).all(1)
+    taking = holders(group)
+    bad = torch.zeros(group.batch, dtype=torch.bool)
+    for k, block in enumerate(blocks):
+        if bool(taking[:, k].any()):
+            bad |= taking[:, k] & ~_finite(block)
     return dataclasses.replace(outcome, info=outcome.info | (bad * int(Info.NONFINITE)).to(outcome.info.dtype))
+
+
+def _finite(block: Tensor) -> Tensor:
+    """Whether all numbers of each matrix are finite, (N,) bool on the host."""
+    flat = block.flatten(1)
+    # a sum takes a fraction of the time and is finite only if its terms are; where it is not, it may have overflowed
+    finite = torch.isfinite(flat.sum(1, dtype=torch.promote_types(block.dtype, torch.float32)))
+    if not bool(finite.all()):
+        finite = torch.isfinite(flat).all(1)
+    return finite.cpu()
 
 
 def _exact(group: Group, B: Tensor, A: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,15 +167,3 @@ def _exact(group: Group, B: Tensor, A: Tensor, rounding: Tensor) -> tuple[Tensor
     least = (energy - 18.0 * U64 * (norms(B) * norms(A)) ** 2).clamp(min=0.0).sqrt()
     zero = torch.zeros_like(energy)
     return zero, torch.where(energy == 0.0, zero, rounding / least), energy
-
-
-def _chosen(blocks: Sequence[Tensor], client: Tensor) -> Tensor:
-    """The block of ``client`` (N,) for each module, (N, m, r) float64, with zero columns up to the largest of them."""
-    numbers = sorted(set(client.tolist()))
-    width = max((blocks[k].shape[2] for k in numbers), default=0)
-    first = blocks[0]
-    chosen = torch.zeros(*first.shape[:2], width, dtype=torch.float64, device=first.device)
-    for k in numbers:
-        rows = (client == k).to(first.device)
-        chosen[rows, :, : blocks[k].shape[2]] = blocks[k][rows].to(torch.float64)
-    return chosen

@@ -33,11 +33,15 @@ __all__ = [
     "require_equal_ranks",
     "share",
     "stack_error",
+    "sums_outcome",
     "zero_outcome",
 ]
 
-CHUNK = 64 << 20
-"""Bytes of float64 factors that a method of factor means converts at once."""
+CHUNK = 8 << 20
+"""Bytes of float64 factors that a method converts at once on a CPU: what stays in its caches, and in memory that it holds already."""
+
+DEVICE_CHUNK = 64 << 20
+"""The same on a GPU."""
 
 
 def owned(group: Group, weight: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -116,7 +120,7 @@ def chunked(group: Group, work: Callable[[Group], Outcome]) -> Outcome:
 def chunks(group: Group) -> list[tuple[int, int]]:
     """Bounds of the parts that `chunked` works on, at least one: for work that also cuts tensors beside the group."""
     size = 8 * sum(group.ranks) * (group.m + group.n)
-    step = max(1, CHUNK // max(1, size))
+    step = max(1, (CHUNK if group.device.type == "cpu" else DEVICE_CHUNK) // max(1, size))
     return [(start, min(start + step, group.batch)) for start in range(0, group.batch, step)] or [(0, 0)]
 
 
@@ -171,12 +175,30 @@ def factor_sums(group: Group, weight: Tensor, dtype: torch.dtype) -> tuple[Weigh
 def mean_outcome(group: Group, weight: Tensor | None = None) -> Outcome:
     """Outcome of the padded factor means with weights ``weight`` (K,), by default the group's, with its exact drift."""
     p = group.weight if weight is None else share(group, weight)
-    B, A = factor_sums(group, p, group.dtype)
+
+    def gap(part: Group, rows: slice, rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return drift(part, p[rows], *padded_mean(part, p[rows]), rounding)
+
+    return sums_outcome(group, *factor_sums(group, p, group.dtype), gap)
+
+
+def sums_outcome(
+    group: Group,
+    B: WeightedSum,
+    A: WeightedSum,
+    gap: Callable[[Group, slice, Tensor], tuple[Tensor, Tensor, Tensor]],
+) -> Outcome:
+    """The outcome of two sums in the dtype of the group, of full rank P.
+
+    ``gap(part, rows, rounding)`` answers error, error bound and energy of some of the modules, where ``rounding`` is what the output
+    dtype may add to the distance from D; it is called only if the group is to be measured.
+    """
     unknown = torch.full((group.batch,), math.nan, dtype=torch.float64)
     error, bound, energy = unknown, unknown, None
     if group.measure:
         rounding = (B.rounding * A.norm + (B.norm + B.rounding) * A.rounding).cpu()
-        parts = [_drift_of_means(group, p, rounding, start, stop) for start, stop in chunks(group)]
+        runs = [slice(*bounds) for bounds in chunks(group)]
+        parts = [gap(group.part(rows.start, rows.stop), rows, rounding[rows]) for rows in runs]
         error, bound, energy = (torch.cat(column) for column in zip(*parts, strict=True))
     return Outcome(
         B=B.sum,
@@ -188,13 +210,6 @@ def mean_outcome(group: Group, weight: Tensor | None = None) -> Outcome:
         info=(B.info | A.info).cpu(),
         energy=energy,
     )
-
-
-def _drift_of_means(
-    group: Group, weight: Tensor, rounding: Tensor, start: int, stop: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    part, p = group.part(start, stop), weight[start:stop]
-    return drift(part, p, *padded_mean(part, p), rounding[start:stop])
 
 
 def share(group: Group, weight: Tensor) -> Tensor:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from fedlora_kernels.backends.contract import Info, Note
-from fedlora_kernels.methods.common import summed
+from fedlora_kernels.backends.contract import Note
+from fedlora_kernels.linalg import weighted_sum
 from fedlora_kernels.methods.contract import Group, Method, Outcome, Pair, Previous, register
-from fedlora_kernels.methods.factors import cast, chunked, require_equal_ranks
+from fedlora_kernels.methods.factors import require_equal_ranks
 
 __all__ = ["FedSALoRA"]
 
@@ -38,44 +37,33 @@ class FedSALoRA(Method):
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group. MismatchError where ranks differ."""
         require_equal_ranks(group, self.name)
-        return chunked(group, self._pairs)
+        return _personal(group)
 
     def broadcast_rank(self, ranks: Sequence[int], rank: int, residual: int) -> float:
         """A alone is sent."""
         return rank / 2
 
-    def _pairs(self, group: Group) -> Outcome:
-        r = max(group.ranks)
-        mean_A = summed([A.mT for A in group.A], group.weight, r).mT
-        right, overflow, _ = cast(mean_A, group.dtype)
-        finite = _finite(mean_A)
-        empty = (mean_A == 0).flatten(1).all(1).cpu()
-        zero = torch.ones_like(empty)
-        rank = torch.full((group.batch,), r, dtype=torch.int64)
-        personal: list[Pair | None] = []
-        for k, own in enumerate(group.ranks):
-            if own == 0:
-                personal.append(None)
-                continue
-            B = group.B[k].to(torch.float64) * group.scale[:, k].to(group.device)[:, None, None]
-            left, lost, _ = cast(B, group.dtype)
-            personal.append(Pair(left, right, rank))
-            overflow |= lost
-            finite &= _finite(B)
-            zero &= (B == 0).flatten(1).all(1).cpu()
-        info = (~finite) * int(Info.NONFINITE) + overflow * int(Info.OVERFLOW)
-        unknown = torch.full((group.batch,), math.nan, dtype=torch.float64)
-        return Outcome(
-            B=None,
-            A=None,
-            rank=None,
-            error=unknown,
-            error_bound=unknown,
-            notes=((zero | empty) * int(Note.ZERO)).to(torch.int32),
-            info=info.to(torch.int32),
-            personal=tuple(personal),
-        )
 
-
-def _finite(x: Tensor) -> Tensor:
-    return torch.isfinite(x).flatten(1).all(1).cpu()
+def _personal(group: Group) -> Outcome:
+    options: dict[str, Any] = {"dtype": group.dtype, "check": False, "backend": group.backend}
+    owners = [k for k, rank in enumerate(group.ranks) if rank > 0]
+    A = weighted_sum([group.A[k] for k in owners], weights=group.weight[:, owners], **options)
+    rank = torch.full((group.batch,), max(group.ranks), dtype=torch.int64)
+    info, zero = A.info.cpu(), torch.full((group.batch,), int(Note.ZERO), dtype=torch.int32)
+    personal: list[Pair | None] = [None] * len(group.ranks)
+    for k in owners:
+        B = weighted_sum([group.B[k]], weights=group.scale[:, k : k + 1], **options)
+        personal[k] = Pair(B.sum, A.sum, rank)
+        info |= B.info.cpu()
+        zero &= B.notes.cpu()
+    unknown = torch.full((group.batch,), math.nan, dtype=torch.float64)
+    return Outcome(
+        B=None,
+        A=None,
+        rank=None,
+        error=unknown,
+        error_bound=unknown,
+        notes=zero | A.notes.cpu() & int(Note.ZERO),
+        info=info,
+        personal=tuple(personal),
+    )

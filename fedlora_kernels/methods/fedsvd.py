@@ -47,10 +47,10 @@ def _refactored(group: Group) -> Outcome:
 
     Unit vectors stand behind the columns of A^T, so that Q is complete where A is deficient; W is complete in any case.
     """
-    A, _ = common_A(group)
+    A = common_A(group)
     r, p = A.shape[1], min(A.shape[1:])
     weight = group.weight * group.scale
-    mean_B = summed(group.B, weight, r)
+    mean_B = summed(group, group.B, weight, r)
     units = torch.eye(group.n, p, dtype=torch.float64, device=group.device).expand(group.batch, group.n, p)
     frame = stacked_qr([A.mT, units], mode="reduced", check=False, backend=group.backend)
     Q, R = frame.Q[:, :, :p], frame.R[:, :p, :r]

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from fedlora_kernels.methods.common import with_common_A
 from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
-from fedlora_kernels.methods.factors import chunked
 
 __all__ = ["FFALoRA"]
 
@@ -30,7 +29,7 @@ class FFALoRA(Method):
 
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group."""
-        return chunked(group, with_common_A)
+        return with_common_A(group)
 
     def client_rank(self, client_rank: int, rank: int) -> int:
         """A client receives its own rank."""

@@ -30,14 +30,10 @@ class HetLoRA(Method):
     download: ClassVar[str] = "r_k(m+n)"
     needs_decision: ClassVar[bool] = True
 
-    def needs_gram(self) -> bool:
-        """The norms are its diagonal."""
-        return True
-
     def decide(self, stats: Mapping[str, np.ndarray], census: Census) -> np.ndarray:
         """Weight p_k of each client, (K,)."""
-        assert census.gram is not None
-        norms = np.sqrt(np.maximum(np.einsum("lkk->k", census.gram), 0.0))
+        assert census.squares is not None
+        norms = np.sqrt(np.maximum(census.squares.sum(0), 0.0))
         total = norms.sum()
         share: np.ndarray = norms / total if total > 0.0 else census.weight
         return share

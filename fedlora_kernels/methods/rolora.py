@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from fedlora_kernels.methods.common import with_common_A, with_common_B
 from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
-from fedlora_kernels.methods.factors import chunked, require_equal_ranks
+from fedlora_kernels.methods.factors import require_equal_ranks
 
 __all__ = ["RoLoRA"]
 
@@ -33,7 +33,8 @@ class RoLoRA(Method):
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group. MismatchError where ranks differ."""
         require_equal_ranks(group, self.name)
-        return chunked(group, with_common_A if self.frozen_factor(group.round) == "A" else with_common_B)
+        work = with_common_A if self.frozen_factor(group.round) == "A" else with_common_B
+        return work(group)
 
     def frozen_factor(self, round: int) -> str:  # noqa: A002
         """A in even rounds, B in odd ones."""

@@ -12,7 +12,8 @@ def census(gram, weight):
     L, K, _ = gram.shape
     return Census(
         modules=tuple(f"layers.{i}" for i in range(L)),
-        gram=gram,
+        gram=None,
+        squares=np.einsum("lkk->lk", gram),
         clients=tuple(f"c{k}" for k in range(K)),
         ranks=np.full((L, K), 4),
         weight=np.asarray(weight, np.float64),
