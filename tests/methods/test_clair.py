@@ -702,6 +702,15 @@ def test_weights_that_are_not_normalised_are_in_the_mean(weights):
     assert float(outcome.error[0]) == pytest.approx(distance(mean, problem.dense()), rel=1e-10)
 
 
+def test_a_client_split_into_two_halves_leaves_the_mean_where_nobody_is_flagged():
+    problem = standard()
+    halves = Problem(
+        *([*field, field[4]] for field in (problem.B, problem.A, problem.scale)),
+        [*problem.weight[:4], problem.weight[4] / 2, problem.weight[4] / 2],
+    )
+    assert distance(product(clair(halves, gap_min=1.0)[2]), product(clair(problem, gap_min=1.0)[2])) < 1e-12
+
+
 def test_weights_of_sum_zero_have_no_mean():
     problem = replace(standard(), weight=[1.0, -1.0, 1.0, -1.0, 0.0])
     with pytest.raises(WeightError, match=r"layers.0.q_proj.*clair.*sum to 0"):
