@@ -71,8 +71,8 @@ def check_ranks(method: Method, modules: Iterable[str], roster: Sequence[Client]
             if (found := client.opened.modules[name].rank) != rank:
                 raise MismatchError(
                     f"client {printable(client.name)!r}, module {printable(name)!r}: rank {found}, but {rank} in client "
-                    f"{printable(first.name)!r}; method {method.name!r} needs one rank. florist, flora, zero_pad and hetlora "
-                    "take mixed ranks"
+                    f"{printable(first.name)!r}; method {method.name!r} needs one rank. florist, flexlora, prelort and "
+                    "zero_pad take mixed ranks"
                 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedlora_kernels.methods.contract import Method, method_class, method_names
+from fedlora_kernels.methods.robust import RobustRule
 
 __all__ = ["method_table"]
 
@@ -30,7 +31,7 @@ def _needs(cls: type[Method]) -> str:
         needs.append("the round before, if any")
     if cls.needs_round and not cls.needs_previous:
         needs.append("the round")
-    if cls.needs_decision:
+    if cls.needs_decision or issubclass(cls, RobustRule):
         needs.append("a second pass")
     if "common" not in cls.gives:
         needs.append("`--per-client`")
