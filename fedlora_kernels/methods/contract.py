@@ -137,11 +137,11 @@ class Survey:
 class Census:
     """The whole model as `decide` sees it: L modules, K clients, never a factor.
 
-    ``gram`` is (L, K, K) float64, <D_i, D_j> per module with scales folded in and no weights (None without a survey, or where
-    the method does not ask for it), ``squares`` (L, K) its diagonal (None without a survey); ``ranks`` (L, K), 0 where a client lacks the module; ``weight`` (K,) float64 as the caller
-    gave it, normalised; ``shapes`` (L, 2). The K clients, ``clients`` by name, are those of ``Group.clients``, in the same
-    order, after the policy. ``memory`` is what `remember` kept in the round before; ``client_state`` what clients report,
-    by name.
+    ``gram`` is (L, K, K) float64, <D_i, D_j> per module with scales folded in and no weights (None without a survey, or where the
+    method does not ask for it), ``squares`` (L, K) its diagonal (None without a survey); ``ranks`` (L, K), 0 where a client lacks
+    the module; ``weight`` (K,) float64 as the caller gave it, normalised; ``shapes`` (L, 2). The K clients, ``clients`` by name,
+    are those of ``Group.clients``, in the same order, after the policy. ``memory`` is what `remember` kept in the round before;
+    ``client_state`` what clients report, by name.
     """
 
     modules: tuple[str, ...]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedlora_kernels.backends.contract import U64, Info, Note
+from fedlora_kernels.backends.contract import U64, Note
 from fedlora_kernels.errors import MismatchError
 from fedlora_kernels.linalg import WeightedSum, update_gram, weighted_sum
 from fedlora_kernels.methods.contract import Group, Outcome, Pair, Spectrum
@@ -31,6 +31,8 @@ __all__ = [
     "padded_mean",
     "pair_outcome",
     "require_equal_ranks",
+    "rounded",
+    "rounding_of",
     "share",
     "stack_error",
     "sums_outcome",
@@ -196,20 +198,11 @@ def sums_outcome(
     unknown = torch.full((group.batch,), math.nan, dtype=torch.float64)
     error, bound, energy = unknown, unknown, None
     if group.measure:
-        rounding = (B.rounding * A.norm + (B.norm + B.rounding) * A.rounding).cpu()
+        rounding = rounding_of(B, A)
         runs = [slice(*bounds) for bounds in chunks(group)]
         parts = [gap(group.part(rows.start, rows.stop), rows, rounding[rows]) for rows in runs]
         error, bound, energy = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Outcome(
-        B=B.sum,
-        A=A.sum,
-        rank=torch.full((group.batch,), B.sum.shape[-1], dtype=torch.int64),
-        error=error,
-        error_bound=bound,
-        notes=(B.notes | A.notes).cpu() & int(Note.ZERO),
-        info=(B.info | A.info).cpu(),
-        energy=energy,
-    )
+    return _outcome(group, B, A, error, bound, energy)
 
 
 def share(group: Group, weight: Tensor) -> Tensor:
@@ -227,23 +220,37 @@ def pair_outcome(
     ``gap(rounding)`` answers error, error bound and energy, where ``rounding`` (N,) is what the output dtype may add to the
     distance from D; it is called only if the group is to be measured.
     """
-    left, lost_B, cut_B = cast(B, group.dtype)
-    right, lost_A, cut_A = cast(A, group.dtype)
-    finite = (torch.isfinite(B).flatten(1).all(1) & torch.isfinite(A).flatten(1).all(1)).cpu()
-    zero = ((B == 0).flatten(1).all(1) | (A == 0).flatten(1).all(1)).cpu()
-    info = (~finite) * int(Info.NONFINITE) + (lost_B | lost_A) * int(Info.OVERFLOW)
+    left, right = (rounded(group, x) for x in (B, A))
     unknown = torch.full((group.batch,), math.nan, dtype=torch.float64)
     error, bound, energy = unknown, unknown, None
     if group.measure:
-        error, bound, energy = gap(cut_B * norms(A) + norms(left) * cut_A)
+        error, bound, energy = gap(rounding_of(left, right))
+    return _outcome(group, left, right, error, bound, energy)
+
+
+def rounded(group: Group, x: Tensor, factor: Tensor | None = None) -> WeightedSum:
+    """``x`` (N, p, q), times ``factor`` (N, 1) if given, in the dtype of the group; one pass, and what is to be known of it."""
+    answer: WeightedSum = weighted_sum([x], weights=factor, dtype=group.dtype, check=False, backend=group.backend)
+    return answer
+
+
+def rounding_of(B: WeightedSum, A: WeightedSum) -> Tensor:
+    """What the output dtype may add to the distance of the pair, (N,)."""
+    rounding: Tensor = B.rounding * A.norm + (B.norm + B.rounding) * A.rounding
+    return rounding.cpu()
+
+
+def _outcome(
+    group: Group, B: WeightedSum, A: WeightedSum, error: Tensor, error_bound: Tensor, energy: Tensor | None
+) -> Outcome:
     return Outcome(
-        B=left,
-        A=right,
-        rank=torch.full((group.batch,), left.shape[-1], dtype=torch.int64),
+        B=B.sum,
+        A=A.sum,
+        rank=torch.full((group.batch,), B.sum.shape[-1], dtype=torch.int64),
         error=error,
-        error_bound=bound,
-        notes=(zero * int(Note.ZERO)).to(torch.int32),
-        info=info.to(torch.int32),
+        error_bound=error_bound,
+        notes=(B.notes | A.notes).cpu() & int(Note.ZERO),
+        info=(B.info | A.info).cpu(),
         energy=energy,
     )
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from fedlora_kernels.backends.contract import Info, Note
+from fedlora_kernels.backends.contract import Note
 from fedlora_kernels.linalg import update_gram
 from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
-from fedlora_kernels.methods.factors import cast, chunked, norms, owned, zero_outcome
+from fedlora_kernels.methods.factors import chunked, owned, rounded, rounding_of, zero_outcome
 
 __all__ = ["FLoRA"]
 
@@ -28,7 +29,7 @@ class FLoRA(Method):
     product_only: ClassVar[bool] = True
 
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
-        """Stack one group. ``error`` is 0: only the rounding to the output dtype stands in the bound."""
+        """Stack one group. ``error`` is 0: only the rounding to the output dtype stands in the bound, if it is measured."""
         return chunked(group, self._stack)
 
     def _stack(self, group: Group) -> Outcome:
@@ -40,31 +41,32 @@ class FLoRA(Method):
         R = sum(block.shape[-1] for block in B)
         left = torch.empty(group.batch, group.m, R, dtype=group.dtype, device=device)
         right = torch.empty(group.batch, R, group.n, dtype=group.dtype, device=device)
-        lost = torch.zeros(group.batch, dtype=torch.bool)
-        finite = torch.ones(group.batch, dtype=torch.bool)
         size = torch.zeros(group.batch, dtype=torch.float64)
         rounding = torch.zeros_like(size)
+        info = torch.zeros(group.batch, dtype=torch.int32)
         start = 0
         for position, k in enumerate(keep):
             stop = start + B[position].shape[-1]
-            b = B[position].to(torch.float64) * group.scale[:, k].to(device)[:, None, None]
-            a = A[position].to(torch.float64) * group.weight[:, k].to(device)[:, None, None]
-            left[:, :, start:stop], lost_b, cut_b = cast(b, group.dtype)
-            right[:, start:stop], lost_a, cut_a = cast(a, group.dtype)
-            size += norms(b) * norms(a)
-            rounding += cut_b * norms(a) + norms(left[:, :, start:stop]) * cut_a
-            lost |= lost_b | lost_a
-            finite &= torch.isfinite(size)
+            b = rounded(group, B[position], group.scale[:, k : k + 1])
+            a = rounded(group, A[position], group.weight[:, k : k + 1])
+            left[:, :, start:stop], right[:, start:stop] = b.sum, a.sum
+            size += (b.norm * a.norm).cpu()
+            rounding += rounding_of(b, a)
+            info |= (b.info | a.info).cpu()
             start = stop
-        energy = update_gram(B, A, weights=folded, check=False, backend=group.backend).cpu().sum((1, 2)).clamp(min=0.0)
-        info = (~finite) * int(Info.NONFINITE) + lost * int(Info.OVERFLOW)
+        unknown = torch.full((group.batch,), math.nan, dtype=torch.float64)
+        energy, bound = None, unknown
+        if group.measure:
+            gram = update_gram(B, A, weights=folded, check=False, backend=group.backend).cpu()
+            energy = gram.sum((1, 2)).clamp(min=0.0)
+            bound = rounding / energy.sqrt()
         return Outcome(
             B=left,
             A=right,
             rank=torch.full((group.batch,), R, dtype=torch.int64),
             error=torch.zeros(group.batch, dtype=torch.float64),
-            error_bound=torch.where(size == 0.0, size, rounding / energy.sqrt()),
+            error_bound=torch.where(size == 0.0, size, bound),
             notes=((size == 0.0) * int(Note.ZERO)).to(torch.int32),
-            info=info.to(torch.int32),
+            info=info,
             energy=energy,
         )
