@@ -86,6 +86,7 @@ def test_the_report_is_plain_json_with_the_promised_keys():
             "stacked_rank",
             "rank",
             "residual_rank",
+            "personal_error",
             "numerical_rank",
             "energy",
             "error",

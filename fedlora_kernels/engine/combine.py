@@ -40,8 +40,7 @@ def combine(walk: Walk, plan: Any, sink: Callable[[Sequence[ModuleOutput]], None
                     made, described = _combine_block(walk, block, plan)
                 if walk.settings.write.drop_zero:
                     for module, row in zip(made, described, strict=True):
-                        if _drop(row):
-                            module.common, module.personal = None, {}
+                        _drop(module, row)
                 modules += made
                 rows += described
             modules.sort(key=lambda module: index[module.name])
@@ -80,7 +79,7 @@ def _module(name: str, i: int, outcome: Outcome) -> ModuleOutput:
     if outcome.residual is not None and int(outcome.residual.rank[i]) > 0:
         made.residual = _cut(outcome.residual, i)
     for k, pair in enumerate(outcome.personal or ()):
-        if pair is not None:
+        if pair is not None and int(pair.rank[i]) > 0:
             made.personal[k] = _cut(pair, i)
     return made
 
@@ -132,9 +131,10 @@ def _largest(method: Method, group: Group, i: int, plan: Any, previous: Previous
     return max(float(factor.abs().max()) for pair in pairs for factor in (pair.B, pair.A) if factor.numel())
 
 
-def _drop(row: dict[str, Any]) -> bool:
-    """Whether a row is that of a zero module, which then stands in the report with rank 0."""
+def _drop(module: ModuleOutput, row: dict[str, Any]) -> None:
+    """Leave out what is zero of a module whose update is; with nothing left, it stands in the report with rank 0."""
     if Note.ZERO.name not in row["notes"]:
-        return False
-    row["rank"] = 0
-    return True
+        return
+    module.common = None
+    module.personal = {k: (B, A) for k, (B, A) in module.personal.items() if bool(B.any()) and bool(A.any())}
+    row["rank"] = max((A.shape[0] for _, A in module.personal.values()), default=0)

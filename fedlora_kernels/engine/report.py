@@ -47,6 +47,7 @@ def module_rows(
                 "energy": None if energy is None else number(energy[i]),
                 "error": number(outcome.error[i]),
                 "error_bound": number(outcome.error_bound[i]),
+                "personal_error": _personal(outcome, i),
                 "rho": None if spectrum is None else number(spectrum.rho[i]),
                 "sigma_err": None if spectrum is None else number(spectrum.sigma_err[i]),
                 "passes": None if spectrum is None else int(spectrum.passes[i]),
@@ -55,6 +56,11 @@ def module_rows(
             }
         )
     return rows
+
+
+def _personal(outcome: Outcome, i: int) -> list[float | None] | None:
+    """What cutting took of each client's own pair, relative to it."""
+    return None if outcome.personal_error is None else [number(error) for error in outcome.personal_error[i]]
 
 
 def _ranks(outcome: Outcome) -> Tensor:

@@ -87,7 +87,7 @@ def _totals(report: Mapping[str, Any], out: str) -> Table:
         "modules": totals["modules"],
         "rank": f"{totals['rank_in']} in, {totals['rank']} out (sums over modules)",
         "size": f"{totals['parameters']} parameters, {size(totals['bytes'])}",
-        "error": f"{number(totals['error'])} of |D|_F, certified at most {number(totals['error_bound'])}",
+        "error": _error(totals),
         "backend": f"{_joined(backend['used'])} on {backend['device']}" if backend["used"] else "none needed",
         "seconds": ", ".join(f"{stage} {number(spent)}" for stage, spent in seconds.items()),
     }
@@ -98,6 +98,12 @@ def _totals(report: Mapping[str, Any], out: str) -> Table:
             text("fallback", "bold"), text(f"{fallback['op']}: not {fallback['backend']}, {fallback['reason']}")
         )
     return grid
+
+
+def _error(totals: Mapping[str, Any]) -> str:
+    if totals["error"] is None:
+        return "not known: not measured, or no common adapter"
+    return f"{number(totals['error'])} of |D|_F, certified at most {number(totals['error_bound'])}"
 
 
 def _by_module(modules: Sequence[Mapping[str, Any]]) -> Table:
