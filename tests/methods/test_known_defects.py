@@ -153,6 +153,14 @@ def test_08_imbalanced_gauges_do_no_harm(method, backend, seed):
         assert result.report["modules"][0]["rank"] == 30
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_08_balanced_columns_leave_imbalanced_clients_in_one_pass(backend):
+    """Without balancing the certificate of the Gram route fails and a second pass has to mend it."""
+    problem = imbalanced(standard(m=197, n=173, ranks=(6,) * 5, scale=SCALE, dtype=torch.float32))
+    row = run(problem, "florist", backend, rule=ALL).report["modules"][0]
+    assert (row["passes"], row["rank"]) == (1, 30)
+
+
 @pytest.mark.parametrize("lam", [1.5, 1.0 + 1e-9, -0.1, float("nan")])
 def test_09_lam_outside_zero_to_one_is_refused(lam):
     """FedRot: the default lam = 1.5 silently selects hard alignment in O(r)."""
