@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+METHODS = "methods-epyc-2core.json"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -61,5 +62,26 @@ def product() -> str:
     return markdown(head, rows)
 
 
+def methods() -> str:
+    """Every method from files to files: seconds, as multiples of the floor, and how many times slower the plain loop is."""
+    head = ("method", "ranks", "seconds", "times the floor", "with its distance", "loop / ours", "loop's work / ours")
+    rows = [
+        (
+            f"`{row['method']}`",
+            row["ranks"],
+            two_digits(row["ours_s"]),
+            f"{row['times_floor']:.1f}",
+            two_digits(row["measured_s"]),
+            two_digits(row["ratio"]),
+            two_digits(row["work_ratio"]),
+        )
+        for row in load(METHODS)["rows"]
+    ]
+    return markdown(head, rows)
+
+
 if __name__ == "__main__":
-    print(small_svd(), product(), sep="\n\n")
+    tables = [small_svd(), product()]
+    if (RESULTS / METHODS).exists():
+        tables.append(methods())
+    print(*tables, sep="\n\n")

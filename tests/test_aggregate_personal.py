@@ -345,8 +345,10 @@ def test_without_measuring_only_the_distance_is_unknown(tmp_path, method):
         assert "fedlora.error_bound" not in result.adapter.metadata
 
 
-@pytest.mark.parametrize("method", ["fedit", "zero_pad", "hetlora", "prelort", "fedrot", "lora_fair", "ffa", "rolora"])
-def test_methods_of_factor_means_do_not_measure_unless_asked(method):
+@pytest.mark.parametrize(
+    "method", ["fedit", "zero_pad", "hetlora", "prelort", "fedrot", "lora_fair", "ffa", "rolora", "flora"]
+)
+def test_methods_of_factors_do_not_measure_unless_asked(method):
     report = run(method, measure=False).report
     assert report["totals"]["error"] is None
     assert {row["energy"] for row in report["modules"]} == {None}

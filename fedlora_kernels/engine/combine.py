@@ -85,9 +85,10 @@ def _module(name: str, i: int, outcome: Outcome) -> ModuleOutput:
 
 
 def _cut(pair: Pair, i: int) -> tuple[Tensor, Tensor]:
+    """The pair of one module on the host: a view of the batch, or a copy where that would keep the padding of the batch alive."""
     p = int(pair.rank[i])
-    # a copy: a view would keep the padding of the whole batch alive
-    return pair.B[i, :, :p].to("cpu", copy=True).contiguous(), pair.A[i, :p].to("cpu", copy=True).contiguous()
+    copy = p < pair.A.shape[1]
+    return tuple(x.to("cpu", copy=copy) for x in (pair.B[i, :, :p], pair.A[i, :p]))  # type: ignore[return-value]
 
 
 def _raise_for_info(

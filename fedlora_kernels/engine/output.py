@@ -101,8 +101,8 @@ class MemoryOutput:
         self._metadata = {"format": "pt", **metadata}
 
     def add_pairs(self, pairs: Sequence[NamedPair]) -> None:
-        """Keep the pairs."""
-        self._pairs.update({name: (B, A) for name, B, A in pairs})
+        """Keep the pairs, each in memory of its own."""
+        self._pairs.update({name: (_own(B), _own(A)) for name, B, A in pairs})
         self.ranks.update({name: A.shape[0] for name, _, A in pairs})
 
     def add_extra(self, name: str, tensor: Tensor) -> None:
@@ -127,6 +127,12 @@ class MemoryOutput:
 
     def abandon(self) -> None:
         """Nothing is held."""
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor, in memory that holds nothing else."""
+    alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 class FolderOutput:
@@ -156,7 +162,7 @@ class FolderOutput:
             name, B, A = pair
             self._file.add_pair(name, B, A)
             self.ranks[name] = A.shape[0]
-            self._first, self._last = self._first or pair, pair
+            self._first, self._last = self._first or (name, _own(B), _own(A)), pair
 
     def add_extra(self, name: str, tensor: Tensor) -> None:
         """Append the tensor to the file."""

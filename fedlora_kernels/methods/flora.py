@@ -29,7 +29,7 @@ class FLoRA(Method):
     product_only: ClassVar[bool] = True
 
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
-        """Stack one group. ``error`` is 0: only the rounding to the output dtype stands in the bound, if it is measured."""
+        """Stack one group. ``error``, if measured, is 0: only the rounding to the output dtype stands in the bound."""
         return chunked(group, self._stack)
 
     def _stack(self, group: Group) -> Outcome:
@@ -54,18 +54,19 @@ class FLoRA(Method):
             rounding += rounding_of(b, a)
             info |= (b.info | a.info).cpu()
             start = stop
-        unknown = torch.full((group.batch,), math.nan, dtype=torch.float64)
-        energy, bound = None, unknown
+        error = bound = torch.full((group.batch,), math.nan, dtype=torch.float64)
+        energy = None
         if group.measure:
             gram = update_gram(B, A, weights=folded, check=False, backend=group.backend).cpu()
             energy = gram.sum((1, 2)).clamp(min=0.0)
-            bound = rounding / energy.sqrt()
+            error = torch.zeros_like(energy)
+            bound = torch.where(size == 0.0, 0.0, rounding / energy.sqrt())
         return Outcome(
             B=left,
             A=right,
             rank=torch.full((group.batch,), R, dtype=torch.int64),
-            error=torch.zeros(group.batch, dtype=torch.float64),
-            error_bound=torch.where(size == 0.0, size, bound),
+            error=error,
+            error_bound=bound,
             notes=((size == 0.0) * int(Note.ZERO)).to(torch.int32),
             info=info,
             energy=energy,
