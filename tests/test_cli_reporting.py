@@ -5,7 +5,9 @@ import os
 
 import pytest
 import torch
+from make_adapters import make_adapter
 
+from fedlora_kernels.cli import main
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.reporting.json import check_target, plain, write_json
 from fedlora_kernels.reporting.tables import MODULE_ROWS, aggregate_tables, number, size
@@ -169,3 +171,18 @@ def test_bar_on_a_terminal(capsys, monkeypatch):
             progress("read\x1b", 1, 2)
             progress("read\x1b", 2, 2)
         assert bool(capsys.readouterr().err) is not quiet
+
+
+def test_what_was_decided_of_each_client_stands_beside_it(tmp_path, capsys):
+    for k in range(5):
+        make_adapter(tmp_path / f"c{k}", rank=4, seed=k)
+    clients = [str(tmp_path / f"c{k}") for k in range(5)]
+    assert main(["aggregate", *clients, "-o", str(tmp_path / "clair"), "--method", "clair"]) == 0
+    shown = capsys.readouterr().out
+    assert "flags" in shown
+    assert "scores" in shown
+    arguments = ["--method", "fedit", "--robust", "krum", "--set", "krum.f=1"]
+    assert main(["aggregate", *clients, "-o", str(tmp_path / "krum"), *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "score" in shown
+    assert shown.count("rejected") == 4

@@ -72,7 +72,7 @@ def aggregate_tables(report: Mapping[str, Any], out: str) -> RenderableType:
     """Return the tables of an aggregation report (schema 1): totals, modules, clients."""
     modules: Sequence[Mapping[str, Any]] = report["modules"]
     rows = _by_layer(modules) if len(modules) > MODULE_ROWS else _by_module(modules)
-    return Group(_totals(report, out), rows, _clients(report["clients"]))
+    return Group(_totals(report, out), rows, _clients(report["clients"], _decided(report)))
 
 
 def _totals(report: Mapping[str, Any], out: str) -> Table:
@@ -145,8 +145,9 @@ def _by_layer(modules: Sequence[Mapping[str, Any]]) -> Table:
     return rows
 
 
-def _clients(clients: Iterable[Mapping[str, Any]]) -> Table:
-    rows = table("Clients", "client", ">weight", "status", ">rank", ">norm", ">size", "reason")
+def _clients(clients: Iterable[Mapping[str, Any]], decided: Mapping[str, Mapping[str, Any]]) -> Table:
+    names = [f">{name}" for name in decided]
+    rows = table("Clients", "client", ">weight", "status", ">rank", ">norm", ">size", *names, "reason")
     for client in clients:
         status = client["status"]
         rows.add_row(
@@ -156,9 +157,33 @@ def _clients(clients: Iterable[Mapping[str, Any]]) -> Table:
             text(span(client["rank_min"], client["rank_max"])),
             text(number(client["norm"])),
             text(size(client["bytes"])),
+            *(text(_plain(values.get(client["name"]))) for values in decided.values()),
             text(_reason(client)),
         )
     return rows
+
+
+def _decided(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What method and robust rule decided of each client, one value each, by what it is called."""
+    names = {client["name"] for client in report["clients"]}
+    columns: dict[str, Mapping[str, Any]] = {}
+    for key, values in (report.get("decision") or {}).items():
+        if isinstance(values, Mapping) and set(values) <= names and not any(map(_nested, values.values())):
+            columns[key] = values
+    rule = (report.get("robust") or {}).get("clients") or {}
+    if any(verdict["score"] is not None for verdict in rule.values()):
+        columns["score"] = {name: verdict["score"] for name, verdict in rule.items()}
+    return columns
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, (Mapping, list))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number(value) if isinstance(value, (float, int)) or value is None else str(value)
 
 
 def _reason(client: Mapping[str, Any]) -> str:
