@@ -156,7 +156,7 @@ class Walk:
             self.sources,
             self.cohort.modules,
             reads,
-            limit=min(self.settings.memory // 4, int(__import__("os").environ.get("SLAB","100000")) << 20),
+            limit=self.settings.memory // 4,
             itemsize=self.dtype.itemsize,
         )
 
