@@ -114,7 +114,7 @@ class Clair(Method):
         if self.scope == "matrix":
             return None
         group = _present(group)
-        found = [self._solve(group.part(*bounds)) for bounds in chunks(group)]
+        found = [self._solve(group.part(*bounds)) for bounds in chunks(group, times=4)]
         stats = {
             name: torch.cat([getattr(part, name) for part in found]).numpy()
             for name in ("scores", "steps", "converged")
@@ -137,7 +137,7 @@ class Clair(Method):
 
     def combine(self, group: Group, plan: Contamination | None, previous: Previous | None) -> Outcome:
         """Combine one group. WeightError where the weights of the clients not flagged sum to 0."""
-        return chunked(_present(group), lambda part: self._combine(part, plan))
+        return chunked(_present(group), lambda part: self._combine(part, plan), times=4)
 
     def describe(self, plan: Contamination | None, clients: Sequence[str]) -> dict[str, Any]:
         """Flags and scores by client; none where each module has its own."""

@@ -39,11 +39,8 @@ __all__ = [
     "zero_outcome",
 ]
 
-CHUNK = 8 << 20
+CHUNK = 16 << 20
 """Bytes of float64 factors that a method converts at once on a CPU: what stays in its caches, and in memory that it holds already."""
-
-DEVICE_CHUNK = 64 << 20
-"""The same on a GPU."""
 
 
 def owned(group: Group, weight: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -114,15 +111,19 @@ def require_equal_ranks(group: Group, method: str) -> None:
         )
 
 
-def chunked(group: Group, work: Callable[[Group], Outcome]) -> Outcome:
+def chunked(group: Group, work: Callable[[Group], Outcome], times: int = 1) -> Outcome:
     """Do ``work`` on a few modules at a time, so that float64 copies of the factors stay small; outcomes are joined."""
-    return joined([work(group.part(start, stop)) for start, stop in chunks(group)])
+    return joined([work(group.part(start, stop)) for start, stop in chunks(group, times)])
 
 
-def chunks(group: Group) -> list[tuple[int, int]]:
-    """Bounds of the parts that `chunked` works on, at least one: for work that also cuts tensors beside the group."""
+def chunks(group: Group, times: int = 1) -> list[tuple[int, int]]:
+    """Bounds of the parts that `chunked` works on, at least one: for work that also cuts tensors beside the group.
+
+    ``times`` makes parts larger, for work of many small steps; on a GPU every step is small.
+    """
     size = 8 * sum(group.ranks) * (group.m + group.n)
-    step = max(1, (CHUNK if group.device.type == "cpu" else DEVICE_CHUNK) // max(1, size))
+    limit = CHUNK * (times if group.device.type == "cpu" else 4)
+    step = max(1, limit // max(1, size))
     return [(start, min(start + step, group.batch)) for start in range(0, group.batch, step)] or [(0, 0)]
 
 

@@ -39,7 +39,7 @@ class FedSVD(Method):
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group. MismatchError where ranks differ."""
         require_equal_ranks(group, self.name)
-        return chunked(group, _refactored) if any(group.ranks) else zero_outcome(group)
+        return chunked(group, _refactored, times=4) if any(group.ranks) else zero_outcome(group)
 
 
 def _refactored(group: Group) -> Outcome:

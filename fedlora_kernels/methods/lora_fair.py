@@ -70,7 +70,7 @@ class LoraFair(Method):
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group. MismatchError where ranks differ."""
         require_equal_ranks(group, self.name)
-        return chunked(group, self._corrected)
+        return chunked(group, self._corrected, times=4)
 
     def _corrected(self, group: Group) -> Outcome:
         mean_B, mean_A = padded_mean(group, group.weight)
