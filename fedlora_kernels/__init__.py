@@ -44,6 +44,7 @@ from fedlora_kernels.linalg import SVDResult as SVDResult
 from fedlora_kernels.linalg import WeightedSum as WeightedSum
 from fedlora_kernels.linalg import align_factors as align_factors
 from fedlora_kernels.linalg import core_svd as core_svd
+from fedlora_kernels.linalg import mixed_sum as mixed_sum
 from fedlora_kernels.linalg import procrustes_rotation as procrustes_rotation
 from fedlora_kernels.linalg import product_svd as product_svd
 from fedlora_kernels.linalg import rotate_factors as rotate_factors

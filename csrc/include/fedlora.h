@@ -93,6 +93,42 @@ FEDLORA_API int fedlora_weighted_sum(const fedlora_block *X, const int64_t *coun
                                      const fedlora_block *info, const fedlora_block *notes, int64_t groups,
                                      void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
 
+/* Bytes of scratch that fedlora_mixed_sum needs for these groups with so many threads. */
+FEDLORA_API int fedlora_mixed_sum_workspace(const fedlora_block *mixers, const int64_t *counts, const fedlora_block *sum,
+                                            int64_t groups, int64_t threads, int64_t *bytes);
+
+/* sum = sum_k X_k M_k for every matrix of every group.
+ *
+ *   X         blocks of all groups one after the other, counts[g] of group g: p x q_k, any float dtype, read only
+ *   mixers    one for every block: q_k x q, float64, read only
+ *   sum       p x q, any float dtype; rounded once from float64 (halves by way of float32)
+ *   norm, rounding, info, notes  as for fedlora_weighted_sum
+ *
+ * Each number of X_k M_k is a chain of float64 products over the columns of the block, in order, with fused multiply-add
+ * where the instruction set has it; then those of the blocks are added, in order. A block whose mixer is zero is not read.
+ */
+FEDLORA_API int fedlora_mixed_sum(const fedlora_block *X, const fedlora_block *mixers, const int64_t *counts,
+                                  const fedlora_block *sum, const fedlora_block *norm, const fedlora_block *rounding,
+                                  const fedlora_block *info, const fedlora_block *notes, int64_t groups, void *workspace,
+                                  int64_t workspace_bytes, int64_t threads, void *stream);
+
+/* Bytes of scratch that fedlora_cross_products needs for these groups with so many threads. */
+FEDLORA_API int fedlora_cross_products_workspace(const fedlora_block *X, const int64_t *counts, const fedlora_block *Y,
+                                                 int64_t groups, int64_t threads, int64_t *bytes);
+
+/* products_k = X_k^T Y for every matrix of every group, in float64.
+ *
+ *   X         blocks of all groups one after the other, counts[g] of group g: p x q_k, any float dtype, read only
+ *   Y         one per group: p x q, any float dtype, read only
+ *   products  one for every block: q_k x q, float64
+ *   squares   one per group: 1 x (counts[g] + 1) float64, squared Frobenius norms of the blocks, then of Y
+ *
+ * Numbers are not scaled: float64 inputs may leave the range.
+ */
+FEDLORA_API int fedlora_cross_products(const fedlora_block *X, const int64_t *counts, const fedlora_block *Y,
+                                       const fedlora_block *products, const fedlora_block *squares, int64_t groups,
+                                       void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

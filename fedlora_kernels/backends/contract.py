@@ -27,6 +27,7 @@ __all__ = [
     "Blocks",
     "Factors",
     "Info",
+    "Mixed",
     "Note",
     "RawProduct",
     "RawQR",
@@ -48,6 +49,7 @@ OPS = (
     "product_svd",
     "update_gram",
     "weighted_sum",
+    "mixed_sum",
     "procrustes_rotation",
     "rotate_factors",
     "align_factors",
@@ -179,6 +181,31 @@ class Blocks:
         return self.weights.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """Client blocks of N equally shaped sums ``sum_k X_k M_k``.
+
+    ``blocks[k]`` is ``(N, p, r_k)`` (any strides and dtypes), ``mixers[k]`` is ``(N, r_k, q)`` float64 on their device. There is at
+    least one block.
+    """
+
+    blocks: tuple[Tensor, ...]
+    mixers: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(N, p, q)`` of the sum."""
+        N, p, _ = self.blocks[0].shape
+        return N, p, self.mixers[0].shape[-1]
+
+    def empty(self, dtype: torch.dtype) -> Tensor:
+        """Room for the sum, by columns in memory if the first block is."""
+        first, (N, p, q) = self.blocks[0], self.shape
+        by_columns = first.stride(-1) > first.stride(-2)
+        out = torch.empty((N, q, p) if by_columns else (N, p, q), dtype=dtype, device=first.device)
+        return out.mT if by_columns else out
+
+
 class RawSVD(NamedTuple):
     """``C = U diag(S) Vh``: U (N, p, k), S (N, k) descending, Vh (N, k, q), k = min(p, q); info, notes (N,) int32."""
 
@@ -283,6 +310,9 @@ class Backend(Protocol):
 
     def weighted_sum(self, groups: Sequence[Blocks], dtype: torch.dtype) -> list[RawSum]:
         """Weighted sum of each group in ``dtype``: float64 products and sums in the order of the blocks, halves by way of float32."""
+
+    def mixed_sum(self, groups: Sequence[Mixed], dtype: torch.dtype) -> list[RawSum]:
+        """``sum_k X_k M_k`` of each group in ``dtype``, from float64 (halves by way of float32); a block of mixer zero is not seen."""
 
     def procrustes_rotation(
         self, source: Sequence[Tensor], target: Sequence[Tensor], special: bool, blend: float

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import Blocks, RawRotation, RawSum, RawSVD
+from fedlora_kernels.backends.contract import Blocks, Mixed, RawRotation, RawSum, RawSVD
 from fedlora_kernels.backends.torch import procrustes
 from fedlora_kernels.errors import BackendError, InputError
 
@@ -33,6 +35,7 @@ _SIDES: Mapping[str, tuple[str, ...]] = {
     "procrustes_rotation": ("r",),
     "align_factors": ("r",),
     "weighted_sum": (),
+    "mixed_sum": (),
 }
 """The sizes of an operation that have an upper bound."""
 _MOST_THREADS = 1024
@@ -67,7 +70,7 @@ class CpuBackend:
     """
 
     name = "cpu"
-    bitwise = frozenset({"core_svd", "weighted_sum"})
+    bitwise = frozenset({"core_svd", "mixed_sum", "weighted_sum"})
 
     def __init__(self, library: Path = _LIBRARY, headers: Sequence[Path] = _HEADERS) -> None:
         self._path = library
@@ -84,7 +87,7 @@ class CpuBackend:
         return True, f"{self._path.name}, {library.fedlora_isa().decode()}"
 
     def serves(self, op: str, dtype: torch.dtype, device: torch.device, sizes: Mapping[str, int]) -> tuple[bool, str]:
-        """`core_svd`, `procrustes_rotation` and `align_factors` up to 32 x 32, `weighted_sum` of any size; on the CPU."""
+        """`core_svd`, `procrustes_rotation` and `align_factors` up to 32 x 32, sums of any size; on the CPU."""
         if op not in _SIDES:
             return False, f"the cpu library has no {op}"
         if device.type != "cpu":
@@ -134,9 +137,9 @@ class CpuBackend:
         Raises BackendError where the library is absent or does not take a dtype, InputError as `core_svd`.
         """
         library = self._needed("weighted_sum")
-        results = [_empty_sum(group, dtype) for group in groups]
+        results = [_about(torch.empty(group.batch, group.p, group.q, dtype=dtype)) for group in groups]
         blocks = _table([block for group in groups for block in group.blocks])
-        counts = (ctypes.c_int64 * max(len(groups), 1))(*[len(group.blocks) for group in groups])
+        counts = _counts([len(group.blocks) for group in groups])
         weights = _table([group.weights[None] for group in groups])
         tables = [_table([_rows(getattr(result, field)) for result in results]) for field in RawSum._fields]
         needed = ctypes.c_int64()
@@ -148,11 +151,34 @@ class CpuBackend:
         _check("weighted_sum", status)
         return results
 
+    def mixed_sum(self, groups: Sequence[Mixed], dtype: torch.dtype) -> list[RawSum]:
+        """``sum_k X_k M_k`` of each group in one pass over the blocks; see `Backend.mixed_sum`.
+
+        Raises BackendError where the library is absent or does not take a dtype, InputError as `core_svd`.
+        """
+        library = self._needed("mixed_sum")
+        results = [_about(group.empty(dtype)) for group in groups]
+        blocks = _table([block for group in groups for block in group.blocks])
+        mixers = _table([mixer for group in groups for mixer in group.mixers])
+        counts = _counts([len(group.blocks) for group in groups])
+        tables = [_table([_rows(getattr(result, field)) for result in results]) for field in RawSum._fields]
+        threads, needed = thread_count(), ctypes.c_int64()
+        status = library.fedlora_mixed_sum_workspace(
+            mixers, counts, tables[0], len(groups), threads, ctypes.byref(needed)
+        )
+        _check("mixed_sum", status)
+        workspace = torch.empty(needed.value, dtype=torch.uint8)
+        status = library.fedlora_mixed_sum(
+            blocks, mixers, counts, *tables, len(groups), workspace.data_ptr(), workspace.numel(), threads, None
+        )
+        _check("mixed_sum", status)
+        return results
+
     def procrustes_rotation(
         self, source: Sequence[Tensor], target: Sequence[Tensor], special: bool, blend: float
     ) -> list[RawRotation]:
         """Rotation of every source onto its target; see `Backend.procrustes_rotation`."""
-        return procrustes.procrustes_rotation(source, target, special, blend, svd=self._svd)
+        return procrustes.procrustes_rotation(source, target, special, blend, svd=self._svd, cross=self._cross_products)
 
     def align_factors(
         self,
@@ -165,11 +191,37 @@ class CpuBackend:
         blend: float,
     ) -> list[tuple[Tensor, Tensor, RawRotation]]:
         """Every pair rotated towards its reference; see `Backend.align_factors`."""
-        return procrustes.align_factors(B, A, reference_B, reference_A, side, special, blend, svd=self._svd)
+        return procrustes.align_factors(
+            B, A, reference_B, reference_A, side, special, blend, svd=self._svd, cross=self._cross_products
+        )
 
     def _svd(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (raw,) = self.core_svd([C])
         return raw.U, raw.S, raw.Vh, raw.info
+
+    def _cross_products(self, source: Sequence[Tensor], target: Sequence[Tensor]) -> list[procrustes.Cross]:
+        """``X^T Y`` of every source and its target, each read once; sources with one target in a row read it once."""
+        pairs = list(zip(source, target, strict=True))
+        if any(x.dtype == torch.float64 for pair in pairs for x in pair):  # squares of float64 may leave its range
+            return procrustes.cross_products(source, target)
+        library = self._needed("procrustes_rotation")
+        runs = [list(run) for _, run in itertools.groupby(pairs, key=lambda pair: _place(pair[1]))]
+        products = [torch.empty(len(X), X.shape[-1], Y.shape[-1], dtype=torch.float64) for X, Y in pairs]
+        squares = [torch.empty(len(run[0][1]), len(run) + 1, dtype=torch.float64) for run in runs]
+        blocks, targets = _table([X for X, _ in pairs]), _table([run[0][1] for run in runs])
+        counts, threads, needed = _counts([len(run) for run in runs]), thread_count(), ctypes.c_int64()
+        status = library.fedlora_cross_products_workspace(
+            blocks, counts, targets, len(runs), threads, ctypes.byref(needed)
+        )
+        _check("procrustes_rotation", status)
+        workspace = torch.empty(needed.value, dtype=torch.uint8)
+        tables = _table(products), _table([_rows(table) for table in squares])
+        status = library.fedlora_cross_products(
+            blocks, counts, targets, *tables, len(runs), workspace.data_ptr(), workspace.numel(), threads, None
+        )
+        _check("procrustes_rotation", status)
+        rest = iter(products)
+        return [cross for table in squares for cross in _crosses(itertools.islice(rest, table.shape[1] - 1), table)]
 
     def _needed(self, op: str) -> ctypes.CDLL:
         library = self._load()
@@ -221,6 +273,10 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fedlora_weighted_sum_workspace.argtypes = [table, count, ctypes.POINTER(count)]
     counts = ctypes.POINTER(count)
     library.fedlora_weighted_sum.argtypes = [table, counts, *[table] * 6, count, address, count, count, address]
+    library.fedlora_mixed_sum_workspace.argtypes = [table, counts, table, count, count, counts]
+    library.fedlora_mixed_sum.argtypes = [*[table] * 2, counts, *[table] * 5, count, address, count, count, address]
+    library.fedlora_cross_products_workspace.argtypes = [table, counts, table, count, count, counts]
+    library.fedlora_cross_products.argtypes = [table, counts, *[table] * 3, count, address, count, count, address]
 
 
 def _working_copy(group: Tensor) -> Tensor:
@@ -250,10 +306,11 @@ def _empty_svd(C: Tensor) -> RawSVD:
     )
 
 
-def _empty_sum(group: Blocks, dtype: torch.dtype) -> RawSum:
-    N = group.batch
+def _about(sums: Tensor) -> RawSum:
+    """``sums`` (N, p, q), to be filled, and room for what is said of it."""
+    N = len(sums)
     return RawSum(
-        sum=torch.empty(N, group.p, group.q, dtype=dtype),
+        sum=sums,
         norm=torch.empty(N, dtype=torch.float64),
         rounding=torch.empty(N, dtype=torch.float64),
         info=torch.empty(N, dtype=torch.int32),
@@ -276,6 +333,23 @@ def _table(groups: Sequence[Tensor]) -> ctypes.Array[_Block]:
             t.data_ptr(), t.shape[1], t.shape[2], row_stride, col_stride, _DTYPE_CODE[t.dtype], t.shape[0], batch_stride
         )
     return table
+
+
+def _crosses(products: Iterable[Tensor], squares: Tensor) -> list[procrustes.Cross]:
+    """Products that were not scaled; ``squares`` (N, K + 1) of their sources and of the target are finite where those are."""
+    norms, finite = squares.sqrt(), torch.isfinite(squares)
+    sizes, both = norms[:, :-1] * norms[:, -1:], finite[:, :-1] & finite[:, -1:]
+    exponent = torch.zeros(len(squares), dtype=torch.int64)
+    return [procrustes.Cross(M, sizes[:, k], exponent, both[:, k]) for k, M in enumerate(products)]
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same numbers in memory."""
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
+
+
+def _counts(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * max(len(numbers), 1))(*numbers)
 
 
 def _check(op: str, status: int) -> None:

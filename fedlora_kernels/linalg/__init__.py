@@ -26,7 +26,7 @@ from fedlora_kernels.linalg.rules import (
     SingularValueRatio,
     SingularValueSum,
 )
-from fedlora_kernels.linalg.sums import weighted_sum
+from fedlora_kernels.linalg.sums import mixed_sum, weighted_sum
 from fedlora_kernels.linalg.svd import core_svd, product_svd
 from fedlora_kernels.linalg.threshold import select_rank
 
@@ -51,6 +51,7 @@ __all__ = [
     "align_factors",
     "core_svd",
     "info_text",
+    "mixed_sum",
     "note_text",
     "procrustes_rotation",
     "product_svd",

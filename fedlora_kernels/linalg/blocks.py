@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import Blocks, Factors, Stack
+from fedlora_kernels.backends.contract import Blocks, Factors, Mixed, Stack
 from fedlora_kernels.errors import InputError, MismatchError
 from fedlora_kernels.linalg.arrays import Array, Caller, promote
 from fedlora_kernels.linalg.ragged import each_problem
@@ -31,6 +31,7 @@ __all__ = [
     "largest",
     "matrix_problems",
     "merge",
+    "mixed_problems",
     "solve",
     "stack_problems",
     "unflatten",
@@ -91,6 +92,14 @@ def corner_problems(caller: Caller, blocks: Any, weights: Any) -> list[Problem[B
     return [
         _corner_problem(caller, where, *values)
         for where, values in each_problem(caller.function, blocks=blocks, weights=weights)
+    ]
+
+
+def mixed_problems(caller: Caller, blocks: Any, mixers: Any, left: bool) -> list[Problem[Mixed]]:
+    """Turn (blocks, mixers) into problems for a backend; ``left`` turns ``M_k X_k`` into ``X_k^T M_k^T``, without copies."""
+    return [
+        _mixed_problem(caller, where, *values, left=left)
+        for where, values in each_problem(caller.function, blocks=blocks, mixers=mixers)
     ]
 
 
@@ -191,6 +200,27 @@ def _corner_problem(caller: Caller, where: str, blocks: Any, weights: Any) -> Pr
     parts = _split(host_weights(where, weights, batch, len(taken)), caller.device, group)
     sizes = {"p": p, "q": q, "K": len(taken), "N": math.prod(batch)}
     return Problem(batch, (), promote(block.dtype for block in taken), sizes, parts)
+
+
+def _mixed_problem(caller: Caller, where: str, blocks: Any, mixers: Any, *, left: bool) -> Problem[Mixed]:
+    names, taken = _take_blocks(caller, where, "blocks", blocks)
+    labels, mixing = _take_blocks(caller, where, "mixers", mixers)
+    if len(taken) != len(mixing):
+        raise MismatchError(f"{where}{len(taken)} blocks and {len(mixing)} mixers; equal numbers are needed")
+    batch = _common_batch(where, names + labels, taken + mixing)
+    outer, inner = (-1, -2) if left else (-2, -1)
+    p, q = taken[0].shape[outer], mixing[0].shape[inner]
+    for name, label, block, mixer in zip(names, labels, taken, mixing, strict=True):
+        r = block.shape[inner]
+        _require_shape(where, name, block, (r, p) if left else (p, r), names[0])
+        like = name if mixer.shape[outer] != r else labels[0]
+        _require_shape(where, label, mixer, (q, r) if left else (r, q), like)
+    flat = [_flatten(tensor, batch) for tensor in taken + mixing]
+    flat = [tensor.mT for tensor in flat] if left else flat
+    mixers64 = tuple(tensor.to(torch.float64) for tensor in flat[len(taken) :])
+    sizes = {"p": p, "q": q, "K": len(taken), "N": math.prod(batch)}
+    group = Mixed(tuple(flat[: len(taken)]), mixers64)
+    return Problem(batch, (), promote(block.dtype for block in taken), sizes, (Part(None, (), group),))
 
 
 def _split(

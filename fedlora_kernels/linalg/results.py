@@ -71,7 +71,7 @@ class QRResult:
 
 @dataclass(frozen=True, eq=False)
 class WeightedSum:
-    """``sum_k w_k X_k``: sum (..., p, q) in the output dtype, rounded once from float64.
+    """Answer of `weighted_sum` and `mixed_sum`: sum (..., p, q) in the output dtype, rounded once from float64.
 
     ``norm`` (...) float64 is the Frobenius norm of the sum and ``rounding`` (...) float64 that of what its dtype took away;
     ``info``, ``notes`` (...) int32.

@@ -12,18 +12,16 @@ from torch import Tensor
 
 from fedlora_kernels.backends.contract import U64, Info
 from fedlora_kernels.errors import InputError, MismatchError
-from fedlora_kernels.linalg import Ragged, procrustes_rotation
+from fedlora_kernels.linalg import Ragged, WeightedSum, mixed_sum, procrustes_rotation
 from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
 from fedlora_kernels.methods.factors import (
-    chunks,
     drift,
     joined,
     mean_outcome,
     norms,
-    padded_mean,
-    pair_outcome,
     require_equal_ranks,
     share,
+    sums_outcome,
 )
 
 __all__ = ["FedRot"]
@@ -87,13 +85,12 @@ class FedRot(Method):
             return mean_outcome(group, weight)
         keep = [k for k, owned in enumerate(group.ranks) if owned > 0 and bool((group.weight[:, k] != 0.0).any())]
         turns, info = self._rotations(group, keep, _reference(group, previous, self.aligned_factor(group.round)))
-        table = group.weight if weight is None else share(group, weight)
-        outcome = joined(
-            [
-                _turned_mean(group.part(start, stop), table[start:stop], {k: Q[start:stop] for k, Q in turns.items()})
-                for start, stop in chunks(group)
-            ]
-        )
+        parts = []
+        for rows, still in _runs(group, turns):
+            part = group.part(rows.start, rows.stop)
+            own = {k: Q[rows] for k, Q in turns.items()}
+            parts.append(mean_outcome(part, weight) if still else _turned_mean(part, weight, own))
+        outcome = joined(parts)
         assert outcome.info is not None
         return dataclasses.replace(outcome, info=outcome.info | info)
 
@@ -120,18 +117,53 @@ class FedRot(Method):
         return {k: rotation.Q for k, rotation in zip(keep, rotations, strict=True)}, info
 
 
-def _turned_mean(group: Group, weight: Tensor, turns: Mapping[int, Tensor]) -> Outcome:
-    """Outcome of the factor means over the turned pairs, ``weight`` (N, K); only the clients in ``turns`` (N, r, r) turn."""
+def _runs(group: Group, turns: Mapping[int, Tensor]) -> list[tuple[slice, bool]]:
+    """Modules in a row that are alike in this: whether nobody turns, so that they get the bits of plain means. At least one run."""
+    still = torch.ones(group.batch, dtype=torch.bool)
+    for k, Q in turns.items():
+        one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        still &= (Q == one).flatten(1).all(1).cpu() | (group.weight[:, k] == 0.0)
+    flags, counts = torch.unique_consecutive(still, return_counts=True)
+    stops = counts.cumsum(0).tolist()
+    runs = [(slice(start, stop), flag) for start, stop, flag in zip([0, *stops], stops, flags.tolist(), strict=False)]
+    return runs or [(slice(0, 0), True)]
+
+
+def _turned_mean(group: Group, given: Tensor | None, turns: Mapping[int, Tensor]) -> Outcome:
+    """Outcome of the factor means over the pairs turned by ``turns`` (N, r, r), with weights ``given`` as in `mean_outcome`."""
+    weight = group.weight if given is None else share(group, given)
+
+    def gap(part: Group, rows: slice, rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        own = {k: Q[rows] for k, Q in turns.items()}
+        B, A = _turned_sums(part, weight[rows], own, torch.float64)
+        return drift(_turned(part, own), weight[rows], B.sum, A.sum, rounding + _moved(part, own))
+
+    return sums_outcome(group, *_turned_sums(group, weight, turns, group.dtype), gap)
+
+
+def _turned_sums(
+    group: Group, weight: Tensor, turns: Mapping[int, Tensor], dtype: torch.dtype
+) -> tuple[WeightedSum, WeightedSum]:
+    """``sum_k p_k s_k B_k Q_k`` and ``sum_k p_k Q_k^T A_k`` in one pass over the factors, ``weight`` being p, (N, K)."""
+    options: dict[str, Any] = {"dtype": dtype, "check": False, "backend": group.backend}
+    mixers_B = [_weighted(Q, weight[:, k] * group.scale[:, k]) for k, Q in turns.items()]
+    mixers_A = [_weighted(Q.mT, weight[:, k]) for k, Q in turns.items()]
+    B = mixed_sum([group.B[k] for k in turns], mixers_B, **options)
+    return B, mixed_sum([group.A[k] for k in turns], mixers_A, side="left", **options)
+
+
+def _weighted(Q: Tensor, weight: Tensor) -> Tensor:
+    """``weight Q``; zero where the weight is, whatever Q holds there."""
+    w = weight.to(Q.device)[:, None, None]
+    return torch.where(w == 0.0, 0.0, w * Q)
+
+
+def _turned(group: Group, turns: Mapping[int, Tensor]) -> Group:
+    """The group with the pairs themselves turned, in float64."""
     B, A = list(group.B), list(group.A)
     for k, Q in turns.items():
         B[k], A[k] = B[k].to(torch.float64) @ Q, Q.mT @ A[k].to(torch.float64)
-    turned = dataclasses.replace(group, B=tuple(B), A=tuple(A))
-    mean_B, mean_A = padded_mean(turned, weight)
-
-    def gap(rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return drift(turned, weight, mean_B, mean_A, rounding + _moved(group, turns))
-
-    return pair_outcome(group, mean_B, mean_A, gap)
+    return dataclasses.replace(group, B=tuple(B), A=tuple(A))
 
 
 def _moved(group: Group, turns: Mapping[int, Tensor]) -> Tensor:
@@ -141,8 +173,9 @@ def _moved(group: Group, turns: Mapping[int, Tensor]) -> Tensor:
         r = group.ranks[k]
         folded = (group.weight[:, k] * group.scale[:, k]).abs()
         size = torch.where(folded > 0.0, norms(group.B[k]) * norms(group.A[k]) * folded, 0.0)
-        # each product with Q misses r^(3/2) u64 at most, Q^T Q misses the identity by 16 u64 per entry
-        total += (2 * r**1.5 + 16 * r) * U64 * size
+        # each of four products with Q or w Q, two here and two in the means, misses (r + 3) r^(1/2) u64 at most, and Q^T Q the
+        # identity by 16 u64 per entry
+        total += (4 * (r + 3) * r**0.5 + 16 * r) * U64 * size
     return total
 
 

@@ -546,3 +546,70 @@ def test_any_pair(backend, r, rows, seed, dtype, special, cut, blend):
     assert (mixed.Q.mT @ mixed.Q - torch.eye(r)).abs().max() <= tolerance("rotation")
     if special:
         assert (torch.linalg.det(mixed.Q) > 0).all()
+
+
+def batch_of_groups(dtype, rows=70):
+    """Groups of several ranks and heights; the first three have one target, one of them by columns in memory."""
+    target = normal(4, rows, 5, seed=9).to(dtype)
+    sources = [(target.double() @ orthogonal(5, k) + 0.3 * normal(4, rows, 5, seed=k)).to(dtype) for k in range(3)]
+    sources[1] = sources[1].mT.contiguous().mT
+    others = [(normal(2, 33, 4).to(dtype), normal(2, 33, 4, seed=1).to(dtype)), (normal(3, 9, 5).to(dtype),) * 2]
+    return [*sources, *(X for X, _ in others)], [target] * 3 + [Y for _, Y in others]
+
+
+@backends
+@groups
+@dtypes
+def test_groups_of_one_call(backend, dtype, special):
+    sources, targets = batch_of_groups(dtype)
+    raws = backend(sources, targets, special, 1.0, dtype=dtype, m=70, r=5, N=4)
+    for raw, X, Y in zip(raws, sources, targets, strict=True):
+        check_rotation(raw, X, Y, special)
+        alone = rotate(backend, X, Y, special)
+        assert torch.allclose(raw.Q, alone.Q, rtol=0, atol=1e-11)
+        assert torch.allclose(raw.singular_values, alone.singular_values, rtol=1e-12)
+        assert torch.equal(raw.notes, alone.notes)
+
+
+@backends
+def test_dtypes_may_differ_between_groups(backend):
+    sources, targets = batch_of_groups(torch.float64)
+    sources[0], sources[3], targets[3] = sources[0].float(), sources[3].bfloat16(), targets[3].half()
+    raws = backend(sources, targets, True, 1.0, dtype=torch.float64, m=70, r=5, N=4)
+    for raw, X, Y in zip(raws, sources, targets, strict=True):
+        check_rotation(raw, X, Y, True)
+        assert torch.equal(raw.notes, rotate(backend, X, Y, True).notes)
+
+
+@backends
+@dtypes
+def test_trouble_of_one_group_stays_there(backend, dtype):
+    sources, targets = batch_of_groups(dtype)
+    sources[1][2, 4, 1] = math.nan
+    sources[0][3, 69, 0] = math.inf
+    raws = backend(sources, targets, True, 0.5, dtype=dtype, m=70, r=5, N=4)
+    assert [raw.info.tolist() for raw in raws] == [[0, 0, 0, 1], [0, 0, 1, 0], [0] * 4, [0] * 2, [0] * 3]
+    assert raws[1].Q[2].isnan().all()
+    targets[0][1, 0, 0] = math.nan
+    raws = backend(sources, targets, True, 0.5, dtype=dtype, m=70, r=5, N=4)
+    assert [raw.info.tolist() for raw in raws[:3]] == [[0, 1, 0, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
+
+
+@backends
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_long_factors_lose_no_digits(backend, by_columns):
+    """A sum of 9001 positive products: one chain of additions is wrong by 50 units. Libraries promise no better; our kernel does."""
+    X = normal(1, 9001, 1).abs().float()
+    X = X.mT.contiguous().mT if by_columns else X
+    exact = math.fsum(x * x for x in X.double().flatten().tolist())
+    raw = rotate(backend, X, X.clone())
+    assert abs(float(raw.singular_values) - exact) <= (4 if backend.name == "cpu" else X.numel()) * U64 * exact
+
+
+@backends
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e30, 3e38])
+def test_float32_at_the_ends_of_its_range(backend, size):
+    X = (normal(2, 37, 3).clamp(-1, 1) * size).float()
+    raw = rotate(backend, X, X)
+    assert (raw.info == 0).all()
+    assert torch.allclose(raw.Q, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-12)

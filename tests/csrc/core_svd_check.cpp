@@ -112,6 +112,7 @@ void check_entry_point(int p, int q, int batch, int threads) {
 }  // namespace
 
 int check_weighted_sum();
+int check_panels();
 
 int main() {
     const int shapes[][2] = {{1, 1}, {1, 7}, {7, 1}, {2, 2}, {3, 2}, {4, 4}, {5, 8}, {13, 11}, {17, 16}, {31, 32}, {32, 32}};
@@ -125,6 +126,7 @@ int main() {
             check_entry_point<double>(shape[0], shape[1], batch, 1);
         }
     failures += check_weighted_sum();
+    failures += check_panels();
     std::printf("variants:");
     for (const fedlora::SmallSvd *variant : variants()) std::printf(" %s", variant->isa);
     std::printf("; failures: %d\n", failures);

@@ -16,6 +16,7 @@ def draw(*shape, seed=0):
 
 B = [draw(2, 53, r, seed=r) for r in (5, 3, 7)]
 A = [draw(2, r, 41, seed=10 + r) for r in (5, 3, 7)]
+MIXERS = [draw(2, r, 4, seed=20 + r) for r in (5, 3, 7)]
 WEIGHTS = [0.5, -0.3, 0.2]
 SQUARE, SOURCE, TARGET, TURN = (
     draw(3, 23, 17, seed=1),
@@ -46,6 +47,7 @@ CALLS = {
     "product_svd, dense": (lambda b, a, **o: (fk.product_svd(b, a, **o).S,), (draw(2, 9, 30), draw(2, 30, 11))),
     "update_gram": (lambda b, a, **o: (fk.update_gram(b, a, weights=WEIGHTS, **o),), (B, A)),
     "select_rank": (lambda s, **o: (fk.select_rank(s, fk.Energy(0.8), **o),), (torch.linalg.svdvals(SQUARE),)),
+    "mixed_sum": (lambda x, m, **o: (fk.mixed_sum(x, m, **o).sum,), (B, MIXERS)),
     "procrustes_rotation": (lambda x, y, **o: (fk.procrustes_rotation(x, y, **o).Q,), (SOURCE, TARGET)),
     "rotate_factors": (fk.rotate_factors, (SOURCE, TARGET.mT, TURN)),
     "align_factors": (rotated, (SOURCE, TARGET.mT, draw(2, 6, 41, seed=5))),

@@ -515,6 +515,30 @@ def batch(count, ranks=(R,) * 3, dtype=torch.float64, m=M, n=N):
     ), Previous(round=0, B=normal(count, m, ranks[0], seed=50), A=normal(count, ranks[0], n, seed=51))
 
 
+def test_a_group_without_modules():
+    group, previous = batch(2)
+    empty = Previous(previous.round, previous.B[:0], previous.A[:0])
+    outcome = make_method("fedrot", {}).combine(group.part(0, 0), None, empty)
+    assert outcome.B.shape == (0, M, R)
+    assert outcome.info.shape == outcome.error.shape == (0,)
+
+
+@backends
+@sides
+@pytest.mark.parametrize("weights", ["samples", "uniform"])
+def test_modules_that_nobody_turns_get_the_bits_of_plain_means_next_to_others(backend, side, weights):
+    group = replace(batch(5)[0], backend=backend, round=1 if side == "A" else 2)
+    still = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)[:, None, None]
+    previous = before(side, tuple(x.repeat(5, 1, 1) * still for x in reference()))
+    outcome, mean = (
+        make_method("fedrot", {"lam": lam, "weights": weights}).combine(group, None, previous) for lam in (0.5, 0.0)
+    )
+    for found, plain in ((outcome.B, mean.B), (outcome.A, mean.A), (outcome.error, mean.error)):
+        assert same_bits(found[[0, 3]], plain[[0, 3]])
+        assert not any(torch.equal(found[i], plain[i]) for i in (1, 2, 4))
+    assert outcome.rank.tolist() == [R] * 5
+
+
 def alone(group, previous, i):
     part = Previous(previous.round, previous.B[i : i + 1], previous.A[i : i + 1])
     return make_method("fedrot", {}).combine(group.part(i, i + 1), None, part)

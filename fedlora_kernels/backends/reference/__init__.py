@@ -15,7 +15,7 @@ from fedlora_kernels.backends.reference.gram import update_gram
 from fedlora_kernels.backends.reference.procrustes import align_factors, procrustes_rotation, rotate_factors
 from fedlora_kernels.backends.reference.product import product_svd
 from fedlora_kernels.backends.reference.qr import stacked_qr
-from fedlora_kernels.backends.reference.sums import weighted_sum
+from fedlora_kernels.backends.reference.sums import mixed_sum, weighted_sum
 from fedlora_kernels.backends.reference.svd import core_svd
 from fedlora_kernels.backends.reference.threshold import select_rank
 
@@ -65,6 +65,7 @@ class ReferenceBackend:
     product_svd = staticmethod(_single_threaded(product_svd))
     update_gram = staticmethod(_single_threaded(update_gram))
     weighted_sum = staticmethod(_single_threaded(weighted_sum))
+    mixed_sum = staticmethod(_single_threaded(mixed_sum))
     procrustes_rotation = staticmethod(_single_threaded(procrustes_rotation))
     rotate_factors = staticmethod(_single_threaded(rotate_factors))
     align_factors = staticmethod(_single_threaded(align_factors))

@@ -10,7 +10,7 @@ from fedlora_kernels.backends.torch.gram import update_gram
 from fedlora_kernels.backends.torch.procrustes import align_factors, procrustes_rotation, rotate_factors
 from fedlora_kernels.backends.torch.product import product_svd
 from fedlora_kernels.backends.torch.qr import stacked_qr
-from fedlora_kernels.backends.torch.sums import weighted_sum
+from fedlora_kernels.backends.torch.sums import mixed_sum, weighted_sum
 from fedlora_kernels.backends.torch.svd import core_svd
 from fedlora_kernels.backends.torch.threshold import select_rank
 
@@ -31,6 +31,7 @@ class TorchBackend:
     product_svd = staticmethod(product_svd)
     update_gram = staticmethod(update_gram)
     weighted_sum = staticmethod(weighted_sum)
+    mixed_sum = staticmethod(mixed_sum)
     procrustes_rotation = staticmethod(procrustes_rotation)
     rotate_factors = staticmethod(rotate_factors)
     align_factors = staticmethod(align_factors)

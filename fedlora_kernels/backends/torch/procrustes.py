@@ -12,10 +12,31 @@ from fedlora_kernels.backends.contract import U64, Info, Note, RawRotation
 from fedlora_kernels.backends.torch.chunks import exponent, load, scale_pow2, slices
 from fedlora_kernels.backends.torch.svd import svd
 
-__all__ = ["SmallSVD", "align_factors", "procrustes_rotation", "rotate_factors"]
+__all__ = [
+    "Cross",
+    "CrossProducts",
+    "SmallSVD",
+    "align_factors",
+    "cross_products",
+    "procrustes_rotation",
+    "rotate_factors",
+]
 
 SmallSVD = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 """``U, S, Vh, info`` of finite float64 matrices (N, r, r)."""
+
+
+class Cross(NamedTuple):
+    """``X^T Y 2^-e`` (N, r, r) and ``|X|_F |Y|_F 2^-e`` (N,), float64; e (N,) int64; whether X and Y are finite (N,)."""
+
+    M: Tensor
+    size: Tensor
+    exponent: Tensor
+    finite: Tensor
+
+
+CrossProducts = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Cross]]
+"""Products of every source (N, rows, r) with its target."""
 
 SINGULAR_BLEND = 1e-6
 """Singular values of a blend that count as zero: eigenvalues -1 met halfway."""
@@ -25,13 +46,35 @@ _TILE = 1 << 20
 
 
 def procrustes_rotation(
-    source: Sequence[Tensor], target: Sequence[Tensor], special: bool, blend: float, *, svd: SmallSVD = svd
+    source: Sequence[Tensor],
+    target: Sequence[Tensor],
+    special: bool,
+    blend: float,
+    *,
+    svd: SmallSVD = svd,
+    cross: CrossProducts | None = None,
 ) -> list[RawRotation]:
-    """Rotation of every source onto its target; see `Backend.procrustes_rotation`. ``svd`` decomposes the correlations."""
-    return [
-        _rotation([_Term(X, Y, 1.0)], _finite(X) & _finite(Y), special, blend, svd)
-        for X, Y in zip(source, target, strict=True)
-    ]
+    """Rotation of every source onto its target; see `Backend.procrustes_rotation`.
+
+    ``cross`` multiplies sources by targets, by default `cross_products`; ``svd`` decomposes the products. Groups of one rank are
+    decomposed together.
+    """
+    products = (cross or cross_products)(source, target)
+    kinds = [(product.M.shape[-1], _unit(X, Y)) for product, X, Y in zip(products, source, target, strict=True)]
+    out: dict[int, RawRotation] = {}
+    for kind in dict.fromkeys(kinds):
+        members = [g for g, own in enumerate(kinds) if own == kind]
+        whole = Cross(*(torch.cat(fields) for fields in zip(*(products[g] for g in members), strict=True)))
+        rotation = _rotation([(whole, 1.0)], whole.finite, kind[1], special, blend, svd)
+        counts = [len(products[g].M) for g in members]
+        pieces = zip(*(torch.split(field, counts) for field in rotation), strict=True)
+        out.update(zip(members, map(RawRotation._make, pieces), strict=True))
+    return [out[g] for g in range(len(products))]
+
+
+def cross_products(source: Sequence[Tensor], target: Sequence[Tensor]) -> list[Cross]:
+    """``X^T Y`` of every source (N, rows, r) and its target, scaled by powers of two so that float64 holds it."""
+    return [_cross_product(X, Y) for X, Y in zip(source, target, strict=True)]
 
 
 def rotate_factors(B: Sequence[Tensor], A: Sequence[Tensor], Q: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -49,22 +92,26 @@ def align_factors(
     blend: float,
     *,
     svd: SmallSVD = svd,
+    cross: CrossProducts | None = None,
 ) -> list[tuple[Tensor, Tensor, RawRotation]]:
     """Every pair rotated towards its reference; see `Backend.align_factors`. Trouble in either factor marks the pair.
 
-    ``svd`` decomposes the correlations.
+    ``svd`` and ``cross`` are those of `procrustes_rotation`.
     """
     out = []
     for g, (b, a) in enumerate(zip(B, A, strict=True)):
         terms = []
         if reference_A is not None and side[0] != 0:
-            terms.append(_Term(a.mT, reference_A[g].mT, side[0]))
+            terms.append((a.mT, reference_A[g].mT, side[0]))
         if reference_B is not None and side[1] != 0:
-            terms.append(_Term(b, reference_B[g], side[1]))
+            terms.append((b, reference_B[g], side[1]))
+        sources, targets, weights = zip(*terms, strict=True)
+        products = (cross or cross_products)(sources, targets)
         finite = _finite(b) & _finite(a)
-        for term in terms:
-            finite = finite & _finite(term.target)
-        rotation = _rotation(terms, finite, special, blend, svd)
+        for product in products:
+            finite = finite & product.finite
+        unit = max(map(_unit, sources, targets))
+        rotation = _rotation(list(zip(products, weights, strict=True)), finite, unit, special, blend, svd)
         left, right = _rotated(b, rotation.Q), _rotated(a.mT, rotation.Q).mT
         for factor in (left, right):
             factor.masked_fill_(~finite[:, None, None], torch.nan)
@@ -74,16 +121,16 @@ def align_factors(
     return out
 
 
-class _Term(NamedTuple):
-    """One summand ``weight * source^T target`` of M; source and target are (N, rows, r)."""
-
-    source: Tensor
-    target: Tensor
-    weight: float
+def _unit(X: Tensor, Y: Tensor) -> float:
+    """The larger unit roundoff of two inputs."""
+    return max(torch.finfo(x.dtype).eps / 2 for x in (X, Y))
 
 
-def _rotation(terms: list[_Term], finite: Tensor, special: bool, blend: float, svd: SmallSVD) -> RawRotation:
-    N, _, r = terms[0].source.shape
+def _rotation(
+    terms: list[tuple[Cross, float]], finite: Tensor, unit: float, special: bool, blend: float, svd: SmallSVD
+) -> RawRotation:
+    """Rotation for the weighted sum of products ``terms``; ``unit`` is the unit roundoff of what they were made of."""
+    N, r, _ = terms[0][0].M.shape
     M, size, e = _correlation(terms, finite)
     U, s, Vh, info = svd(M)
     threshold = 8 * r * U64 * size
@@ -101,11 +148,10 @@ def _rotation(terms: list[_Term], finite: Tensor, special: bool, blend: float, s
             # no flip: without singular values that count as zero a blend of rotations has det +1
             Q = _polar(mixed, (U_t, s_t, Vh_t), singular, torch.zeros_like(reflected), special)
     unique, gap = _gap(s, threshold, reflected & special, special)
-    unit_in = max(torch.finfo(x.dtype).eps / 2 for term in terms for x in (term.source, term.target))
     singular_values = scale_pow2(s, e[:, None])
     condition = torch.where(gap > 0, 2 * size / gap, torch.inf)
     info = info | Info.NONFINITE * ~finite | Info.OVERFLOW * ~torch.isfinite(singular_values).all(-1)
-    notes = Note.ILL_CONDITIONED * (finite & (gap <= 16 * unit_in * size))
+    notes = Note.ILL_CONDITIONED * (finite & (gap <= 16 * unit * size))
     return RawRotation(
         torch.where(finite[:, None, None], Q, torch.nan),
         torch.where(finite[:, None], singular_values, torch.nan),
@@ -116,40 +162,41 @@ def _rotation(terms: list[_Term], finite: Tensor, special: bool, blend: float, s
     )
 
 
-def _correlation(terms: list[_Term], finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _correlation(terms: list[tuple[Cross, float]], finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """M with its largest element in [1, 2), ``sum |weight| |X|_F |Y|_F`` on that scale, and the exponent taken out.
 
     Taking the exponents out makes the rotation independent of powers of two to the bit, and keeps float64 in range.
     Matrices that are not finite get M = 0.
     """
-    parts = [_cross_product(term) for term in terms]
-    exponents = torch.stack([torch.where(finite & (size > 0), e, -5000) for _, size, e in parts])
+    exponents = torch.stack([torch.where(finite & (part.size > 0), part.exponent, -5000) for part, _ in terms])
     e = exponents.amax(0)
-    M, size = torch.zeros_like(parts[0][0]), torch.zeros_like(parts[0][1])
-    for term, (part, part_size, _), part_e in zip(terms, parts, exponents, strict=True):
+    M, size = torch.zeros_like(terms[0][0].M), torch.zeros_like(terms[0][0].size)
+    for (part, weight), part_e in zip(terms, exponents, strict=True):
         used = part_e > -5000
         shift = (part_e - e).clamp_min(-2000)
-        M += torch.where(used[:, None, None], term.weight * scale_pow2(part, shift), 0.0)
-        size += torch.where(used, abs(term.weight) * scale_pow2(part_size, shift), 0.0)
+        M += torch.where(used[:, None, None], weight * scale_pow2(part.M, shift), 0.0)
+        size += torch.where(used, abs(weight) * scale_pow2(part.size, shift), 0.0)
     e_M = exponent(M.abs().amax((-2, -1))) if M.shape[-1] else torch.zeros_like(e)
     e = torch.where(e > -5000, e, 0)
     return scale_pow2(M, -e_M), scale_pow2(size, -e_M), e + e_M
 
 
-def _cross_product(term: _Term) -> tuple[Tensor, Tensor, Tensor]:
-    """``X^T Y`` and ``|X|_F |Y|_F`` of the matrices scaled to a largest element in [1, 2), and the exponent taken out."""
-    N, rows, r = term.source.shape
-    M = torch.zeros(N, r, r, dtype=torch.float64, device=term.source.device)
+def _cross_product(source: Tensor, target: Tensor) -> Cross:
+    """The product of the matrices scaled to a largest element in [1, 2), and the exponent taken out."""
+    N, rows, r = source.shape
+    M = torch.zeros(N, r, r, dtype=torch.float64, device=source.device)
     squares = torch.zeros(2, N, dtype=torch.float64, device=M.device)
-    e_X, e_Y = exponent(_largest(term.source)), exponent(_largest(term.target))
+    largest_X, largest_Y = _largest(source), _largest(target)
+    e_X, e_Y = exponent(largest_X), exponent(largest_Y)
     for wave in slices(N, 16 * r * min(rows, 512), _TILE):
-        X, Y = term.source[wave], term.target[wave]
+        X, Y = source[wave], target[wave]
         for part in slices(rows, 16 * r * X.shape[0], _TILE):
             x, y = load([X], part, e_X[wave, None]), load([Y], part, e_Y[wave, None])
             M[wave].baddbmm_(x.mT, y)
             squares[0, wave] += x.square().sum((-2, -1))
             squares[1, wave] += y.square().sum((-2, -1))
-    return M, squares[0].sqrt() * squares[1].sqrt(), e_X + e_Y
+    finite = torch.isfinite(largest_X) & torch.isfinite(largest_Y)
+    return Cross(M, squares[0].sqrt() * squares[1].sqrt(), e_X + e_Y, finite)
 
 
 def _polar(

@@ -1,0 +1,20 @@
+// C += P Q with AVX2: vectors of 32 bytes.
+#include "panel.h"
+
+#ifdef __x86_64__
+#pragma GCC target("arch=x86-64-v3,prefer-vector-width=256")
+#define FEDLORA_VECTOR_BYTES 32
+#define FEDLORA_PANEL_ROWS 6
+
+namespace fedlora {
+namespace {
+#include "panel.hpp"
+}  // namespace
+
+const Panel &panel_v3() {
+    static constexpr Panel variant{"x86-64-v3", add};
+    return variant;
+}
+
+}  // namespace fedlora
+#endif

@@ -1,0 +1,20 @@
+// C += P Q with AVX-512: vectors of 64 bytes.
+#include "panel.h"
+
+#ifdef __x86_64__
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#define FEDLORA_VECTOR_BYTES 64
+#define FEDLORA_PANEL_ROWS 8
+
+namespace fedlora {
+namespace {
+#include "panel.hpp"
+}  // namespace
+
+const Panel &panel_v4() {
+    static constexpr Panel variant{"x86-64-v4", add};
+    return variant;
+}
+
+}  // namespace fedlora
+#endif

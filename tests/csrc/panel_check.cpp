@@ -1,0 +1,170 @@
+// Runs the panel kernel of every instruction set, fedlora_mixed_sum and fedlora_cross_products on awkward sizes and layouts,
+// in buffers of exactly the right length, against the definition. Numbers are small integers: every sum is exact.
+#include "panel.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "fedlora.h"
+
+namespace {
+
+double number(size_t i) { return (double)((int)(i * 37 % 23) - 11); }
+
+std::vector<const fedlora::Panel *> variants() {
+    std::vector<const fedlora::Panel *> found = {&fedlora::panel_base()};
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&fedlora::panel_v3());
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        found.push_back(&fedlora::panel_v4());
+#endif
+    return found;
+}
+
+// Rows of C and Q start at multiples of 64 bytes, and the buffers end with their last number.
+double *aligned(size_t count) { return (double *)std::aligned_alloc(64, (count * 8 + 63) / 64 * 64); }
+
+int check_panel(const fedlora::Panel &panel, int rows, int depth, int cols, bool turned) {
+    double *C = aligned(rows * cols), *Q = aligned(depth * cols);
+    std::vector<double> P(rows * depth);
+    for (int i = 0; i < rows * cols; ++i) C[i] = number(i + 5);
+    for (int i = 0; i < depth * cols; ++i) Q[i] = number(i + 2);
+    for (size_t i = 0; i < P.size(); ++i) P[i] = number(i);
+    const int row = turned ? 1 : depth, step = turned ? rows : 1;
+    panel.add(C, cols, P.data(), row, step, Q, cols, rows, depth, cols);
+    int wrong = 0;
+    for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < cols; ++j) {
+            double total = number(i * cols + j + 5);
+            for (int d = 0; d < depth; ++d) total += P[i * row + d * step] * Q[d * cols + j];
+            wrong += C[i * cols + j] != total;
+        }
+    std::free(C);
+    std::free(Q);
+    return wrong;
+}
+
+// A float32 matrix by rows, or by columns.
+struct Matrix {
+    int rows, cols, batch;
+    bool by_columns;
+    std::vector<float> data;
+    Matrix(int rows, int cols, int batch, bool by_columns, int seed)
+        : rows(rows), cols(cols), batch(batch), by_columns(by_columns), data((size_t)rows * cols * batch) {
+        for (size_t i = 0; i < data.size(); ++i) data[i] = (float)number(i + seed);
+    }
+    size_t at(int b, int i, int j) const { return (size_t)b * rows * cols + (by_columns ? (size_t)j * rows + i : (size_t)i * cols + j); }
+    fedlora_block block() const {
+        return {(int64_t)data.data(), rows, cols, by_columns ? 1 : cols, by_columns ? rows : 1, FEDLORA_FLOAT32, batch, (int64_t)rows * cols};
+    }
+};
+
+fedlora_block doubles(const std::vector<double> &data, int rows, int cols, int batch) {
+    return {(int64_t)data.data(), rows, cols, cols, 1, FEDLORA_FLOAT64, batch, (int64_t)rows * cols};
+}
+
+int check_mixed(int p, const std::vector<int> &ranks, int q, int batch, bool by_columns, int threads) {
+    std::vector<Matrix> blocks;
+    std::vector<std::vector<double>> mixing;
+    std::vector<fedlora_block> X, M;
+    X.reserve(ranks.size() + 1), M.reserve(ranks.size() + 1);  // tables are not null
+    for (const int r : ranks) {
+        blocks.emplace_back(p, r, batch, by_columns, r);
+        mixing.emplace_back((size_t)r * q * batch);
+        for (size_t i = 0; i < mixing.back().size(); ++i) mixing.back()[i] = number(i + 3 * r);
+    }
+    for (size_t k = 0; k < ranks.size(); ++k) {
+        X.push_back(blocks[k].block());
+        M.push_back(doubles(mixing[k], ranks[k], q, batch));
+    }
+    Matrix sum(p, q, batch, by_columns, 0);
+    std::vector<double> norm(batch), rounding(batch);
+    std::vector<int32_t> info(batch), notes(batch);
+    const fedlora_block out = sum.block(), n = doubles(norm, 1, 1, batch), lost = doubles(rounding, 1, 1, batch);
+    const fedlora_block i32 = {(int64_t)info.data(), 1, 1, 1, 1, FEDLORA_INT32, batch, 1}, z = {(int64_t)notes.data(), 1, 1, 1, 1, FEDLORA_INT32, batch, 1};
+    const int64_t count = (int64_t)ranks.size();
+    int64_t bytes = 0;
+    if (fedlora_mixed_sum_workspace(M.data(), &count, &out, 1, threads, &bytes)) return 1;
+    std::vector<char> workspace(bytes);
+    if (fedlora_mixed_sum(X.data(), M.data(), &count, &out, &n, &lost, &i32, &z, 1, workspace.data(), bytes, threads, nullptr)) return 1;
+    if (fedlora_mixed_sum(X.data(), M.data(), &count, &out, &n, &lost, &i32, &z, 1, workspace.data(), bytes - 1, threads, nullptr) != FEDLORA_BAD_WORKSPACE)
+        return 1;
+    int wrong = 0;
+    for (int b = 0; b < batch; ++b)
+        for (int i = 0; i < p; ++i)
+            for (int j = 0; j < q; ++j) {
+                double total = 0;
+                for (size_t k = 0; k < ranks.size(); ++k)
+                    for (int d = 0; d < ranks[k]; ++d) total += blocks[k].data[blocks[k].at(b, i, d)] * mixing[k][((size_t)b * ranks[k] + d) * q + j];
+                wrong += sum.data[sum.at(b, i, j)] != (float)total;
+            }
+    return wrong;
+}
+
+int check_cross(int p, const std::vector<int> &ranks, int q, int batch, bool by_columns, bool target_by_columns, int threads) {
+    std::vector<Matrix> blocks;
+    std::vector<std::vector<double>> products;
+    std::vector<fedlora_block> X, M;
+    X.reserve(ranks.size() + 1), M.reserve(ranks.size() + 1);  // tables are not null
+    for (const int r : ranks) {
+        blocks.emplace_back(p, r, batch, by_columns, r);
+        products.emplace_back((size_t)r * q * batch, NAN);
+    }
+    for (size_t k = 0; k < ranks.size(); ++k) {
+        X.push_back(blocks[k].block());
+        M.push_back(doubles(products[k], ranks[k], q, batch));
+    }
+    const Matrix target(p, q, batch, target_by_columns, 1);
+    const int64_t count = (int64_t)ranks.size();
+    std::vector<double> squares((size_t)batch * (count + 1), NAN);
+    const fedlora_block Y = target.block(), norms = doubles(squares, 1, (int)count + 1, batch);
+    int64_t bytes = 0;
+    if (fedlora_cross_products_workspace(X.data(), &count, &Y, 1, threads, &bytes)) return 1;
+    std::vector<char> workspace(bytes);
+    if (fedlora_cross_products(X.data(), &count, &Y, M.data(), &norms, 1, workspace.data(), bytes, threads, nullptr)) return 1;
+    if (fedlora_cross_products(X.data(), &count, &Y, M.data(), &norms, 1, workspace.data(), bytes - 1, threads, nullptr) != FEDLORA_BAD_WORKSPACE) return 1;
+    int wrong = 0;
+    for (int b = 0; b < batch; ++b)
+        for (size_t k = 0; k <= ranks.size(); ++k) {
+            const Matrix &x = k < ranks.size() ? blocks[k] : target;
+            double square = 0;
+            for (int i = 0; i < p; ++i)
+                for (int d = 0; d < x.cols; ++d) square += (double)x.data[x.at(b, i, d)] * x.data[x.at(b, i, d)];
+            wrong += squares[(size_t)b * (count + 1) + k] != square;
+            for (int d = 0; k < ranks.size() && d < x.cols; ++d)
+                for (int j = 0; j < q; ++j) {
+                    double total = 0;
+                    for (int i = 0; i < p; ++i) total += (double)x.data[x.at(b, i, d)] * target.data[target.at(b, i, j)];
+                    wrong += products[k][((size_t)b * x.cols + d) * q + j] != total;
+                }
+        }
+    return wrong;
+}
+
+}  // namespace
+
+int check_panels() {
+    int failures = 0;
+    for (const fedlora::Panel *panel : variants())
+        for (int rows = 0; rows <= 17; ++rows)
+            for (const int depth : {0, 1, 5, 64})
+                for (const int cols : {0, 8, 16, 40})
+                    for (const bool turned : {false, true}) failures += check_panel(*panel, rows, depth, cols, turned) != 0;
+    const std::vector<std::vector<int>> ranks = {{1}, {4, 4}, {3, 0, 9}, {16, 16, 16}, {33, 2}, {0}, {}};
+    for (const int p : {0, 1, 63, 64, 65, 2049})
+        for (const auto &r : ranks)
+            for (const int q : {0, 1, 7, 16, 34})
+                for (const bool by_columns : {false, true}) {
+                    if (p > 1000 && q > 16) continue;
+                    failures += check_mixed(p, r, q, 2, by_columns, 1 + q % 3) != 0;
+                    failures += check_cross(p, r, q, 2, by_columns, q % 2 == 0, 1 + q % 3) != 0;
+                }
+    failures += check_mixed(5, {3}, 4, 0, false, 2) != 0;
+    failures += check_cross(5, {3}, 4, 0, false, true, 2) != 0;
+    std::printf("panels:");
+    for (const fedlora::Panel *panel : variants()) std::printf(" %s", panel->isa);
+    std::printf("; %d problems wrong\n", failures);
+    return failures;
+}
