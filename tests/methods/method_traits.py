@@ -15,7 +15,7 @@ from method_problems import Problem, distance, normalised, standard
 from fedlora_kernels import backends
 from fedlora_kernels.errors import BackendError
 from fedlora_kernels.linalg.rules import Energy
-from fedlora_kernels.methods.contract import Census, Group, Outcome, Pair, Previous, make_method
+from fedlora_kernels.methods.contract import Census, Group, Method, Outcome, Pair, Previous, make_method
 from fedlora_kernels.methods.factors import client_gram, client_squares
 from fedlora_kernels.methods.robust import RobustRule
 
@@ -172,14 +172,19 @@ def answer(
         scale = [float(s * x) for s, x in zip(problem.scale, verdict.factor, strict=True)]
         problem = replace(problem, weight=verdict.weight.tolist(), scale=scale)
         group = problem.group(dtype, **fields)
-    plan = None
-    if method.needs_decision:
-        survey = method.survey(group) if method.surveys(None) else None
-        gram = client_gram(group).numpy() if method.needs_gram() else None
-        if survey is not None:
-            group = replace(group, carry=survey.carry)
-        plan = method.decide({} if survey is None else survey.stats, census(group, gram))
+    group, plan = planned(method, group)
     return Answer(method.combine(group, plan, previous), plan, problem)
+
+
+def planned(method: Method, group: Group) -> tuple[Group, Any]:
+    """The group with what a survey carried, and what the method decides on it as the whole model."""
+    if not method.needs_decision:
+        return group, None
+    survey = method.survey(group) if method.surveys(None) else None
+    gram = client_gram(group).numpy() if method.needs_gram() else None
+    if survey is not None:
+        group = replace(group, carry=survey.carry)
+    return group, method.decide({} if survey is None else survey.stats, census(group, gram))
 
 
 def census(group: Group, gram: np.ndarray | None) -> Census:

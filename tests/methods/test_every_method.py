@@ -1,17 +1,18 @@
 """What every method owes its callers, whatever the clients: shapes, finite answers or trouble named, honest errors."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from common_problems import batched
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from method_problems import Problem, distance, normalised
-from method_traits import LIMIT, TRAITS, Answer, answer, furthest, over, typical
+from method_traits import LIMIT, TRAITS, Answer, answer, furthest, over, planned, product_of, typical
 
 from fedlora_kernels.backends.contract import Info, Note
-from fedlora_kernels.methods.contract import Pair, Previous, method_class
+from fedlora_kernels.methods.contract import Outcome, Pair, Previous, make_method, method_class
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "torch", "reference")
@@ -73,13 +74,41 @@ def test_any_clients_have_an_honest_answer_in_the_long_form(name):
     check(name, 150)
 
 
-@over(TRAITS)
+@over(TRAITS, [torch.float64])
 def test_the_order_of_clients_moves_pairs_with_them(name, backend, dtype):
     """What is common stays, what is personal goes along with its client."""
     problem, order = typical(name, dtype), [3, 0, 4, 2, 1]
     plain, moved = (answer(p, name, backend=backend) for p in (problem, problem.permuted(order)))
     limit = 1e3 * LIMIT[dtype] if name == "geometric_median" else LIMIT[dtype]
     assert furthest(moved.updates, [plain.updates[k] for k in order]) < limit
+
+
+@over(TRAITS, [torch.float32])
+def test_a_batch_answers_each_module_as_alone(name, backend, dtype):
+    """Under one decision for all of them; the middle module is zero."""
+    method = make_method(TRAITS[name].method or name, TRAITS[name].options)
+    problems = [typical(name, dtype, seed=seed) for seed in (1, 2, 3)]
+    problems[1] = replace(problems[1], B=[torch.zeros_like(b) for b in problems[1].B])
+    group, plan = planned(method, batched(problems, backend=backend))
+    whole = method.combine(group, plan, None)
+    for i in range(3):
+        alone = method.combine(group.part(i, i + 1), plan, None)
+        for pair, own in zip(pairs(whole), pairs(alone), strict=True):
+            assert int(pair.rank[i]) == int(own.rank[0])
+            one = Pair(pair.B[i : i + 1], pair.A[i : i + 1], pair.rank[i : i + 1])
+            assert distance(product_of(one), product_of(own)) < LIMIT[dtype]
+        for field in ("notes", "info"):
+            assert int(getattr(whole, field)[i]) == int(getattr(alone, field)[0])
+        for field in ("error", "error_bound"):
+            found, wanted = float(getattr(whole, field)[i]), float(getattr(alone, field)[0])
+            assert found == pytest.approx(wanted, rel=1e-6, abs=1e-7, nan_ok=True)
+
+
+def pairs(outcome: Outcome) -> list[Pair]:
+    """All pairs of an outcome: common, residual, personal."""
+    common = [] if outcome.B is None else [Pair(outcome.B, outcome.A, outcome.rank)]
+    residual = [] if outcome.residual is None else [outcome.residual]
+    return [*common, *residual, *(outcome.personal or ())]
 
 
 def check(name: str, examples: int) -> None:
