@@ -1,4 +1,4 @@
-"""What every method owes the identities of docs/algorithms.md, and what each client receives from a method, as one tensor."""
+"""What every method owes the numbered identities between methods, and what each client receives from it, as one tensor."""
 
 import math
 from collections.abc import Mapping

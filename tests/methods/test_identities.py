@@ -1,4 +1,4 @@
-"""Identities between methods, by the numbers of docs/algorithms.md, on every backend, against dense float64 sums.
+"""The numbered identities of docs/algorithms.md, Identities between methods: on every backend, against dense float64 sums.
 
 What binds which method stands in `method_traits.TRAITS`.
 """
