@@ -241,3 +241,12 @@ def test_one_changed_number_is_found_where_another_client_has_it(ranks, data):
             check_frozen(group, factor, names)
     else:
         check_frozen(group, factor, names)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_scale_of_zero_hides_no_bad_number_that_all_hold(bad):
+    group = made("B", (4, 4, 4, 4), scale=(1.0,) * 4)
+    for block in group.B:
+        block[1, 2, 3] = bad
+    with pytest.raises(NonFiniteError, match=r"module 'layers\.1\.q'"):
+        check_frozen(replace(group, scale=torch.zeros_like(group.scale)), "B", NAMES)

@@ -230,6 +230,20 @@ def test_bad_numbers_of_any_client_are_flagged_for_their_module_alone(bad, facto
     assert torch.equal(outcome.A[::2], clean.A[::2])
 
 
+def test_an_owner_of_larger_rank_and_weight_zero_does_not_widen_the_pair():
+    p = replace(common_A(ranks=(3, 3, 7)), weight=[0.5, 0.5, 0.0])
+    outcome = p.run("ffa")
+    assert outcome.B.shape[2] == outcome.A.shape[1] == 3
+
+
+def test_large_numbers_whose_sum_overflows_are_finite():
+    p = common_A(dtype=torch.float32)
+    p = replace(p, A=[torch.full_like(a, 2e38) for a in p.A])
+    outcome = make_method("ffa", {}).combine(p.group(measure=False), None, None)
+    assert not outcome.info.any()
+    assert torch.equal(outcome.A[0], p.A[-1])
+
+
 def test_measuring_can_be_left_out():
     outcome = make_method("ffa", {}).combine(common_A().group(measure=False), None, None)
     assert bool(outcome.error.isnan().all())
