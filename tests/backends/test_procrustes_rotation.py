@@ -549,11 +549,13 @@ def test_any_pair(backend, r, rows, seed, dtype, special, cut, blend):
 
 
 def batch_of_groups(dtype, rows=70):
-    """Groups of several ranks and heights; the first three have one target, one of them by columns in memory."""
+    """Groups of several ranks and heights; the first three have one target, one of them by columns in memory; the fourth
+    has another of its shape."""
     target = normal(4, rows, 5, seed=9).to(dtype)
     sources = [(target.double() @ orthogonal(5, k) + 0.3 * normal(4, rows, 5, seed=k)).to(dtype) for k in range(3)]
     sources[1] = sources[1].mT.contiguous().mT
-    others = [(normal(2, 33, 4).to(dtype), normal(2, 33, 4, seed=1).to(dtype)), (normal(3, 9, 5).to(dtype),) * 2]
+    others = [(normal(4, rows, 5, seed=20).to(dtype), normal(4, rows, 5, seed=21).to(dtype))]
+    others += [(normal(2, 33, 4).to(dtype), normal(2, 33, 4, seed=1).to(dtype)), (normal(3, 9, 5).to(dtype),) * 2]
     return [*sources, *(X for X, _ in others)], [target] * 3 + [Y for _, Y in others]
 
 
@@ -574,7 +576,7 @@ def test_groups_of_one_call(backend, dtype, special):
 @backends
 def test_dtypes_may_differ_between_groups(backend):
     sources, targets = batch_of_groups(torch.float64)
-    sources[0], sources[3], targets[3] = sources[0].float(), sources[3].bfloat16(), targets[3].half()
+    sources[0], sources[4], targets[4] = sources[0].float(), sources[4].bfloat16(), targets[4].half()
     raws = backend(sources, targets, True, 1.0, dtype=torch.float64, m=70, r=5, N=4)
     for raw, X, Y in zip(raws, sources, targets, strict=True):
         check_rotation(raw, X, Y, True)
@@ -588,7 +590,7 @@ def test_trouble_of_one_group_stays_there(backend, dtype):
     sources[1][2, 4, 1] = math.nan
     sources[0][3, 69, 0] = math.inf
     raws = backend(sources, targets, True, 0.5, dtype=dtype, m=70, r=5, N=4)
-    assert [raw.info.tolist() for raw in raws] == [[0, 0, 0, 1], [0, 0, 1, 0], [0] * 4, [0] * 2, [0] * 3]
+    assert [raw.info.tolist() for raw in raws] == [[0, 0, 0, 1], [0, 0, 1, 0], [0] * 4, [0] * 4, [0] * 2, [0] * 3]
     assert raws[1].Q[2].isnan().all()
     targets[0][1, 0, 0] = math.nan
     raws = backend(sources, targets, True, 0.5, dtype=dtype, m=70, r=5, N=4)
