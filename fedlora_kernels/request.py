@@ -20,7 +20,7 @@ from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
 from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.arguments import RULE_FLAGS
-from fedlora_kernels.engine.settings import check_delivery
+from fedlora_kernels.engine.settings import check_delivery, method_of
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.linalg import rules
 from fedlora_kernels.methods.contract import Method, make_method, method_class
@@ -45,19 +45,19 @@ def aggregate_request(options: argparse.Namespace) -> Callable[[Callable[[str, i
     cls = method_class(options.method)
     rule = _rule(options, cls)
     settings, robust = _options(cls, options)
-    made = _named("--set", lambda: make_method(options.method, settings, rule))
+    write = _write_options(options)
+    made = _named("--set", lambda: method_of(options.method, rule, write, settings))
     _named("--per-client", lambda: check_delivery(made, options.out, options.per_client))
     call: dict[str, Any] = {
         "weights": options.weights,
         "normalize": options.normalize,
-        "rule": rule,
         "previous": _previous(options.previous),
         "round": options.round,
         "robust": robust,
         "client_state": _client_state(options.client_state),
         "policy": _policy(options),
         "read": read_options(options, missing=options.missing, extras=options.extras),
-        "write": _write_options(options),
+        "write": write,
         "out": options.out,
         "overwrite": options.overwrite,
         "per_client": options.per_client,
@@ -69,7 +69,7 @@ def aggregate_request(options: argparse.Namespace) -> Callable[[Callable[[str, i
         "memory": None if options.memory is None else _named("--memory", lambda: rules.parse_size(options.memory)),
     }
     clients = named_paths(options.clients)
-    return lambda progress: aggregate(clients, options.method, progress=progress, **call, **settings)
+    return lambda progress: aggregate(clients, made, progress=progress, **call)
 
 
 def check_backend(name: str) -> None:

@@ -27,7 +27,7 @@ import fedlora_kernels as fk
 from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.cli import main
 from fedlora_kernels.engine.state import STATE_NAME, State
-from fedlora_kernels.methods.contract import method_class
+from fedlora_kernels.methods.contract import make_method, method_class
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -192,6 +192,17 @@ def test_robust_rules_by_flags(tmp_path, flags, rule, method):
     result = aggregate(pairs, method, robust=rule)
     assert same_adapter(fk.open_adapter(tmp_path / "out"), result.adapter)
     assert report_of(tmp_path / "out")["robust"] == json.loads(json.dumps(result.report["robust"]))
+
+
+def test_an_option_named_like_an_argument_of_the_call_by_flags(tmp_path):
+    """``weights`` of fedrot is an option of the method, the ``--weights`` of clients are others."""
+    clients, pairs = folders(tmp_path)
+    counts = ["--weights", "10,20,30,40,50"]
+    assert run(*clients, "-o", tmp_path / "out", "--method", "fedrot", "--set", "weights=uniform", *counts) == 0
+    result = aggregate(pairs, make_method("fedrot", {"weights": "uniform"}), weights=[10, 20, 30, 40, 50])
+    assert same_adapter(fk.open_adapter(tmp_path / "out"), result.adapter)
+    assert report_of(tmp_path / "out")["method"]["options"]["weights"] == "uniform"
+    assert not same_adapter(result.adapter, aggregate(pairs, "fedrot", weights=[10, 20, 30, 40, 50]).adapter)
 
 
 def test_a_robust_rule_as_method_by_flags(tmp_path, capsys):
