@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -80,7 +81,9 @@ class LoraFair(Method):
         if self.solver == "closed":
             change = missed * _filter(frame.S, self.lam)[:, None, :]
         else:
-            change = self._descent(group, mean_B @ frame.V, missed, frame.S)
+            aimed = (norms(missed) > 0.0) & ~_cancels(group, mean_B, mean_A, frame)  # else the means are the answer
+            size = torch.where(aimed, _update_norm(group), 0.0)
+            change = self._descent(mean_B @ frame.V, missed, frame.S, size)
         correction = change @ frame.V.mT
 
         def distance(rounding: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -91,8 +94,10 @@ class LoraFair(Method):
         outcome = pair_outcome(group, mean_B + correction, mean_A, distance)
         return dataclasses.replace(outcome, info=outcome.info | frame.info)  # type: ignore[operator]
 
-    def _descent(self, group: Group, start: Tensor, missed: Tensor, S: Tensor) -> Tensor:
+    def _descent(self, start: Tensor, missed: Tensor, S: Tensor, size: Tensor) -> Tensor:
         """``X V - Bbar V`` (N, m, k) after all steps, from ``start = Bbar V``, ``missed = (D - Bbar Abar) W`` and S (N, k).
+
+        ``size`` (N,) is ``|D|_F``, or 0 where X stays at Bbar.
 
         In the frame of Abar column j of X stays in the span of column j of ``start`` and of ``H V = start S^2 + missed S``:
         two coordinates in an orthonormal basis of that plane, so the m x r iteration is one of 2 x k numbers per module.
@@ -106,7 +111,6 @@ class LoraFair(Method):
         origin = torch.cat([length, torch.zeros_like(length)], 1).cpu()
         aim = torch.cat([S * S * length + S * along, S * height], 1).cpu()
         weight = torch.cat([S * S, S * S], 1).cpu()
-        size = torch.where(norms(missed) == 0.0, 0.0, _update_norm(group))  # no gap: the start is the optimum
         final = _descend(origin, _divided(aim, size[:, None]), weight, self.lam, self.lr, self.steps)
         moved = (final - origin).to(start.device)[:, None, :]
         k = S.shape[1]
@@ -132,6 +136,19 @@ def _filter(S: Tensor, lam: float) -> Tensor:
     """``S / (S^2 + lam)`` (N, k); 0 where Abar has no such direction."""
     noise = 4 * S.shape[-1] * U64 * S[:, :1]
     return torch.where(S <= noise, 0.0, S / (S * S + lam))
+
+
+def _cancels(group: Group, mean_B: Tensor, mean_A: Tensor, frame: _Frame) -> Tensor:
+    """Whether ``Bbar Abar`` (N,) is zero or the rounding noise of means that cancel: its direction means nothing, and 1 / e explodes."""
+    terms_B, terms_A = _terms(group.B, group.weight * group.scale), _terms(group.A, group.weight)
+    noise = 2 * (len(group.B) + 2) * U64 * (terms_B * norms(mean_A) + norms(mean_B) * terms_A)
+    return norms((mean_B @ frame.V) * frame.S[:, None]) <= noise
+
+
+def _terms(blocks: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """``sum_k |c_k| |X_k|_F`` (N,) on the host; what has no weight may be NaN."""
+    sizes = torch.stack([norms(block) for block in blocks], 1)
+    return torch.where(weight != 0.0, sizes * weight.abs(), 0.0).sum(1)
 
 
 def _update_norm(group: Group) -> Tensor:

@@ -269,6 +269,20 @@ def test_a_zero_product_of_the_means_returns_the_mean():
     assert float(closed.error[0]) < 1.0
 
 
+@pytest.mark.parametrize("factor", ["A", "B"])
+@pytest.mark.parametrize("c", [0.3, 0.7, 11.3])
+def test_a_product_of_the_means_that_is_rounding_noise_returns_the_mean(c, factor):
+    """Means that cancel but for rounding have no direction: steps of 1 / e would end at numbers of 1e12."""
+    made = standard(m=37, n=29, ranks=(6, 6), scale=(1.0, 1.0), counts=[1, 1])
+    other = getattr(made, factor)[0]
+    problem = replace(made, **{factor: [other, -other / c]}, weight=[1.0 / (1.0 + c), c / (1.0 + c)], scale=[2.0, 2.0])
+    fedit = problem.run("fedit")
+    assert 0.0 < float(getattr(fedit, factor).norm()) < 1e-13
+    outcome = problem.run("lora_fair")
+    assert torch.equal(outcome.B, fedit.B)
+    assert float(outcome.error[0]) == pytest.approx(1.0, rel=1e-12)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
     "change", [lambda p: p.permuted([3, 0, 2, 1]), lambda p: split(p, 3)], ids=["order", "split client"]
