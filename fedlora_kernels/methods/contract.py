@@ -264,8 +264,12 @@ class Method:
         return rank
 
     def broadcast_rank(self, ranks: Sequence[int], rank: int, residual: int) -> float:
-        """Rows and columns sent to every client, counted as ranks, for the report; a single factor counts half."""
-        return rank
+        """What is sent to a client of the module, counted as ranks, for the report; a single factor counts half.
+
+        The mean over the clients that train it, of ``ranks``: each receives what the pair has of its `client_rank`.
+        """
+        prefixes = [min(self.client_rank(own, rank), rank) for own in ranks if own > 0]
+        return sum(prefixes) / len(prefixes) if prefixes else rank
 
     def options(self) -> dict[str, Any]:
         """Options as plain values, for the report."""

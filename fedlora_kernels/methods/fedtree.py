@@ -138,10 +138,6 @@ class FedTree(Method):
         kept = {} if previous is None else dict(zip(group.modules, previous.state, strict=False))
         return chunked(group, lambda part: _combined(part, plan, kept))
 
-    def broadcast_rank(self, ranks: Sequence[int], rank: int, residual: int) -> float:
-        """Both pairs."""
-        return 2 * max(ranks, default=0)
-
     def _settled(self, stats: Mapping[str, np.ndarray], census: Census) -> TreePlan:
         layers, layer = layers_of(census.modules)
         K, L = len(census.clients), len(census.modules)

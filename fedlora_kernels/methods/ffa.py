@@ -37,4 +37,4 @@ class FFALoRA(Method):
 
     def broadcast_rank(self, ranks: Sequence[int], rank: int, residual: int) -> float:
         """B alone is sent."""
-        return rank / 2
+        return super().broadcast_rank(ranks, rank, residual) / 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,8 +36,3 @@ class FlexLoRA(Method):
     def client_rank(self, client_rank: int, rank: int) -> int:
         """A client receives its own rank."""
         return client_rank
-
-    def broadcast_rank(self, ranks: Sequence[int], rank: int, residual: int) -> float:
-        """The mean over the clients that train the module: each receives what the pair has of its own rank."""
-        prefixes = [min(own, rank) for own in ranks if own > 0]
-        return sum(prefixes) / len(prefixes) if prefixes else rank

@@ -27,9 +27,10 @@ class RaFLoRA(Method):
     """Truncated SVD of ``D' = sum_s sum_k p_ks s_k B_k[:, s] A_k[s]``, p_ks the weights over the clients that have segment s.
 
     D' is D where all ranks are equal; else it is another target on purpose, and ``error`` is the distance from D. The pair has
-    rank r_max, the largest rank of the clients, of ``levels`` (None: the ranks that are there) and of the previous pair, half
-    of the singular values on each factor. A segment that nobody present has stays the product of the previous pair there, if
-    there is one (our reading). A client receives the first r_k rows and columns.
+    rank r_max, the largest rank of the clients, of ``levels`` (None: the ranks that are there) and of the previous pair, or that of
+    D' if it is smaller; half of the singular values are on each factor. A segment that nobody present has stays the product of the
+    previous pair there, if there is one. A client receives the first r_k rows and columns, beyond the rank of D' random rows of A
+    and zero columns of B (both our reading).
     """
 
     name: ClassVar[str] = "raflora"
@@ -51,7 +52,7 @@ class RaFLoRA(Method):
 
     def client_rank(self, client_rank: int, rank: int) -> int:
         """A client receives its own rank."""
-        return min(client_rank, rank)
+        return client_rank
 
 
 class _Blocks(NamedTuple):

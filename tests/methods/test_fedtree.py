@@ -512,7 +512,8 @@ def test_nothing_common_is_claimed():
         assert outcome.error.isnan().all()
         assert not outcome.info.any()
     assert method.gives == ("personal", "state")
-    assert method.broadcast_rank([4, 4], 0, 0) == 8
+    # both pairs, and one where nobody is outside
+    assert [method.broadcast_rank([4, 4], rank, 0) for rank in (8, 4)] == [8, 4]
 
 
 # later rounds

@@ -266,5 +266,5 @@ def test_what_it_declares():
     method = make_method("ffa", {})
     assert method.frozen_factor(0) == method.frozen_factor(1) == "A"
     assert method.client_rank(4, 12) == 4
-    assert method.broadcast_rank((4, 12), 12, 0) == 6.0
+    assert method.broadcast_rank((4, 12), 12, 0) == 4.0  # B[:, :4] to one, all of B to the other
     assert not method.equal_ranks

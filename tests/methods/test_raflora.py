@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_problems import VARIANTS, Problem, distance, normalised, product, standard, with_spectrum
 
+import fedlora_kernels as fk
 from fedlora_kernels.backends.contract import Info, Note
 from fedlora_kernels.errors import InputError, WeightError
 from fedlora_kernels.linalg.rules import Energy, Rank
@@ -372,4 +373,21 @@ def test_what_the_method_says_of_itself():
     method = make_method("raflora", {"levels": [4, 8]})
     assert method.options() == {"levels": (4, 8)}
     assert (method.reads_previous, method.needs_previous, method.gives) == ("pair", False, ("common",))
-    assert [method.client_rank(r, 12) for r in (4, 12, 16)] == [4, 12, 12]
+    assert [method.client_rank(r, 12) for r in (4, 12, 16)] == [4, 12, 16]
+    assert method.broadcast_rank([4, 8, 0, 16], 12, 0) == 8
+
+
+def test_a_client_beyond_the_rank_of_the_sum_is_filled_up():
+    """Zero rows would leave it nothing to train, fewer would not fit its model."""
+    A = torch.randn(4, 17, generator=torch.Generator().manual_seed(1))
+    A[2:] = 0.0
+    B = torch.randn(24, 4, generator=torch.Generator().manual_seed(2))
+    path = "base_model.model.layers.0.q_proj"
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    client = {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}, config
+    result = fk.aggregate([client, client], "raflora")
+    common, sent = (source["layers.0.q_proj"] for source in (result.adapter, result.for_client(0)))
+    assert (common.A.shape[0], sent.A.shape[0]) == (2, 4)
+    assert torch.equal(sent.B[:, 2:], torch.zeros(24, 2))
+    assert sent.A.any(1).all()
+    assert distance(sent.B @ sent.A, B.double() @ A.double()) < 1e-6
