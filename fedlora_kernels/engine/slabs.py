@@ -22,7 +22,6 @@ __all__ = ["Block", "Drain", "Loaded", "Plan", "Prefetch", "load_slab", "plan_sl
 
 S = TypeVar("S")
 T = TypeVar("T")
-Empty = Callable[..., Tensor]
 Shape = tuple[str, int, int, tuple[int, ...], tuple[torch.dtype, ...]]
 
 
@@ -119,17 +118,17 @@ def _plans(members: dict[Shape, list[str]]) -> list[Plan]:
     return [Plan(tuple(names), *shape) for shape, names in members.items()]
 
 
-def load_slab(plans: Iterable[Plan], adapters: Sequence[Adapter], empty: Empty = torch.empty) -> Loaded:
-    """Read one slab, each tensor directly into its place in the batch, in memory that ``empty(shape, dtype=)`` gives."""
-    return Loaded([_load_block(plan, adapters, empty) for plan in plans])
+def load_slab(plans: Iterable[Plan], adapters: Sequence[Adapter], *, pin: bool = False) -> Loaded:
+    """Read one slab, each tensor directly into its place in the batch."""
+    return Loaded([_load_block(plan, adapters, pin) for plan in plans])
 
 
-def _load_block(plan: Plan, adapters: Sequence[Adapter], empty: Empty) -> Block:
+def _load_block(plan: Plan, adapters: Sequence[Adapter], pin: bool) -> Block:
     count = len(plan.modules)
     Bs, As = [], []
     for k, (adapter, rank) in enumerate(zip(adapters, plan.ranks, strict=True)):
-        B = empty((count, plan.m, rank), dtype=plan.dtypes[2 * k])
-        A = empty((count, rank, plan.n), dtype=plan.dtypes[2 * k + 1])
+        B = torch.empty(count, plan.m, rank, dtype=plan.dtypes[2 * k], pin_memory=pin)
+        A = torch.empty(count, rank, plan.n, dtype=plan.dtypes[2 * k + 1], pin_memory=pin)
         if rank:
             for i, name in enumerate(plan.modules):
                 spec = adapter.modules[name]

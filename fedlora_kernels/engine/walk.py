@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from fedlora_kernels.engine.buffers import Buffers
 from fedlora_kernels.engine.carry import Carry
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.settings import Settings
@@ -31,10 +29,6 @@ class Walk:
         self.seconds = dict.fromkeys(("read", "compute", "write", "total"), 0.0)
         self.carry = Carry(settings.memory // 4)
         self._cached: list[Loaded] | None = None
-        on_gpu = settings.device.type == "cuda"
-        self._empty: Callable[..., Tensor] = (
-            functools.partial(torch.empty, pin_memory=True) if on_gpu else Buffers(settings.memory // 2).empty
-        )
         state = settings.state
         # the pair of the round before is read beside the clients', as the last of the sources
         pair = state.adapter if state is not None and settings.method.reads_previous == "pair" else None
@@ -58,7 +52,7 @@ class Walk:
 
         def load(slab: list[Plan]) -> Loaded:
             with self.timed("read"):
-                loaded = load_slab(slab, self.sources, self._empty)
+                loaded = load_slab(slab, self.sources, pin=self.settings.device.type == "cuda")
             loaded.keep = keep
             return loaded
 
