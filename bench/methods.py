@@ -1,13 +1,13 @@
 """Every method from files to files, 8 clients x 224 modules, against the loop over modules that a user would write, in one run.
 
-Shapes are those of TinyLlama's seven projections, over 32 layers. Ours is `aggregate` with ``out=``: reading,
-checking, combining, writing, reading back. The loop reads the same files with safetensors into dictionaries, works in plain torch
-float32, at the better of one and all threads, and writes one file; where a loop is too slow for all modules it is timed on a few of each shape, and the rest is in proportion
-(`modules timed`). The floor of both is reading the bytes of all clients and
-writing those of the answer, durably, with nothing between: into one buffer again and again, so it needs no fresh memory. The loop's
-file is not made durable. `work_ratio` leaves files out: the loop's work against `seconds.compute` of our report. All methods are
-also timed with the exact distance from the weighted sum (``measure``), which the loops do not give. Accuracy: the largest relative
-distance of a module's product from the loop's own answer in float64.
+Shapes are those of TinyLlama's seven projections, over 32 layers. Ours is `aggregate` with ``out=``: reading, checking,
+combining, writing, reading back. The loop reads the same files with safetensors into dictionaries, works in plain torch
+float32, at the better of one and all threads, and writes one file; where a loop is too slow for all modules it is timed on a
+few of each shape, and the rest is in proportion (`modules timed`). The floor of both is reading the bytes of all clients and
+writing those of the answer, durably, with nothing between: into one buffer again and again, so it needs no fresh memory. The
+loop's file is not made durable. `work_ratio` leaves files out: the loop's work against `seconds.compute` of our report. All
+methods are also timed with the exact distance from the weighted sum (``measure``), which the loops do not give. Accuracy: the
+largest relative distance of a module's product from the loop's own answer in float64.
 
     python bench/methods.py [--quick] [--width N] [--only NAME ...] [--json FILE]
 """
