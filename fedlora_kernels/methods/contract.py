@@ -8,6 +8,7 @@ decision over the whole model, and cost a second pass over the data.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -273,7 +274,7 @@ class Method:
 
     def options(self) -> dict[str, Any]:
         """Options as plain values, for the report."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -314,10 +315,13 @@ def _load(name: str) -> None:
 
 
 def make_method(name: str, options: Mapping[str, Any], rule: RankRule | None = None) -> Method:
-    """Make a method from its name and options. InputError lists the known options; ValueErrors of the options pass through."""
+    """Make a method from its name and options; numbers of NumPy are as good as plain ones.
+
+    InputError lists the known options; ValueErrors of the options pass through.
+    """
     cls = method_class(name)
     known = [f.name for f in dataclasses.fields(cls)]
-    given = dict(options)
+    given = {option: _plain(value) for option, value in options.items()}
     if rule is not None:
         if not cls.takes_rule:
             raise InputError(f"method {name!r} does not choose its rank by a rule; remove rule=")
@@ -327,3 +331,10 @@ def make_method(name: str, options: Mapping[str, Any], rule: RankRule | None = N
         raise InputError(f"method {name!r} has no option {unknown[0]!r}; known options: {listing}")
     build: Callable[..., Method] = cls
     return build(**given)
+
+
+def _plain(value: Any) -> Any:
+    """An int or float for a number of any other type, anything else as it is."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational) else value

@@ -1,10 +1,12 @@
 """The registry of methods: names, options, errors."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 import fedlora_kernels.methods
@@ -47,6 +49,22 @@ def test_unknown_option_lists_the_known_ones():
 def test_a_rule_is_refused_where_the_rank_is_no_choice(name):
     with pytest.raises(InputError, match="rule"):
         make_method(name, {}, Energy(0.9))
+
+
+@pytest.mark.parametrize("name", sorted(set(method_names()) - {"krum", "multi_krum"}))
+def test_numbers_of_numpy_are_as_good_as_plain_ones(name):
+    """They reach the methods, and the report, which is JSON, as int and float."""
+    kinds = {int: np.int64, float: np.float32}
+    defaults = {f.name: f.default for f in dataclasses.fields(method_class(name))}
+    given = {option: kinds[type(x)](x) for option, x in defaults.items() if type(x) in kinds}
+    made = make_method(name, given)
+    json.dumps({**made.options(), "rule": None})
+    assert all(type(getattr(made, option)) is type(defaults[option]) for option in given)
+
+
+def test_numbers_of_numpy_given_to_the_class_are_plain_in_the_report():
+    made = method_class("clair")(gap_min=np.float32(0.25), shared_rank=np.int64(2))
+    assert json.loads(json.dumps(made.options()))["gap_min"] == 0.25
 
 
 def test_a_name_is_taken_once(monkeypatch):
