@@ -278,6 +278,7 @@ class Unreadable(StateDict):
         raise AssertionError("the data of a client of weight 0 was read")
 
 
+@pytest.mark.filterwarnings("ignore:method 'hetlora' uses no weights")
 @pytest.mark.parametrize(
     ("method", "policy"), [("florist", "strict"), ("florist", "clip"), ("hetlora", "strict"), ("fedit", "strict")]
 )
@@ -431,6 +432,16 @@ def registered(monkeypatch, **needs):
 
     monkeypatch.setattr(contract, "_REGISTRY", dict(contract._REGISTRY))
     return contract.register(type("Other", (FedIT,), {"name": "other", **needs}))
+
+
+def test_a_pair_that_is_worse_than_nothing_is_noted():
+    one, other = client(0), client(1)
+    one = ({key: 10 * tensor if "lora_A" in key else tensor for key, tensor in one[0].items()}, one[1])
+    opposite = ({key: -tensor if "lora_B" in key else tensor for key, tensor in one[0].items()}, one[1])
+    slightly = ({key: tensor * 1e-3 if "lora_B" in key else tensor for key, tensor in other[0].items()}, other[1])
+    report = aggregate([one, opposite, slightly], "zero_pad").report
+    assert any(note.startswith("farther from the weighted sum than nothing at all: ") for note in report["notes"])
+    assert not any("farther" in note for note in aggregate([one, one], "zero_pad").report["notes"])
 
 
 def test_a_method_without_weights_warns_of_unequal_ones(monkeypatch):

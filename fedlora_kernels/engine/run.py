@@ -164,6 +164,7 @@ class Run:
         drop(self.roster, failing, settings.policy)
         self.warnings += _dropped(cohort.clients)
         self.check = admit(self.roster, settings.policy, settings.read)
+        self._warn_of_lost_modules(cohort)
         self.walk = self.walk.narrowed(self._cohort())
         return survey.select(*cohort.places(self.walk.cohort)), True
 
@@ -173,8 +174,17 @@ class Run:
         if all(client.status in PRESENT for client in cohort.clients):
             return survey
         self.check = common_ground(self.roster, self.settings.read)
+        self._warn_of_lost_modules(cohort)
         self.walk = self.walk.narrowed(cohort.narrowed(self._cohort()))
         return survey.select(*cohort.places(self.walk.cohort))
+
+    def _warn_of_lost_modules(self, before: Cohort) -> None:
+        """Say which modules go with the clients that leave: nobody else has them."""
+        lost = [name for name in before.modules if name not in self.check.modules]
+        if lost:
+            self.warnings.append(
+                f"modules that only dropped or rejected clients have ({len(lost)}, {printable(lost[0])!r} first) are left out"
+            )
 
     def _delivery(self, folder: OutputFolder | None) -> Delivery:
         settings, cohort = self.settings, self.walk.cohort
@@ -263,7 +273,7 @@ class Run:
             "extras": extras,
             "totals": summary,
             "warnings": list(dict.fromkeys(self.warnings)),
-            "notes": self._notes(),
+            "notes": self._notes(rows),
             "passes": self.passes,
             "seconds": {stage: round(spent, 6) for stage, spent in walk.seconds.items()},
         }
@@ -274,8 +284,8 @@ class Run:
             return None
         return self.settings.method.describe(plan, [client.name for client in self.walk.cohort.clients]) or None
 
-    def _notes(self) -> list[str]:
-        """Facts for the report only: from reading, and modules that some clients lack."""
+    def _notes(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Facts for the report only: from reading, modules that some clients lack, pairs that are far off."""
         notes = [text for client in self.roster if client.adapter for text in client.adapter.notes]
         cohort = self.walk.cohort
         lacking = [name for name, owned in zip(cohort.modules, cohort.owns, strict=True) if not owned.all()]
@@ -286,6 +296,11 @@ class Run:
                 else "count missing updates as zero"
             )
             notes.append(f"modules that some clients lack ({len(lacking)}, {printable(lacking[0])!r} first) {how}")
+        far = [row["name"] for row in rows if row["error"] is not None and row["error"] > 1.0]
+        if far:
+            notes.append(
+                f"farther from the weighted sum than nothing at all: {len(far)} modules, {printable(far[0])!r} first"
+            )
         return list(dict.fromkeys(notes))
 
     def _client_rows(self) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedlora_kernels.backends.contract import U64, Info
 from fedlora_kernels.linalg import WeightedSum, update_gram, weighted_sum
 from fedlora_kernels.methods.contract import Group, Outcome
-from fedlora_kernels.methods.factors import norms, sums_outcome, zero_outcome
+from fedlora_kernels.methods.factors import GRAM_ERROR, norms, sums_outcome, zero_outcome
 
 __all__ = ["common_A", "flagged", "holders", "leaders", "summed", "summed_norms", "with_common_A", "with_common_B"]
 
@@ -164,6 +164,6 @@ def _exact(group: Group, B: Tensor, A: Tensor, rounding: Tensor) -> tuple[Tensor
     """Error 0, its bound, and ``|D|_F^2``, of a pair whose product is D but for ``rounding`` (N,) in all; D = 0: all 0."""
     gram = update_gram([B], [A], check=False, backend=group.backend)
     energy = gram.cpu()[:, 0, 0].clamp(min=0.0)
-    least = (energy - 18.0 * U64 * (norms(B) * norms(A)) ** 2).clamp(min=0.0).sqrt()
+    least = (energy - GRAM_ERROR * (norms(B) * norms(A)) ** 2).clamp(min=0.0).sqrt()
     zero = torch.zeros_like(energy)
     return zero, torch.where(energy == 0.0, zero, rounding / least), energy

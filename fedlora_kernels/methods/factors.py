@@ -17,6 +17,7 @@ from fedlora_kernels.linalg import WeightedSum, update_gram, weighted_sum
 from fedlora_kernels.methods.contract import Group, Outcome, Pair, Spectrum
 
 __all__ = [
+    "GRAM_ERROR",
     "cast",
     "chunked",
     "chunks",
@@ -30,6 +31,7 @@ __all__ = [
     "owned",
     "padded_mean",
     "pair_outcome",
+    "ratio",
     "require_equal_ranks",
     "rounded",
     "rounding_of",
@@ -39,6 +41,8 @@ __all__ = [
     "zero_outcome",
 ]
 
+GRAM_ERROR = 18.0 * U64
+"""Error of an inner product of updates from float64 Grams, relative to the product of the norms of its factors."""
 CHUNK = 16 << 20
 """Bytes of float64 factors that a method converts at once on a CPU: what stays in its caches, and in memory that it holds already."""
 
@@ -300,8 +304,8 @@ def stack_error(
     B, A, folded = owned(group)
     energy, energy_error = _squared_norm(B, A, folded, group.backend)
     upper = (gap + gap_error).sqrt() + rounding
-    error = _ratio(gap.sqrt(), energy.sqrt())
-    return error, torch.maximum(error, _ratio(upper, (energy - energy_error).clamp(min=0.0).sqrt())), energy
+    error = ratio(gap.sqrt(), energy.sqrt())
+    return error, torch.maximum(error, ratio(upper, (energy - energy_error).clamp(min=0.0).sqrt())), energy
 
 
 def _squared_norm(B: Sequence[Tensor], A: Sequence[Tensor], weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -309,7 +313,7 @@ def _squared_norm(B: Sequence[Tensor], A: Sequence[Tensor], weight: Tensor, back
     gram = update_gram(list(B), list(A), weights=weight, check=False, backend=backend).cpu()
     sizes = torch.stack([norms(b) * norms(a) for b, a in zip(B, A, strict=True)], 1)
     terms = torch.where(weight != 0.0, sizes * weight.abs(), 0.0)  # what has no weight may be NaN
-    return gram.sum((1, 2)).clamp(min=0.0), 18.0 * U64 * terms.sum(1) ** 2
+    return gram.sum((1, 2)).clamp(min=0.0), GRAM_ERROR * terms.sum(1) ** 2
 
 
 def norms(x: Tensor) -> Tensor:
@@ -318,6 +322,6 @@ def norms(x: Tensor) -> Tensor:
     return norm.cpu()
 
 
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+def ratio(part: Tensor, whole: Tensor) -> Tensor:
     """``part / whole`` with 0 / 0 = 0."""
     return torch.where(part == 0.0, torch.zeros_like(part), part / whole)

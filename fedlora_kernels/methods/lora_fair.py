@@ -16,6 +16,7 @@ from fedlora_kernels.errors import InputError
 from fedlora_kernels.linalg import core_svd, stacked_qr, update_gram
 from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
 from fedlora_kernels.methods.factors import (
+    GRAM_ERROR,
     chunked,
     norms,
     owned,
@@ -156,7 +157,7 @@ def _update_norm(group: Group) -> Tensor:
     B, A, weight = owned(group)
     square = update_gram(B, A, weights=weight, check=False, backend=group.backend).cpu().sum((1, 2))
     terms = torch.stack([norms(b) * norms(a) for b, a in zip(B, A, strict=True)], 1) * weight.abs()
-    return torch.where(square <= 18 * U64 * terms.sum(1) ** 2, 0.0, square).sqrt()
+    return torch.where(square <= GRAM_ERROR * terms.sum(1) ** 2, 0.0, square).sqrt()
 
 
 def _descend(origin: Tensor, aim: Tensor, weight: Tensor, lam: float, lr: float, steps: int) -> Tensor:

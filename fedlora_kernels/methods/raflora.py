@@ -10,11 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import U64
 from fedlora_kernels.linalg import update_gram
 from fedlora_kernels.linalg.rules import Rank
 from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
-from fedlora_kernels.methods.factors import joined, norms, zero_outcome
+from fedlora_kernels.methods.factors import GRAM_ERROR, joined, norms, ratio, zero_outcome
 from fedlora_kernels.methods.products import stack_svd, svd_outcome
 from fedlora_kernels.methods.segments import checked_levels, ranked_parts, segments
 
@@ -137,16 +136,11 @@ def _distance(group: Group, blocks: _Blocks, outcome: Outcome, energy: Tensor) -
     inner_bound = torch.minimum(cross + cross_error, most * tail_bound)
     upper = (most**2 + tail_bound**2 + 2.0 * inner_bound).clamp(min=0.0).sqrt()
     least = (whole - whole_error).clamp(min=0.0).sqrt()
-    error = _ratio(gap, whole.clamp(min=0.0).sqrt())
-    return error, torch.maximum(error, _ratio(upper, least)), whole.clamp(min=0.0)
+    error = ratio(gap, whole.clamp(min=0.0).sqrt())
+    return error, torch.maximum(error, ratio(upper, least)), whole.clamp(min=0.0)
 
 
 def _inner(gram: Tensor, sizes: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """``<sum_i x_i D_i, sum_j y_j D_j>`` and a bound of its error, (N,)."""
     value = torch.einsum("ni,nij,nj->n", x, gram, y)
-    return value, 18.0 * U64 * (x.abs() * sizes).sum(1) * (y.abs() * sizes).sum(1)
-
-
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """``part / whole`` with 0 / 0 = 0."""
-    return torch.where(part == 0.0, torch.zeros_like(part), part / whole)
+    return value, GRAM_ERROR * (x.abs() * sizes).sum(1) * (y.abs() * sizes).sum(1)

@@ -67,6 +67,7 @@ def left(result):
     return [row["name"] for row in rows], [row["weight"] for row in rows]
 
 
+@pytest.mark.filterwarnings("ignore:method 'hetlora' uses no weights")
 @quiet
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rule", RULES)
@@ -209,7 +210,8 @@ def test_too_few_owners_of_a_module_are_named():
 def test_modules_that_only_rejected_clients_have_are_left_out():
     pairs = {name: without(pair, FIRST) if name not in ("b", "f") else pair for name, pair in seven().items()}
     read = ReadOptions(missing="renormalize")
-    result = aggregate(pairs, rule=ALL, robust=fk.MultiKrum(f=2), read=read)
+    with pytest.warns(UserWarning, match=rf"only dropped or rejected clients have \(1, '{FIRST}' first\) are left out"):
+        result = aggregate(pairs, rule=ALL, robust=fk.MultiKrum(f=2), read=read)
     assert left(result)[0] == list("acdeg")
     assert FIRST not in result.adapter
     alone = {name: pairs[name] for name in "acdeg"}

@@ -98,6 +98,7 @@ def test_04_baselines_have_the_scale_that_was_trained(method):
         assert config["lora_alpha"] / sent.modules[MODULE].rank == 2.0
 
 
+@pytest.mark.filterwarnings("ignore:method 'hetlora' uses no weights")
 @pytest.mark.parametrize("method", ["flexlora", "hetlora", "prelort", "raflora", "clair"])
 def test_05_every_client_has_its_own_rank(method):
     """FLoRIST, the branch of FlexLoRA: one dict is appended for all clients, so that everyone gets the last rank."""
