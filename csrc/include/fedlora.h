@@ -112,6 +112,28 @@ FEDLORA_API int fedlora_mixed_sum(const fedlora_block *X, const fedlora_block *m
                                   const fedlora_block *info, const fedlora_block *notes, int64_t groups, void *workspace,
                                   int64_t workspace_bytes, int64_t threads, void *stream);
 
+/* Bytes of scratch that fedlora_gram needs for these groups with so many threads. */
+FEDLORA_API int fedlora_gram_workspace(const fedlora_block *X, const int64_t *counts, const fedlora_block *G, int64_t groups,
+                                       int64_t threads, int64_t *bytes);
+
+/* G = X^T X of X = [X_1 | ... | X_K] for every matrix of every group, in float64.
+ *
+ *   X         blocks of all groups one after the other, counts[g] of group g: p x q_k, any float dtype, read only
+ *   G         one per group: R x R float64, R the sum of all q_k
+ *
+ * Numbers are not scaled: float64 inputs may leave the range. NaN or Inf in a column of X reaches its row and column of G alone,
+ * and always the diagonal.
+ */
+FEDLORA_API int fedlora_gram(const fedlora_block *X, const int64_t *counts, const fedlora_block *G, int64_t groups,
+                             void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
+
+/* Columns of X turned, in place, so that the first of their (nearly) largest entries is positive.
+ *
+ *   X         one per group: p x q, float32 or float64
+ *   signs     one per group: 1 x q float64, what the columns were multiplied with
+ */
+FEDLORA_API int fedlora_orient(const fedlora_block *X, const fedlora_block *signs, int64_t groups, int64_t threads, void *stream);
+
 /* Bytes of scratch that fedlora_cross_products needs for these groups with so many threads. */
 FEDLORA_API int fedlora_cross_products_workspace(const fedlora_block *X, const int64_t *counts, const fedlora_block *Y,
                                                  int64_t groups, int64_t threads, int64_t *bytes);

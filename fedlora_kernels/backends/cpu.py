@@ -18,8 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import Blocks, Mixed, RawRotation, RawSum, RawSVD
-from fedlora_kernels.backends.torch import procrustes
+from fedlora_kernels.backends.contract import (
+    Blocks,
+    Factors,
+    Mixed,
+    RawProduct,
+    RawRotation,
+    RawSum,
+    RawSVD,
+    RuleSpec,
+)
+from fedlora_kernels.backends.torch import backtransform, gram, procrustes
+from fedlora_kernels.backends.torch.product import Kernels, product_svd
+from fedlora_kernels.backends.torch.svd import svd
 from fedlora_kernels.errors import BackendError, InputError
 
 __all__ = ["BACKEND", "CpuBackend", "abi_stamp", "thread_count"]
@@ -30,12 +41,16 @@ _HEADERS = tuple(root / "include" / "fedlora.h" for root in (_PACKAGE / "_csrc",
 _REBUILD = "rebuild it with `pip install --force-reinstall fedlora-kernels`, in a checkout `python setup.py build_ext --inplace`"
 
 _LARGEST = 32
+_WIDEST = 1024
+"""Columns of a stack whose Gram the library forms; that of a wider one fills the caches, and BLAS is as fast."""
 _SIDES: Mapping[str, tuple[str, ...]] = {
     "core_svd": ("p", "q"),
     "procrustes_rotation": ("r",),
     "align_factors": ("r",),
     "weighted_sum": (),
     "mixed_sum": (),
+    "product_svd": (),
+    "update_gram": (),
 }
 """The sizes of an operation that have an upper bound."""
 _MOST_THREADS = 1024
@@ -66,7 +81,8 @@ class _Block(ctypes.Structure):
 class CpuBackend:
     """SIMD kernels, one small matrix per vector lane; results do not depend on batch, slot or threads, bit for bit.
 
-    Procrustes is the torch backend's with these SVDs, and its products of factors are torch's: no promise of bits there.
+    Procrustes, `product_svd` and `update_gram` are the torch backend's with kernels of the library for the steps that have one:
+    no promise of bits there.
     """
 
     name = "cpu"
@@ -87,7 +103,7 @@ class CpuBackend:
         return True, f"{self._path.name}, {library.fedlora_isa().decode()}"
 
     def serves(self, op: str, dtype: torch.dtype, device: torch.device, sizes: Mapping[str, int]) -> tuple[bool, str]:
-        """`core_svd`, `procrustes_rotation` and `align_factors` up to 32 x 32, sums of any size; on the CPU."""
+        """`core_svd`, `procrustes_rotation` and `align_factors` up to 32 x 32, all else of any size; on the CPU."""
         if op not in _SIDES:
             return False, f"the cpu library has no {op}"
         if device.type != "cpu":
@@ -156,8 +172,12 @@ class CpuBackend:
 
         Raises BackendError where the library is absent or does not take a dtype, InputError as `core_svd`.
         """
+        return self._mix(groups, [group.empty(dtype) for group in groups])
+
+    def _mix(self, groups: Sequence[Mixed], sums: Sequence[Tensor]) -> list[RawSum]:
+        """The sums of these groups, written to ``sums``, which may be views."""
         library = self._needed("mixed_sum")
-        results = [_about(group.empty(dtype)) for group in groups]
+        results = [_about(out) for out in sums]
         blocks = _table([block for group in groups for block in group.blocks])
         mixers = _table([mixer for group in groups for mixer in group.mixers])
         counts = _counts([len(group.blocks) for group in groups])
@@ -173,6 +193,19 @@ class CpuBackend:
         )
         _check("mixed_sum", status)
         return results
+
+    def product_svd(
+        self, groups: Sequence[Factors], rule: RuleSpec, output: str, dtype: torch.dtype
+    ) -> list[RawProduct]:
+        """Truncated SVD of each ``sum_k w_k B_k A_k``, never formed; see `Backend.product_svd`."""
+        kernels = Kernels(
+            gram=self._gram, svd=self._small_svd, write_left=self._write_left, write_right=self._write_right
+        )
+        return product_svd(groups, rule, output, dtype, kernels=kernels)
+
+    def update_gram(self, groups: Sequence[Factors]) -> list[Tensor]:
+        """Inner products of the weighted updates; see `Backend.update_gram`."""
+        return gram.update_gram(groups, gram=self._gram)
 
     def procrustes_rotation(
         self, source: Sequence[Tensor], target: Sequence[Tensor], special: bool, blend: float
@@ -194,6 +227,9 @@ class CpuBackend:
         return procrustes.align_factors(
             B, A, reference_B, reference_A, side, special, blend, svd=self._svd, cross=self._cross_products
         )
+
+    def _small_svd(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self._svd(C) if max(C.shape[1:]) <= _LARGEST else svd(C)
 
     def _svd(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (raw,) = self.core_svd([C])
@@ -222,6 +258,44 @@ class CpuBackend:
         _check("procrustes_rotation", status)
         rest = iter(products)
         return [cross for table in squares for cross in _crosses(itertools.islice(rest, table.shape[1] - 1), table)]
+
+    def _gram(self, blocks: Sequence[Tensor], e: Tensor | None) -> Tensor:
+        """``X^T X`` of the stack of the blocks, each read once; torch's where columns are scaled, or for wide stacks."""
+        R = sum(block.shape[-1] for block in blocks)
+        if e is not None or R > _WIDEST:
+            return gram.gram(blocks, e)
+        library = self._needed("update_gram")
+        G = torch.empty(len(blocks[0]), R, R, dtype=torch.float64)
+        tables = _table(blocks), _counts([len(blocks)]), _table([G])
+        threads, needed = thread_count(), ctypes.c_int64()
+        _check("update_gram", library.fedlora_gram_workspace(*tables, 1, threads, ctypes.byref(needed)))
+        workspace = torch.empty(needed.value, dtype=torch.uint8)
+        status = library.fedlora_gram(*tables, 1, workspace.data_ptr(), workspace.numel(), threads, None)
+        _check("update_gram", status)
+        return G
+
+    def _write_left(self, blocks: Sequence[Tensor], e: Tensor | None, K: Tensor, out: Tensor) -> Tensor:
+        """``[X_1 | ... | X_K] K`` to the first columns of out, and the signs that were applied; see `write_left`."""
+        if e is not None:
+            return backtransform.write_left(blocks, e, K, out)
+        # A half has too few bits to tell which element is the largest.
+        half = out.dtype not in (torch.float32, torch.float64)
+        left = out[..., : K.shape[-1]]
+        X = torch.empty(left.shape, dtype=torch.float32) if half else left
+        self._mix([_mixed(blocks, K)], [X])
+        signs = torch.empty(len(X), X.shape[-1], dtype=torch.float64)
+        library = self._needed("product_svd")
+        _check("product_svd", library.fedlora_orient(_table([X]), _table([_rows(signs)]), 1, thread_count(), None))
+        if half:
+            left.copy_(X)
+        return signs
+
+    def _write_right(self, blocks: Sequence[Tensor], e: Tensor | None, K: Tensor, out: Tensor) -> None:
+        """``([X_1 | ... | X_K] K)^T`` to the first rows of out; see `write_right`."""
+        if e is not None:
+            return backtransform.write_right(blocks, e, K, out)
+        self._mix([_mixed(blocks, K)], [out[:, : K.shape[-1]].mT])
+        return None
 
     def _needed(self, op: str) -> ctypes.CDLL:
         library = self._load()
@@ -275,6 +349,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fedlora_weighted_sum.argtypes = [table, counts, *[table] * 6, count, address, count, count, address]
     library.fedlora_mixed_sum_workspace.argtypes = [table, counts, table, count, count, counts]
     library.fedlora_mixed_sum.argtypes = [*[table] * 2, counts, *[table] * 5, count, address, count, count, address]
+    library.fedlora_gram_workspace.argtypes = [table, counts, table, count, count, counts]
+    library.fedlora_gram.argtypes = [table, counts, table, count, address, count, count, address]
+    library.fedlora_orient.argtypes = [table, table, count, count, address]
     library.fedlora_cross_products_workspace.argtypes = [table, counts, table, count, count, counts]
     library.fedlora_cross_products.argtypes = [table, counts, *[table] * 3, count, address, count, count, address]
 
@@ -316,6 +393,11 @@ def _about(sums: Tensor) -> RawSum:
         info=torch.empty(N, dtype=torch.int32),
         notes=torch.empty(N, dtype=torch.int32),
     )
+
+
+def _mixed(blocks: Sequence[Tensor], K: Tensor) -> Mixed:
+    """The product of the stacked blocks with K (N, R, p)."""
+    return Mixed(tuple(blocks), torch.split(K, [block.shape[-1] for block in blocks], dim=1))
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ void check_entry_point(int p, int q, int batch, int threads) {
 
 int check_weighted_sum();
 int check_panels();
+int check_grams();
 
 int main() {
     const int shapes[][2] = {{1, 1}, {1, 7}, {7, 1}, {2, 2}, {3, 2}, {4, 4}, {5, 8}, {13, 11}, {17, 16}, {31, 32}, {32, 32}};
@@ -127,6 +128,7 @@ int main() {
         }
     failures += check_weighted_sum();
     failures += check_panels();
+    failures += check_grams();
     std::printf("variants:");
     for (const fedlora::SmallSvd *variant : variants()) std::printf(" %s", variant->isa);
     std::printf("; failures: %d\n", failures);

@@ -263,7 +263,6 @@ def test_backward_is_refused():
         (InputError, "output is 'right'; one of usv, left, balanced", {"output": "right"}),
         (InputError, "dtype is torch.int8", {"dtype": torch.int8}),
         (InputError, "unknown backend 'gpu'; known backends: auto", {"backend": "gpu"}),
-        (BackendError, "does not serve this product_svd", {"backend": "cpu"}),
         (WeightError, r"weights has shape \(3,\); \(2,\) is needed", {"weights": [1, 2, 3]}),
         (WeightError, r"weights\[1\] is inf", {"weights": [1, float("inf")]}),
     ],

@@ -5,7 +5,7 @@ import pytest
 import torch
 from call_problems import M, assert_near, clients
 
-from fedlora_kernels.errors import InputError, MismatchError, NonFiniteError
+from fedlora_kernels.errors import BackendError, InputError, MismatchError, NonFiniteError
 from fedlora_kernels.linalg import Info, Ragged, stacked_qr
 
 WEIGHTS = [0.5, -2.0, 1.0]
@@ -89,5 +89,7 @@ def test_trouble_and_bad_arguments():
         stacked_qr([blocks[0], blocks[1][:, :6]])
     with pytest.raises(InputError, match="blocks is an empty list"):
         stacked_qr([])
+    with pytest.raises(BackendError, match="does not serve this stacked_qr"):
+        stacked_qr(blocks, backend="cpu")
     with pytest.raises(NotImplementedError, match="stacked_qr"):
         stacked_qr(blocks[0].requires_grad_()).R.sum().backward()

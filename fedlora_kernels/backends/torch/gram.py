@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import Factors
-from fedlora_kernels.backends.torch.chunks import column_exponents, exponent, finite, load, scale_pow2, slices
+from fedlora_kernels.backends.torch.chunks import column_exponents, exponent, load, scale_pow2, slices
 
 __all__ = ["gram", "update_gram"]
 
 _TILE = 1024
 _NARROW = 16
+
+
+Gram = Callable[[Sequence[Tensor], "Tensor | None"], Tensor]
 
 
 def gram(blocks: Sequence[Tensor], e: Tensor | None) -> Tensor:
@@ -33,12 +36,12 @@ def gram(blocks: Sequence[Tensor], e: Tensor | None) -> Tensor:
     return G
 
 
-def update_gram(groups: Sequence[Factors]) -> list[Tensor]:
-    """Inner products (N, K, K) of the weighted updates; see `Backend.update_gram`."""
-    return [_update_gram(group) for group in groups]
+def update_gram(groups: Sequence[Factors], *, gram: Gram = gram) -> list[Tensor]:
+    """Inner products (N, K, K) of the weighted updates; see `Backend.update_gram`. ``gram`` keeps the contract of `gram`."""
+    return [_update_gram(group, gram) for group in groups]
 
 
-def _update_gram(group: Factors) -> Tensor:
+def _update_gram(group: Factors, gram: Gram) -> Tensor:
     N, K = group.weights.shape
     device = group.B[0].device if K else torch.device("cpu")
     out = torch.zeros(N, K, K, dtype=torch.float64, device=device)
@@ -50,8 +53,9 @@ def _update_gram(group: Factors) -> Tensor:
         e_B, e_A, e = _exponents(B, A)
         e_w = exponent(weights[part])
         w, e = scale_pow2(weights[part], -e_w), e + e_w
-        G = _inner_products(B, A, e_B, e_A) * w[:, :, None] * w[:, None, :]
-        good = torch.stack([finite(b) & finite(a) for b, a in zip(B, A, strict=True)], -1)
+        G = _inner_products(B, A, e_B, e_A, gram) * w[:, :, None] * w[:, None, :]
+        # Squares of finite numbers stay finite here, and what is not finite reaches the square of its own client.
+        good = torch.isfinite(G.diagonal(dim1=-2, dim2=-1))
         G.masked_fill_(~(good[:, :, None] & good[:, None, :]), torch.nan)
         out[part] = scale_pow2((G + G.mT) / 2, e[:, :, None] + e[:, None, :])
     return out
@@ -71,7 +75,9 @@ def _exponents(B: Sequence[Tensor], A: Sequence[Tensor]) -> tuple[Tensor | None,
     return e_B, e[:, owner] - e_B, e
 
 
-def _inner_products(B: Sequence[Tensor], A: Sequence[Tensor], e_B: Tensor | None, e_A: Tensor | None) -> Tensor:
+def _inner_products(
+    B: Sequence[Tensor], A: Sequence[Tensor], e_B: Tensor | None, e_A: Tensor | None, gram: Gram
+) -> Tensor:
     """Inner products of the unweighted updates, in tiles of clients so that no Gram is wider than a tile."""
     G = torch.empty(B[0].shape[0], len(B), len(B), dtype=torch.float64, device=B[0].device)
     tiles = list(_tiles([block.shape[-1] for block in B]))

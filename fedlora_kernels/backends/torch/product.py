@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from fedlora_kernels.backends.torch.gram import gram
 from fedlora_kernels.backends.torch.householder import Decomposition, Problem, dense, orthogonalised, row_bound
 from fedlora_kernels.backends.torch.svd import column_signs, svd
 
-__all__ = ["product_svd"]
+__all__ = ["Kernels", "product_svd"]
 
 Powers = tuple[float, float]
 
@@ -36,12 +36,27 @@ _POWERS: dict[str, Powers] = {"usv": (0.0, 0.0), "left": (1.0, 0.0), "balanced":
 """Powers of the singular values that the left and right factor carry."""
 
 
-def product_svd(groups: Sequence[Factors], rule: RuleSpec, output: str, dtype: torch.dtype) -> list[RawProduct]:
+class Kernels(NamedTuple):
+    """The steps of one pass that a backend may do its own way; each keeps the contract of the function that it stands for."""
+
+    gram: Callable[[Sequence[Tensor], Tensor | None], Tensor] = gram
+    cholesky: Callable[[Tensor, Tensor], Tensor] = pivoted_cholesky
+    svd: Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]] = svd
+    write_left: Callable[[Sequence[Tensor], Tensor | None, Tensor, Tensor], Tensor] = write_left
+    write_right: Callable[[Sequence[Tensor], Tensor | None, Tensor, Tensor], None] = write_right
+
+
+_TORCH = Kernels()
+
+
+def product_svd(
+    groups: Sequence[Factors], rule: RuleSpec, output: str, dtype: torch.dtype, *, kernels: Kernels = _TORCH
+) -> list[RawProduct]:
     """Truncated SVD of each ``sum_k w_k B_k A_k``; see `Backend.product_svd`."""
-    return [_product_svd(group, rule, output, dtype) for group in groups]
+    return [_product_svd(group, rule, output, dtype, kernels) for group in groups]
 
 
-def _product_svd(group: Factors, rule: RuleSpec, output: str, dtype: torch.dtype) -> RawProduct:
+def _product_svd(group: Factors, rule: RuleSpec, output: str, dtype: torch.dtype, kernels: Kernels) -> RawProduct:
     device = group.B[0].device if group.B else torch.device("cpu")
     raw = _zeros(group, dtype, device)
     m, n, R = group.m, group.n, group.width
@@ -50,9 +65,11 @@ def _product_svd(group: Factors, rule: RuleSpec, output: str, dtype: torch.dtype
         return raw
     is_dense = 2 * min(m, n) <= R
     for part in slices(group.batch, 1 if is_dense else 8 * 8 * R * R, WORKSPACE):
-        stack = _load_weights(group, part, device)
-        route = _dense_route if is_dense else _gram_route
-        route(stack, rule, _POWERS[output], _rows(raw, part))
+        stack, here = _load_weights(group, part, device), _rows(raw, part)
+        if is_dense:
+            _dense_route(stack, rule, _POWERS[output], here)
+        else:
+            _gram_route(stack, rule, _POWERS[output], here, kernels)
     return raw
 
 
@@ -108,8 +125,8 @@ class _Core(NamedTuple):
     info: Tensor
 
 
-def _gram_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct) -> None:
-    core = _core(stack, min(raw.left.shape[1], raw.right.shape[2]))
+def _gram_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct, kernels: Kernels) -> None:
+    core = _core(stack, min(raw.left.shape[1], raw.right.shape[2]), kernels)
     certificate = certify(core.spectrum, rule)
     rho_max = 16 if raw.left.dtype == torch.float64 else 1e4
     doubtful = (certificate.rho > rho_max) | ~(core.spectrum.energy > 0)
@@ -120,8 +137,8 @@ def _gram_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct)
     if len(again) < core.bad.shape[0]:
         K_B = _scaled(core.K_B[..., :width], core.spectrum, certificate.rank, powers[0], -1.0)
         K_A = _scaled(core.K_A[..., :width], core.spectrum, certificate.rank, powers[1], -1.0)
-        signs = write_left(stack.B, stack.e_left, K_B, raw.left)
-        write_right(stack.A, stack.e_right, K_A * signs[:, None, :], raw.right)
+        signs = kernels.write_left(stack.B, stack.e_left, K_B, raw.left)
+        kernels.write_right(stack.A, stack.e_right, K_A * signs[:, None, :], raw.right)
     _store(core.spectrum, certificate, core.info, powers, width, raw)
     for i in again:
         here = _rows(raw, slice(i, i + 1))
@@ -131,10 +148,10 @@ def _gram_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct)
     _mark_nonfinite(raw, core.bad)
 
 
-def _core(stack: Problem, q: int) -> _Core:
+def _core(stack: Problem, q: int, kernels: Kernels) -> _Core:
     """Lines 1 to 6: Grams, weights, balancing, bounds, Cholesky, core SVD."""
     om = stack.om
-    grams = torch.stack([gram(stack.B, stack.e_left), gram(stack.A, stack.e_right)])
+    grams = torch.stack([kernels.gram(stack.B, stack.e_left), kernels.gram(stack.A, stack.e_right)])
     grams[1] *= om[:, :, None] * om[:, None, :]
     diag = grams.diagonal(dim1=-2, dim2=-1)
     bad = ~torch.isfinite(diag).all(-1).all(0)
@@ -152,8 +169,8 @@ def _core(stack: Problem, q: int) -> _Core:
     energy, energy_abs = product.sum((-2, -1)), product.abs().sum((-2, -1))
     width = live.sum(-1)
 
-    L_B, L_A = pivoted_cholesky(grams.flatten(0, 1), width.repeat(2)).view_as(grams)
-    U, S, Vh, info = svd(L_B.mT @ L_A)
+    L_B, L_A = kernels.cholesky(grams.flatten(0, 1), width.repeat(2)).view_as(grams)
+    U, S, Vh, info = kernels.svd(L_B.mT @ L_A)
     k = min(q, S.shape[-1])
     spectrum = Spectrum(
         S=S[:, :k],
@@ -213,7 +230,8 @@ def _store(
         getattr(raw, name).copy_(value)
     overflow = torch.isinf(raw.S).any(-1)
     for factor, power in ((raw.left[..., :width], powers[0]), (raw.right[:, :width], powers[1])):
-        if power and width:
+        # No element is larger than its singular value, but for rounding.
+        if power and width and bool((raw.S[:, 0] ** power > torch.finfo(factor.dtype).max / 2).any()):
             overflow |= _has_inf(factor)
     raw.info.copy_(info | Info.OVERFLOW * overflow)
     raw.notes.masked_fill_(info != 0, 0)  # nothing is known of an update whose SVD did not converge
