@@ -114,15 +114,24 @@ def _load_weights(group: Factors, part: slice, device: torch.device) -> Problem:
 
 
 class _Core(NamedTuple):
-    """The R x R half of the pipeline: coefficients K of ``U = B K_B``, ``V = A^T K_A`` before any scaling by S."""
+    """The R x R half of the pipeline: Cholesky factors, singular vectors of the core, and the gauge of the columns of B and A."""
 
-    K_B: Tensor
-    K_A: Tensor
+    L_B: Tensor
+    L_A: Tensor
+    U: Tensor
+    V: Tensor
     d: Tensor
+    D_A: Tensor
     live: Tensor
     spectrum: Spectrum
     bad: Tensor
     info: Tensor
+
+    def coefficients(self, width: int) -> tuple[Tensor, Tensor]:
+        """The first columns of K in ``U = B K_B``, ``V = A^T K_A``, before any scaling by S."""
+        K_B = self.d[:, :, None] * (self.L_A @ self.V[..., :width])
+        K_A = self.D_A[:, :, None] * (self.L_B @ self.U[..., :width])
+        return K_B, K_A
 
 
 def _gram_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct, kernels: Kernels) -> None:
@@ -135,8 +144,9 @@ def _gram_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct,
     # Columns that no matrix keeps are zero already; most rules keep far fewer than p_max.
     width = int(certificate.rank.amax())
     if len(again) < core.bad.shape[0]:
-        K_B = _scaled(core.K_B[..., :width], core.spectrum, certificate.rank, powers[0], -1.0)
-        K_A = _scaled(core.K_A[..., :width], core.spectrum, certificate.rank, powers[1], -1.0)
+        K_B, K_A = core.coefficients(width)
+        K_B = _scaled(K_B, core.spectrum, certificate.rank, powers[0], -1.0)
+        K_A = _scaled(K_A, core.spectrum, certificate.rank, powers[1], -1.0)
         signs = kernels.write_left(stack.B, stack.e_left, K_B, raw.left)
         kernels.write_right(stack.A, stack.e_right, K_A * signs[:, None, :], raw.right)
     _store(core.spectrum, certificate, core.info, powers, width, raw)
@@ -182,9 +192,7 @@ def _core(stack: Problem, q: int, kernels: Kernels) -> _Core:
         passes=1,
         width=om.shape[-1],
     )
-    K_B = d[0, :, :, None] * (L_A @ Vh[:, :k].mT)
-    K_A = (om * d[1])[:, :, None] * (L_B @ U[..., :k])
-    return _Core(K_B, K_A, d[0], width, spectrum, bad, info)
+    return _Core(L_B, L_A, U, Vh.mT, d[0], om * d[1], width, spectrum, bad, info)
 
 
 def _scaled(X: Tensor, spectrum: Spectrum, rank: Tensor, power: float, already: float) -> Tensor:
