@@ -1,29 +1,35 @@
 // fedlora_core_svd: checks the descriptors, picks the instruction set, shares the tasks out over threads.
 #include <omp.h>
 
-#include "small_svd.h"
+#include "svd.h"
 
-using fedlora::SmallSvd;
 using fedlora::SvdGroup;
+using fedlora::SvdVariant;
 
 namespace {
 
 constexpr int64_t kAlignment = 64;
 
-const SmallSvd &variant() {
+struct Variants {
+    const SvdVariant &small, &large;
+};
+
+const Variants &variants() {
+    static const Variants chosen = [] {
 #ifdef __x86_64__
-    static const SmallSvd &chosen = [&]() -> const SmallSvd & {
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            return fedlora::small_svd_v4();
+            return Variants{fedlora::small_svd_v4(), fedlora::large_svd_v4()};
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-            return fedlora::small_svd_v3();
-        return fedlora::small_svd_base();
+            return Variants{fedlora::small_svd_v3(), fedlora::large_svd_v3()};
+#endif
+        return Variants{fedlora::small_svd_base(), fedlora::large_svd_base()};
     }();
     return chosen;
-#else
-    return fedlora::small_svd_base();
-#endif
+}
+
+const SvdVariant &variant(const fedlora_block &C) {
+    return C.rows <= fedlora::kSmallSvdMax && C.cols <= fedlora::kSmallSvdMax ? variants().small : variants().large;
 }
 
 bool is_empty(const fedlora_block &C) { return C.batch == 0 || C.rows == 0 || C.cols == 0; }
@@ -56,14 +62,14 @@ int64_t scratch_per_thread(const fedlora_block *C, int64_t groups) {
     int64_t most = 0;
     for (int64_t g = 0; g < groups; ++g) {
         if (is_empty(C[g])) continue;
-        const int64_t bytes = variant().scratch_bytes(C[g]);
+        const int64_t bytes = variant(C[g]).scratch_bytes(C[g]);
         most = bytes > most ? bytes : most;
     }
     return (most + kAlignment - 1) / kAlignment * kAlignment;
 }
 
 int64_t tasks_of(const fedlora_block &C) {
-    const int64_t step = variant().matrices_per_task(C);
+    const int64_t step = variant(C).matrices_per_task(C);
     return is_empty(C) ? 0 : (C.batch + step - 1) / step;
 }
 
@@ -76,10 +82,10 @@ int useful_threads(const fedlora_block *C, int64_t groups, int64_t threads) {
 
 // All tasks of one group, shared by the threads of the enclosing region; nobody waits at the end.
 void run_group(const SvdGroup &group, int max_sweeps, char *scratch) {
-    const int64_t step = variant().matrices_per_task(group.C);
+    const int64_t step = variant(group.C).matrices_per_task(group.C);
     const int64_t tasks = tasks_of(group.C);
 #pragma omp for schedule(dynamic) nowait
-    for (int64_t t = 0; t < tasks; ++t) variant().run(group, t * step, max_sweeps, scratch);
+    for (int64_t t = 0; t < tasks; ++t) variant(group.C).run(group, t * step, max_sweeps, scratch);
 }
 
 }  // namespace
@@ -88,7 +94,7 @@ extern "C" {
 
 uint64_t fedlora_abi(void) { return FEDLORA_ABI_STAMP; }
 
-const char *fedlora_isa(void) { return variant().isa; }
+const char *fedlora_isa(void) { return variants().small.isa; }
 
 int fedlora_core_svd_workspace(const fedlora_block *C, int64_t groups, int64_t threads, int64_t *bytes) {
     if (!C || !bytes || groups < 0 || threads < 1) return FEDLORA_BAD_ARGUMENT;

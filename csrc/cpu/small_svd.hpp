@@ -1,18 +1,13 @@
 // One-sided Jacobi SVD of small matrices, one matrix per SIMD lane (docs/numerics.md, Core SVD).
 //
-// Included once per instruction set after simd.hpp. Every lane runs the same instructions on its own matrix and keeps its
+// Included once per instruction set after svd_view.hpp. Every lane runs the same instructions on its own matrix and keeps its
 // values by masks, so that the result of a matrix depends on nothing but the matrix.
 //
 // The work is X J = U diag(s) for X = C, or C^T where C is wide. Column c of X and of J lie one above the other in one
 // column of `rows + cols` packs. Rotations are scaled ("fast") ones: a stored column x^ stands for x = d x^, a rotation
 // takes two FMA per pair of elements, and d^2 (`weight`) carries the cosines until the next sweep begins.
 
-constexpr int kMax = FEDLORA_CORE_SVD_MAX;
-constexpr int kDefaultSweeps = 60;
-
-// Elements of a column from this share of the largest on count as largest: the window of the sign rule.
-template <class T>
-constexpr T kNearly = T(1) - T(0x1p-20);
+constexpr int kMax = kSmallSvdMax;
 
 // C as the work sees it: at least as many rows as columns.
 struct Shape {
@@ -65,9 +60,9 @@ class JacobiSvd {
         for (int l = 0; l < lanes; ++l) {
             finite_[l] = lane(probe, l) == 0;
             zero_[l] = lane(largest, l) == 0;
-            exponent_[l] = finite_[l] && !zero_[l] ? exponent_of(lane(largest, l)) : 0;
-            lane(first, l) = finite_[l] ? power_of_two(-(exponent_[l] / 2)) : T(0);
-            lane(second, l) = power_of_two(-(exponent_[l] - exponent_[l] / 2));
+            exponent_[l] = finite_[l] && !zero_[l] ? exponent_of<T>(lane(largest, l)) : 0;
+            lane(first, l) = finite_[l] ? power_of_two<T>(-(exponent_[l] / 2)) : T(0);
+            lane(second, l) = power_of_two<T>(-(exponent_[l] - exponent_[l] / 2));
         }
         const M finite = greater(first, zero);
         for (int c = 0; c < cols_; ++c)
@@ -112,7 +107,7 @@ class JacobiSvd {
     bool zero(int l) const { return zero_[l]; }
     bool converged(int l) const { return lane(rotated_flag_, l) == 0; }
     T unscale(T x, int l) const {
-        return x * power_of_two(exponent_[l] / 2) * power_of_two(exponent_[l] - exponent_[l] / 2);
+        return x * power_of_two<T>(exponent_[l] / 2) * power_of_two<T>(exponent_[l] - exponent_[l] / 2);
     }
 
   private:
@@ -125,22 +120,6 @@ class JacobiSvd {
     P *column(int c) { return data_ + c * length_; }
     static T &lane(P &p, int l) { return ((T *)&p)[l]; }
     static T lane(const P &p, int l) { return ((const T *)&p)[l]; }
-
-    // e with x in [2^(e-1), 2^e), for a finite x > 0, subnormal or not.
-    static int exponent_of(T x) {
-        const bool subnormal = x < Lane<T>::smallest;
-        const T normal = subnormal ? x * power_of_two(Lane<T>::mantissa) : x;
-        typename Lane<T>::Int bits;
-        __builtin_memcpy(&bits, &normal, sizeof bits);
-        return (int)(bits >> Lane<T>::mantissa) - Lane<T>::bias + 1 - (subnormal ? Lane<T>::mantissa : 0);
-    }
-    // For exponents of normal numbers.
-    static T power_of_two(int e) {
-        const typename Lane<T>::Int bits = (typename Lane<T>::Int)(e + Lane<T>::bias) << Lane<T>::mantissa;
-        T x;
-        __builtin_memcpy(&x, &bits, sizeof x);
-        return x;
-    }
 
     static P dot(const P *x, const P *y, int n) {
         P even = broadcast<W>(T(0)), odd = even;
@@ -268,18 +247,6 @@ class JacobiSvd {
     M rotated_;
     int exponent_[lanes];
     bool finite_[lanes], zero_[lanes];
-};
-
-// A matrix of a descriptor, seen as columns: transposed where the work is.
-template <class T>
-struct View {
-    T *data;
-    int64_t row, col;
-    View(const fedlora_block &b, int64_t index, bool transposed)
-        : data((T *)b.data + index * b.batch_stride),
-          row(transposed ? b.col_stride : b.row_stride),
-          col(transposed ? b.row_stride : b.col_stride) {}
-    T &operator()(int i, int c) const { return data[i * row + c * col]; }
 };
 
 // Orthonormal columns rank..cols-1 beside the first `rank` ones: each time the unit vector that sticks out most, made

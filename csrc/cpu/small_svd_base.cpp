@@ -1,5 +1,5 @@
 // The small SVD for any processor: packs of 16 bytes, in whatever vectors the compiler finds.
-#include "small_svd.h"
+#include "svd.h"
 
 
 #define FEDLORA_VECTOR_BYTES 16
@@ -7,11 +7,12 @@
 namespace fedlora {
 namespace {
 #include "simd.hpp"
+#include "svd_view.hpp"
 #include "small_svd.hpp"
 }  // namespace
 
-const SmallSvd &small_svd_base() {
-    static constexpr SmallSvd variant{"portable", matrices_per_task, scratch_bytes, run};
+const SvdVariant &small_svd_base() {
+    static constexpr SvdVariant variant{"portable", matrices_per_task, scratch_bytes, run};
     return variant;
 }
 

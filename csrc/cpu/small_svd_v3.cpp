@@ -1,5 +1,5 @@
 // The small SVD for AVX2 and FMA: packs of 32 bytes.
-#include "small_svd.h"
+#include "svd.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -9,11 +9,12 @@
 namespace fedlora {
 namespace {
 #include "simd.hpp"
+#include "svd_view.hpp"
 #include "small_svd.hpp"
 }  // namespace
 
-const SmallSvd &small_svd_v3() {
-    static constexpr SmallSvd variant{"x86-64-v3", matrices_per_task, scratch_bytes, run};
+const SvdVariant &small_svd_v3() {
+    static constexpr SvdVariant variant{"x86-64-v3", matrices_per_task, scratch_bytes, run};
     return variant;
 }
 

@@ -50,7 +50,7 @@ enum { FEDLORA_INFO_NONFINITE = 1, FEDLORA_INFO_NOT_CONVERGED = 2, FEDLORA_INFO_
 enum { FEDLORA_NOTE_ZERO = 1 };
 
 /* Largest dimension that fedlora_core_svd serves on the CPU. */
-enum { FEDLORA_CORE_SVD_MAX = 32 };
+enum { FEDLORA_CORE_SVD_MAX = 512 };
 
 /* Stamp of this header; see above. */
 FEDLORA_API uint64_t fedlora_abi(void);
@@ -150,6 +150,20 @@ FEDLORA_API int fedlora_cross_products_workspace(const fedlora_block *X, const i
 FEDLORA_API int fedlora_cross_products(const fedlora_block *X, const int64_t *counts, const fedlora_block *Y,
                                        const fedlora_block *products, const fedlora_block *squares, int64_t groups,
                                        void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
+
+/* Bytes of scratch that fedlora_cholesky needs for the groups G[0..groups) with so many threads. */
+FEDLORA_API int fedlora_cholesky_workspace(const fedlora_block *G, int64_t groups, int64_t threads, int64_t *bytes);
+
+/* L L^T = G up to a remainder below width u max(diag G), u = 2^-53, for every matrix of every group.
+ *
+ *   G      R x R float64, positive semidefinite, read only
+ *   width  1 x 1 float64, the number of columns of G that are not zero
+ *   L      R x R float64: rows in the order of G, columns in order of elimination, zero from the numerical rank on
+ *
+ * Every pivot is the largest diagonal left, the first of equal ones. A NaN on the diagonal ends the elimination.
+ */
+FEDLORA_API int fedlora_cholesky(const fedlora_block *G, const fedlora_block *width, const fedlora_block *L, int64_t groups,
+                                 void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
 
 #ifdef __cplusplus
 }

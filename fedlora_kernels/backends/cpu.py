@@ -40,7 +40,7 @@ _LIBRARY = _PACKAGE / "_lib" / "libfedlora_cpu.so"
 _HEADERS = tuple(root / "include" / "fedlora.h" for root in (_PACKAGE / "_csrc", _PACKAGE.parent / "csrc"))
 _REBUILD = "rebuild it with `pip install --force-reinstall fedlora-kernels`, in a checkout `python setup.py build_ext --inplace`"
 
-_LARGEST = 32
+_LARGEST = 512
 _WIDEST = 1024
 """Columns of a stack whose Gram the library forms; that of a wider one fills the caches, and BLAS is as fast."""
 _SIDES: Mapping[str, tuple[str, ...]] = {
@@ -103,7 +103,7 @@ class CpuBackend:
         return True, f"{self._path.name}, {library.fedlora_isa().decode()}"
 
     def serves(self, op: str, dtype: torch.dtype, device: torch.device, sizes: Mapping[str, int]) -> tuple[bool, str]:
-        """`core_svd`, `procrustes_rotation` and `align_factors` up to 32 x 32, all else of any size; on the CPU."""
+        """`core_svd`, `procrustes_rotation` and `align_factors` up to 512 x 512, all else of any size; on the CPU."""
         if op not in _SIDES:
             return False, f"the cpu library has no {op}"
         if device.type != "cpu":
@@ -116,7 +116,7 @@ class CpuBackend:
         return self.available()
 
     def core_svd(self, groups: Sequence[Tensor], *, max_sweeps: int = 0) -> list[RawSVD]:
-        """SVD of each matrix of ``(N, p, q)``, p and q at most 32, by one-sided Jacobi (docs/numerics.md, Core SVD).
+        """SVD of each matrix of ``(N, p, q)``, p and q at most 512, by one-sided Jacobi (docs/numerics.md, Core SVD).
 
         Args:
             groups: CPU tensors ``(N, p, q)`` of any strides; float64, float32, float16 or bfloat16.
@@ -199,7 +199,11 @@ class CpuBackend:
     ) -> list[RawProduct]:
         """Truncated SVD of each ``sum_k w_k B_k A_k``, never formed; see `Backend.product_svd`."""
         kernels = Kernels(
-            gram=self._gram, svd=self._small_svd, write_left=self._write_left, write_right=self._write_right
+            gram=self._gram,
+            cholesky=self._cholesky,
+            svd=self._core_svd,
+            write_left=self._write_left,
+            write_right=self._write_right,
         )
         return product_svd(groups, rule, output, dtype, kernels=kernels)
 
@@ -228,8 +232,20 @@ class CpuBackend:
             B, A, reference_B, reference_A, side, special, blend, svd=self._svd, cross=self._cross_products
         )
 
-    def _small_svd(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _core_svd(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self._svd(C) if max(C.shape[1:]) <= _LARGEST else svd(C)
+
+    def _cholesky(self, G: Tensor, width: Tensor) -> Tensor:
+        """Factor of every Gram as `backends.torch.cholesky.pivoted_cholesky`; G (N, R, R) float64 is only read."""
+        library = self._needed("product_svd")
+        L, width = torch.empty(G.shape, dtype=torch.float64), width.double()
+        tables = [_table([G]), _table([width[:, None, None]]), _table([L])]
+        threads, needed = thread_count(), ctypes.c_int64()
+        _check("product_svd", library.fedlora_cholesky_workspace(tables[0], 1, threads, ctypes.byref(needed)))
+        workspace = torch.empty(needed.value, dtype=torch.uint8)
+        status = library.fedlora_cholesky(*tables, 1, workspace.data_ptr(), workspace.numel(), threads, None)
+        _check("product_svd", status)
+        return L
 
     def _svd(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (raw,) = self.core_svd([C])
@@ -353,6 +369,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fedlora_gram.argtypes = [table, counts, table, count, address, count, count, address]
     library.fedlora_orient.argtypes = [table, table, count, count, address]
     library.fedlora_cross_products_workspace.argtypes = [table, counts, table, count, count, counts]
+    library.fedlora_cholesky_workspace.argtypes = [table, count, count, counts]
+    library.fedlora_cholesky.argtypes = [*[table] * 3, count, address, count, count, address]
     library.fedlora_cross_products.argtypes = [table, counts, *[table] * 3, count, address, count, count, address]
 
 

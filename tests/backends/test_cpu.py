@@ -28,8 +28,9 @@ def test_available_names_the_instruction_set():
     [
         ("core_svd", torch.float32, CPU, {"p": 32, "q": 32, "N": 5}, None),
         ("core_svd", torch.bfloat16, CPU, {"p": 1, "q": 0, "N": 0}, None),
-        ("core_svd", torch.float64, CPU, {"p": 33, "q": 2, "N": 5}, "33"),
-        ("core_svd", torch.float64, CPU, {"p": 2, "q": 40, "N": 5}, "40"),
+        ("core_svd", torch.float64, CPU, {"p": 512, "q": 512, "N": 5}, None),
+        ("core_svd", torch.float64, CPU, {"p": 513, "q": 2, "N": 5}, "513"),
+        ("core_svd", torch.float64, CPU, {"p": 2, "q": 600, "N": 5}, "600"),
         ("core_svd", torch.int32, CPU, {"p": 2, "q": 2, "N": 5}, "int32"),
         ("core_svd", torch.float32, torch.device("meta"), {"p": 2, "q": 2, "N": 5}, "meta"),
         ("product_svd", torch.float32, CPU, {"m": 2, "n": 2, "R": 1}, None),
@@ -39,10 +40,10 @@ def test_available_names_the_instruction_set():
         ("update_gram", torch.int32, CPU, {"m": 2, "n": 2, "R": 1}, "int32"),
         ("stacked_qr", torch.float32, CPU, {"m": 2, "R": 1}, "stacked_qr"),
         ("align_factors", torch.bfloat16, CPU, {"m": 5000, "n": 4096, "r": 32, "N": 5}, None),
-        ("align_factors", torch.float64, CPU, {"m": 50, "n": 40, "r": 33, "N": 5}, "33"),
+        ("align_factors", torch.float64, CPU, {"m": 50, "n": 40, "r": 513, "N": 5}, "513"),
         ("align_factors", torch.float32, torch.device("meta"), {"m": 2, "n": 2, "r": 1, "N": 1}, "meta"),
         ("procrustes_rotation", torch.float64, CPU, {"m": 500, "r": 32, "N": 5}, None),
-        ("procrustes_rotation", torch.float64, CPU, {"m": 500, "r": 40, "N": 5}, "40"),
+        ("procrustes_rotation", torch.float64, CPU, {"m": 900, "r": 600, "N": 5}, "600"),
         ("rotate_factors", torch.float64, CPU, {"m": 50, "n": 40, "r": 3, "N": 5}, "rotate_factors"),
     ],
 )
@@ -56,7 +57,7 @@ def test_serves(op, dtype, device, sizes, words):
 @pytest.mark.parametrize(
     "tensor",
     [
-        torch.zeros(2, 33, 4),
+        torch.zeros(2, 513, 4),
         torch.zeros(3, 3),
         torch.zeros(1, 2, 2, dtype=torch.int64),
         torch.zeros(1, 2, 2, device="meta"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedlora_kernels.backends import cpu
 from fedlora_kernels.backends.contract import Info, Note
+from fedlora_kernels.testing import SPECTRA, prescribed, spectrum
 
 BACKEND = cpu.BACKEND
 pytestmark = pytest.mark.skipif(not BACKEND.available()[0], reason=BACKEND.available()[1])
@@ -28,6 +29,13 @@ SHAPES = (
     (32, 3),
     (3, 32),
     (32, 32),
+    (33, 33),
+    (33, 2),
+    (3, 41),
+    (64, 64),
+    (47, 97),
+    (97, 40),
+    (130, 129),
 )
 
 
@@ -100,6 +108,39 @@ def test_any_shape_and_grading(p, q, batch, dtype, exponent, decades, seed):
     assert_svd(C.to(dtype), svd(C.to(dtype)))
 
 
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.integers(33, 140),
+    st.integers(1, 140),
+    st.sampled_from(DTYPES),
+    st.integers(-30, 30),
+    st.integers(0, 12),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_any_larger_shape_and_grading(p, q, dtype, exponent, decades, transposed, seed):
+    C = (normal(2, p, q, seed=seed) * torch.logspace(0, -decades, q, dtype=torch.float64) * 2.0**exponent).to(dtype)
+    C = C.mT if transposed else C
+    assert_svd(C, svd(C))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest(dtype):
+    C = normal(1, 512, 512, dtype=dtype)
+    assert_svd(C, svd(C))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize(("p", "q"), [(33, 33), (64, 47), (97, 97), (37, 128)])
+def test_larger_prescribed_spectra(name, p, q, dtype):
+    C = torch.stack([prescribed(p, q, spectrum(name, min(p, q), cond), 5, dtype) for cond in (10, 1e6, 1e14)])
+    result = svd(C)
+    assert_svd(C, result)
+    exact = torch.linalg.svdvals(C.double())
+    assert ((result.S - exact).abs() <= 4 * max(p, q) ** 0.5 * roundoff(dtype) * exact[:, :1]).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_answer_in_float32(dtype):
     C = normal(5, 9, 6, dtype=dtype)
@@ -161,6 +202,32 @@ def pathological(dtype):
         "2x2 rotation": np.array([[0.6, -0.8], [0.8, 0.6]]),
         "2x2 nearly parallel": np.array([[1.0, 1.0], [0.0, 1e-7]]),
         "largest half": np.full((3, 2), 65504.0),
+    } | larger_pathological(rng, tiny, huge)
+
+
+def larger_pathological(rng, tiny, huge):
+    A = rng.standard_normal((61, 53))
+    return {
+        "larger identity": np.eye(70, 50),
+        "larger ones": np.ones((64, 50)),
+        "larger jordan": np.eye(67) + np.eye(67, k=1),
+        "larger hadamard": hadamard(64),
+        "larger kahan": kahan(90),
+        "larger laeuchli": np.vstack([np.ones(60), 1e-9 * np.eye(60)]),
+        "larger identical columns": np.repeat(A[:, :1], 40, axis=1),
+        "larger negated columns": np.hstack([A, -A]),
+        "larger missing columns": A * (np.arange(53) % 3 == 0),
+        "larger missing rows": A * (np.arange(61) % 5 == 0)[:, None],
+        "larger half rank": rng.standard_normal((96, 40)) @ rng.standard_normal((40, 80)),
+        "larger rank one": np.outer(A[:, 0], A[0]),
+        "larger graded columns": A * 10.0 ** -np.linspace(0, 12, 53),
+        "larger graded rows": A * 10.0 ** -np.linspace(0, 12, 61)[:, None],
+        "larger columns 1e+-30": A * np.where(np.arange(53) % 2, 1e30, 1e-30),
+        "larger huge": A / abs(A).max() * huge * 0.05,
+        "larger near underflow": A * tiny * 4,
+        "larger subnormal": A * tiny * 0.01,
+        "one column of many": A[:, :1],
+        "one element of many": np.eye(61, 53) * (np.arange(61) == 7)[:, None],
     }
 
 
@@ -177,15 +244,21 @@ def test_pathological(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_zero_and_missing_columns_are_completed_with_unit_vectors(dtype):
-    result = svd(torch.zeros(3, 7, 5, dtype=dtype))
-    assert torch.equal(result.U, torch.eye(7, 5, dtype=dtype).expand(3, 7, 5))
-    assert torch.equal(result.Vh, torch.eye(5, dtype=dtype).expand(3, 5, 5))
+@pytest.mark.parametrize(("p", "q"), [(7, 5), (70, 50), (50, 70)])
+def test_a_zero_matrix_answers_unit_vectors(p, q, dtype):
+    result = svd(torch.zeros(3, p, q, dtype=dtype))
+    k = min(p, q)
+    assert torch.equal(result.U, torch.eye(p, k, dtype=dtype).expand(3, p, k))
+    assert torch.equal(result.Vh, torch.eye(k, q, dtype=dtype).expand(3, k, q))
     assert (result.notes == Note.ZERO).all()
 
 
 def test_values_that_leave_the_range_are_reported():
-    C = torch.full((2, 32, 31), 3e38)
+    check_overflow(torch.full((2, 32, 31), 3e38))
+    check_overflow(torch.full((2, 40, 47), 3e38))
+
+
+def check_overflow(C):
     C[1] = 1
     result = svd(C)
     assert result.info.tolist() == [Info.OVERFLOW, 0]
@@ -194,21 +267,23 @@ def test_values_that_leave_the_range_are_reported():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_relative_accuracy_of_every_value_under_column_scaling(transposed):
-    X, d = normal(4, 12, 9, seed=7), torch.logspace(0, -12, 9, dtype=torch.float64)
-    C = X * d[torch.randperm(9, generator=torch.Generator().manual_seed(1))]
+@pytest.mark.parametrize(("batch", "p", "q"), [(4, 12, 9), (1, 40, 33)])
+def test_relative_accuracy_of_every_value_under_column_scaling(batch, p, q, transposed):
+    X, d = normal(batch, p, q, seed=7), torch.logspace(0, -12, q, dtype=torch.float64)
+    C = X * d[torch.randperm(q, generator=torch.Generator().manual_seed(1))]
     S = svd(C.mT if transposed else C).S
     with mpmath.workdps(50):
-        for i in range(4):
+        for i in range(batch):
             exact = mpmath.svd_r(mpmath.matrix(C[i].tolist()), compute_uv=False)
             kappa = float(torch.linalg.cond(X[i]))
             worst = max(abs(mpmath.mpf(s) - e) / e for s, e in zip(S[i].tolist(), exact, strict=True))
             assert worst <= 30 * roundoff(torch.float64) * kappa
 
 
-def test_relative_accuracy_in_float32():
-    X = normal(32, 16, 11, dtype=torch.float32)
-    C = X * 2.0 ** -torch.arange(11) * 2.0 ** -torch.arange(11)
+@pytest.mark.parametrize(("p", "q"), [(16, 11), (64, 48)])
+def test_relative_accuracy_in_float32(p, q):
+    X = normal(32, p, q, dtype=torch.float32)
+    C = X * 2.0 ** -(torch.arange(q) * 22 // q)
     exact = torch.linalg.svdvals(C.double())
     kappa = torch.linalg.cond(X.double())[:, None]
     assert ((svd(C).S.double() - exact).abs() / exact <= 30 * roundoff(torch.float32) * kappa).all()
@@ -254,7 +329,13 @@ def test_nothing_to_do(shape):
 
 
 def test_several_groups_at_once():
-    groups = [normal(3, 5, 7), normal(0, 2, 2), normal(21, 8, 8, dtype=torch.float32), normal(1, 32, 1)]
+    groups = [
+        normal(3, 5, 7),
+        normal(0, 2, 2),
+        normal(21, 8, 8, dtype=torch.float32),
+        normal(1, 32, 1),
+        normal(2, 40, 51),
+    ]
     results = BACKEND.core_svd(groups)
     assert all(same_bits(result, svd(C)) for C, result in zip(groups, results, strict=True))
     assert BACKEND.core_svd([]) == []
@@ -270,9 +351,10 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "p", "q"), [(19, 7, 5), (3, 37, 50)])
 @pytest.mark.parametrize("view", VIEWS)
-def test_strides(view, dtype):
-    C = normal(19, 7, 5, dtype=dtype)
+def test_strides(view, batch, p, q, dtype):
+    C = normal(batch, p, q, dtype=dtype)
     assert same_bits(svd(VIEWS[view](C)), svd(C))
 
 
@@ -304,7 +386,7 @@ def mixed_batch(dtype, p=9, q=7):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("p", "q"), [(9, 7), (7, 9), (20, 19)])
+@pytest.mark.parametrize(("p", "q"), [(9, 7), (7, 9), (20, 19), (39, 34), (34, 47)])
 def test_a_matrix_alone_and_at_any_slot(p, q, dtype):
     C = mixed_batch(dtype, p, q)
     whole = svd(C)
@@ -319,8 +401,9 @@ def test_determinism():
     assert all(same_bits(svd(C), svd(C)) for _ in range(20))
 
 
-def test_threads_do_not_matter(monkeypatch):
-    C = torch.cat([mixed_batch(torch.float64)] * 5)
+@pytest.mark.parametrize(("p", "q", "copies"), [(9, 7, 5), (41, 38, 1)])
+def test_threads_do_not_matter(p, q, copies, monkeypatch):
+    C = torch.cat([mixed_batch(torch.float64, p, q)] * copies)
     results = []
     for threads in ("1", "2", "3"):
         monkeypatch.setenv("FEDLORA_NUM_THREADS", threads)
@@ -329,16 +412,18 @@ def test_threads_do_not_matter(monkeypatch):
     assert same_bits(results[0], results[2])
 
 
-def test_call_history_does_not_matter():
-    C = mixed_batch(torch.float32)
+@pytest.mark.parametrize(("p", "q"), [(9, 7), (41, 38)])
+def test_call_history_does_not_matter(p, q):
+    C = mixed_batch(torch.float32, p, q)
     fresh = svd(C)
-    for shape in ((3, 32, 32), (70, 2, 5), (1, 1, 1), (17, 16, 16)):
+    for shape in ((3, 32, 32), (70, 2, 5), (1, 1, 1), (17, 16, 16), (1, 64, 90)):
         svd(normal(*shape) * 1e20)
     assert same_bits(svd(C), fresh)
 
 
-def test_poisoned_memory(poisoned_empty):
-    C = mixed_batch(torch.float64)
+@pytest.mark.parametrize(("p", "q"), [(9, 7), (41, 38), (35, 66)])
+def test_poisoned_memory(p, q, poisoned_empty):
+    C = mixed_batch(torch.float64, p, q)
     poisoned = svd(C)
     torch.empty = torch.zeros  # undone by the fixture
     assert same_bits(svd(C), poisoned)
@@ -346,8 +431,9 @@ def test_poisoned_memory(poisoned_empty):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_bad_matrix_harms_only_itself(bad, dtype):
-    C = normal(21, 6, 5, dtype=dtype)
+@pytest.mark.parametrize(("p", "q"), [(6, 5), (35, 34)])
+def test_a_bad_matrix_harms_only_itself(p, q, bad, dtype):
+    C = normal(21, p, q, dtype=dtype)
     clean = svd(C)
     C[4, 2, 3] = bad
     C[20] = bad
@@ -360,9 +446,10 @@ def test_a_bad_matrix_harms_only_itself(bad, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sweep_guard(dtype):
-    C = normal(9, 8, 7, dtype=dtype)
-    C[2] = torch.eye(8, 7)
+@pytest.mark.parametrize(("p", "q"), [(8, 7), (50, 41)])
+def test_sweep_guard(p, q, dtype):
+    C = normal(9, p, q, dtype=dtype)
+    C[2] = torch.eye(p, q)
     result = svd(C, max_sweeps=1)
     assert (result.info == torch.where(torch.arange(9) == 2, 0, int(Info.NOT_CONVERGED))).all()
     assert all(t.isfinite().all() for t in (result.U, result.S, result.Vh))

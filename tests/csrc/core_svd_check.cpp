@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "small_svd.h"
+#include "svd.h"
 
 namespace {
 
@@ -74,20 +74,23 @@ struct Problem {
     }
 };
 
-std::vector<const fedlora::SmallSvd *> variants() {
-    std::vector<const fedlora::SmallSvd *> found{&fedlora::small_svd_base()};
+// Those that take matrices of this size, and that this machine can run.
+std::vector<const fedlora::SvdVariant *> variants(int p, int q) {
+    const bool small = p <= fedlora::kSmallSvdMax && q <= fedlora::kSmallSvdMax;
+    std::vector<const fedlora::SvdVariant *> found{small ? &fedlora::small_svd_base() : &fedlora::large_svd_base()};
 #ifdef __x86_64__
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&fedlora::small_svd_v3());
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        found.push_back(small ? &fedlora::small_svd_v3() : &fedlora::large_svd_v3());
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd"))
-        found.push_back(&fedlora::small_svd_v4());
+        found.push_back(small ? &fedlora::small_svd_v4() : &fedlora::large_svd_v4());
 #endif
     return found;
 }
 
 template <class T>
 void check_variants(int p, int q, int batch, bool transposed) {
-    for (const fedlora::SmallSvd *variant : variants()) {
+    for (const fedlora::SvdVariant *variant : variants(p, q)) {
         Problem<T> problem(p, q, batch, transposed);
         const int64_t bytes = (variant->scratch_bytes(problem.group.C) + 63) / 64 * 64;
         std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, bytes), std::free);
@@ -113,6 +116,7 @@ void check_entry_point(int p, int q, int batch, int threads) {
 
 int check_weighted_sum();
 int check_panels();
+int check_cholesky();
 int check_grams();
 
 int main() {
@@ -126,11 +130,22 @@ int main() {
             check_entry_point<float>(shape[0], shape[1], batch, 2);
             check_entry_point<double>(shape[0], shape[1], batch, 1);
         }
+    const int larger[][2] = {{33, 33}, {1, 40}, {40, 3}, {47, 64}, {65, 34}};
+    for (const auto &shape : larger)
+        for (const int batch : {1, 5}) {
+            for (const bool transposed : {false, true}) {
+                check_variants<float>(shape[0], shape[1], batch, transposed);
+                check_variants<double>(shape[0], shape[1], batch, transposed);
+            }
+            check_entry_point<float>(shape[0], shape[1], batch, 2);
+            check_entry_point<double>(shape[0], shape[1], batch, 1);
+        }
     failures += check_weighted_sum();
     failures += check_panels();
+    failures += check_cholesky();
     failures += check_grams();
     std::printf("variants:");
-    for (const fedlora::SmallSvd *variant : variants()) std::printf(" %s", variant->isa);
+    for (const fedlora::SvdVariant *variant : variants(1, 1)) std::printf(" %s", variant->isa);
     std::printf("; failures: %d\n", failures);
     return failures != 0;
 }

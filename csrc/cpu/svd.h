@@ -1,4 +1,4 @@
-// What the instruction-set variants of the small SVD offer to the entry point.
+// What the instruction-set variants of the SVD offer to the entry point.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,16 @@
 
 namespace fedlora {
 
+// Up to here a matrix fits a vector lane: the small SVD takes many matrices at once, the large one at a time.
+constexpr int kSmallSvdMax = 32;
+
 // One group of equally shaped problems, as the caller described it.
 struct SvdGroup {
     fedlora_block C, U, S, Vh, info, notes;
 };
 
 // A variant: how many matrices one task takes, the scratch of one task, and the task itself.
-struct SmallSvd {
+struct SvdVariant {
     const char *isa;
     int64_t (*matrices_per_task)(const fedlora_block &C);
     int64_t (*scratch_bytes)(const fedlora_block &C);
@@ -21,9 +24,12 @@ struct SmallSvd {
 };
 
 #ifdef __x86_64__
-const SmallSvd &small_svd_v4();
-const SmallSvd &small_svd_v3();
+const SvdVariant &small_svd_v4();
+const SvdVariant &small_svd_v3();
+const SvdVariant &large_svd_v4();
+const SvdVariant &large_svd_v3();
 #endif
-const SmallSvd &small_svd_base();
+const SvdVariant &small_svd_base();
+const SvdVariant &large_svd_base();
 
 }  // namespace fedlora
