@@ -2,7 +2,7 @@
 //
 // A strip of all blocks is widened into the first-level cache and multiplied there with itself, above the diagonal only.
 // Matrices are cut into chunks of rows that do not depend on the threads; each leaves its triangle in the workspace, and
-// they are added up in order.
+// they are added up in order, a few at a time.
 #include <omp.h>
 
 #include <cfloat>
@@ -21,6 +21,7 @@ namespace {
 constexpr int64_t kPanel = 16;        // columns of a step along the triangle
 constexpr int64_t kCache = 32 << 10;  // bytes of a strip
 constexpr int64_t kTile = 8;          // of a transposition
+constexpr int64_t kWave = 16 << 20;   // bytes of triangles that may wait for their turn
 
 struct Problem {
     const fedlora_block *X;
@@ -93,15 +94,15 @@ void run_chunk(const Problem &p, int64_t i, int64_t chunk, double *strip, double
     }
 }
 
-// The sum of the triangles, to either side of the diagonal.
-void total(const Problem &p, int64_t i, const double *triangles, int64_t chunks) {
-    const int64_t R = p.G.cols, ld = distance_of(R), size = triangle_of(R), row = p.G.row_stride, col = p.G.col_stride;
+// G, or what there is of it, and one chunk more; the last one fills the other side of the diagonal.
+void add(const Problem &p, int64_t i, const double *triangle, bool first, bool last) {
+    const int64_t R = p.G.cols, ld = distance_of(R), row = p.G.row_stride, col = p.G.col_stride;
     double *const G = (double *)p.G.data + i * p.G.batch_stride;
     for (int64_t a = 0; a < R; ++a)
         for (int64_t b = a; b < R; ++b) {
-            double all = 0.0;
-            for (int64_t c = 0; c < chunks; ++c) all += triangles[c * size + a * ld + b];
-            G[a * row + b * col] = G[b * row + a * col] = all;
+            double &sum = G[a * row + b * col];
+            sum = first ? triangle[a * ld + b] : sum + triangle[a * ld + b];
+            if (last) G[b * row + a * col] = sum;
         }
 }
 
@@ -118,7 +119,13 @@ int check(const Problem &p) {
     return R == p.G.cols ? FEDLORA_OK : FEDLORA_BAD_SHAPE;
 }
 
-// The workspace: the triangles of the group with most of them, then a strip for every thread; in bytes.
+// Chunks between two barriers: some for every thread as long as their triangles are small.
+int64_t wave_of(const Problem &p, int64_t threads) {
+    const int64_t size = larger(triangle_of(p.G.cols) * 8, 1), tasks = larger(chunks_of(p.rows()), 1) * p.batch();
+    return smaller(larger(threads, smaller(4 * threads, kWave / size)), tasks);
+}
+
+// The workspace: the triangles of a wave of the greatest group, then a strip for every thread; in bytes.
 struct Layout {
     int64_t triangles, strip, threads;
     int64_t bytes() const { return triangles + strip * threads + 64; }
@@ -127,22 +134,26 @@ struct Layout {
 Layout layout_of(const fedlora_block *X, const int64_t *counts, const fedlora_block *G, int64_t groups, int64_t threads) {
     Layout layout = {0, 0, threads};
     for (int64_t g = 0; g < groups; X += counts[g], ++g) {
-        const int64_t tasks = counts[g] ? chunks_of(X[0].rows) * G[g].batch : 0;
-        layout.triangles = larger(layout.triangles, tasks * triangle_of(G[g].cols) * 8);
+        layout.triangles = larger(layout.triangles, wave_of({X, counts[g], G[g]}, threads) * triangle_of(G[g].cols) * 8);
         layout.strip = larger(layout.strip, scratch_of(G[g].cols) * 8);
     }
     return layout;
 }
 
 void run_group(const Problem &p, double *triangles, char *scratch, int64_t slice, int threads) {
-    const int64_t chunks = chunks_of(p.rows()), tasks = chunks * p.batch(), size = triangle_of(p.G.cols);
+    // a matrix without rows is one empty chunk: its G is written all the same
+    const int64_t chunks = larger(chunks_of(p.rows()), 1), tasks = chunks * p.batch(), size = triangle_of(p.G.cols);
+    const int64_t wave = wave_of(p, threads);
 #pragma omp parallel num_threads(tasks < threads ? (tasks > 0 ? (int)tasks : 1) : threads)
-    {
+    for (int64_t begin = 0; begin < tasks; begin += wave) {
+        const int64_t end = smaller(begin + wave, tasks);
 #pragma omp for schedule(dynamic)
-        for (int64_t t = 0; t < tasks; ++t)
-            run_chunk(p, t / chunks, t % chunks, (double *)(scratch + slice * omp_get_thread_num()), triangles + t * size);
+        for (int64_t t = begin; t < end; ++t)
+            run_chunk(p, t / chunks, t % chunks, (double *)(scratch + slice * omp_get_thread_num()), triangles + (t - begin) * size);
 #pragma omp for
-        for (int64_t i = 0; i < p.batch(); ++i) total(p, i, triangles + i * chunks * size, chunks);
+        for (int64_t i = begin / chunks; i <= (end - 1) / chunks; ++i)
+            for (int64_t t = larger(begin, i * chunks); t < smaller(end, (i + 1) * chunks); ++t)
+                add(p, i, triangles + (t - begin) * size, t % chunks == 0, t % chunks == chunks - 1);
     }
 }
 

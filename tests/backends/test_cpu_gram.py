@@ -132,6 +132,15 @@ def test_gram_writes_nothing_outside_and_needs_no_clean_workspace():
         assert (call.buffer == Call.CANARY).all()
 
 
+@pytest.mark.parametrize(("R", "triangles"), [(120, 150), (1000, 2)])
+def test_scratch_does_not_grow_with_rows_or_batch(R, triangles):
+    library, needed = BACKEND._load(), ctypes.c_int64()
+    X, G = torch.empty(1, 1, R), torch.empty(1, 1, 1, dtype=torch.float64)
+    blocks, out = cpu._table([X.expand(60, 50000, R)]), cpu._table([G.expand(60, R, R)])
+    assert library.fedlora_gram_workspace(blocks, cpu._counts([1]), out, 1, 2, ctypes.byref(needed)) == 0
+    assert needed.value <= triangles * 8 * R * (R + 16) + 2 * 8 * 64 * (R + 16)
+
+
 @pytest.mark.parametrize(
     ("table", "field", "value", "status"),
     [
