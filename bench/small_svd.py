@@ -1,4 +1,4 @@
-"""Batched small SVD: the cpu library against torch.linalg.svd, interleaved in one run, with the accuracy of both.
+"""Batched SVD of small matrices: the cpu library against torch.linalg.svd, interleaved in one run, with the accuracy of both.
 
     python bench/small_svd.py [--seconds 1] [--json FILE]
 
@@ -14,10 +14,10 @@ from timing import machine, measure, save
 
 from fedlora_kernels.backends.cpu import BACKEND
 
-SIZES = ((4, 10_000), (8, 10_000), (16, 10_000), (32, 1_000))
-HEAD = "dtype     r   batch   ours us  torch us   ratio   ratio at 1 thread   residual ours, torch   orthogonality ours, torch"
+SIZES = ((4, 10_000), (8, 10_000), (16, 10_000), (32, 1_000), (64, 64), (128, 64), (256, 64))
+HEAD = "dtype      r   batch   ours us  torch us   ratio   ratio at 1 thread   residual ours, torch   orthogonality ours, torch"
 LINE = (
-    "{dtype}  {r:2d}  {batch:6d}  {ours_us:8.3f}  {torch_us:8.2f}  {ratio:6.1f}  {ratio_1:18.1f}"
+    "{dtype}  {r:3d}  {batch:6d}  {ours_us:8.3f}  {torch_us:8.2f}  {ratio:6.1f}  {ratio_1:18.1f}"
     "        {ours_residual:.1e}  {torch_residual:.1e}           {ours_orthogonality:.1e}  {torch_orthogonality:.1e}"
 )
 

@@ -162,13 +162,15 @@ struct Rotations {
     }
 };
 
-// The Gram matrix of two blocks, rows and columns 0 .. 7 of X and 8 .. 15 of Y, and the rotations between them.
+// The Gram matrix of two blocks, rows and columns 0 .. 7 of X and 8 .. 15 of Y, and the rotations between them. Columns are
+// kept without the cosines of their rotations, which `scale` collects.
 template <class T>
 struct BlockPair {
     using E = Eight<T>;
+    using I = typename EightOf<T>::I;
     E to_x[2 * kBlock], to_y[2 * kBlock];
-    T scale[2 * kBlock], unscale[2 * kBlock];
-    T first[kBlock][kBlock], second[kBlock][kBlock];  // of round, lane
+    E scale_x, scale_y, unscale_x, unscale_y;  // of the columns as rotated so far: what they are stored without
+    E first[kBlock], second[kBlock];           // x <- x - first y, y <- y + second x; one of each round
 
     BlockPair(const E *inner_x, const E *inner_y, const E *cross) {
         for (int i = 0; i < kBlock; ++i) {
@@ -179,60 +181,70 @@ struct BlockPair {
         }
     }
 
-    // Round s pairs x_i with y_(i + s): the lanes of to_y move on by one each round.
+    // Round s pairs x_i with y_(i + s): the lanes that belong to Y move on by one each round.
     bool plan(const Thresholds<T> &thresholds, bool &restless) {
-        using I = typename EightOf<T>::I;
         bool rotated = false;
         Rotations<T> r;
-        for (int k = 0; k < 2 * kBlock; ++k) scale[k] = unscale[k] = 1;
+        scale_x = scale_y = unscale_x = unscale_y = E{} + T(1);
         for (int s = 0; s < kBlock; ++s) {
-            for (int i = 0; i < kBlock; ++i) {
-                r.a[i] = to_x[i][i];
-                r.b[i] = to_y[kBlock + (i + s) % kBlock][i];
-                r.g[i] = to_y[i][i];
-            }
+            const E zero = {}, a = diagonal(to_x, 0) * scale_x * scale_x, b = diagonal(to_y + kBlock, s) * scale_y * scale_y;
+            *(E *)r.a = a > zero ? a : zero;
+            *(E *)r.b = b > zero ? b : zero;
+            *(E *)r.g = diagonal(to_y, 0) * scale_x * scale_y;
             if (r.plan(thresholds, restless)) {
                 rotated = true;
                 turn(r, s);
             } else {
-                for (int i = 0; i < kBlock; ++i) first[s][i] = second[s][i] = 0;
+                first[s] = second[s] = E{};
             }
-            for (int k = 0; k < 2 * kBlock; ++k) to_y[k] = __builtin_shuffle(to_y[k], I{1, 2, 3, 4, 5, 6, 7, 0});
+            const I next = {1, 2, 3, 4, 5, 6, 7, 0};
+            for (int k = 0; k < 2 * kBlock; ++k) to_y[k] = __builtin_shuffle(to_y[k], next);
+            scale_y = __builtin_shuffle(scale_y, next);
+            unscale_y = __builtin_shuffle(unscale_y, next);
         }
         return rotated;
     }
 
+    // Lane i of row (i + s) mod 8.
+    static FEDLORA_INLINE E diagonal(const E *rows, int s) {
+        const auto row = [&](int i) -> const E & { return rows[(i + s) % kBlock]; };
+        const E p0 = __builtin_shuffle(row(0), row(1), I{0, 9, 0, 0, 0, 0, 0, 0});
+        const E p1 = __builtin_shuffle(row(2), row(3), I{0, 0, 2, 11, 0, 0, 0, 0});
+        const E p2 = __builtin_shuffle(row(4), row(5), I{0, 0, 0, 0, 4, 13, 0, 0});
+        const E p3 = __builtin_shuffle(row(6), row(7), I{0, 0, 0, 0, 0, 0, 6, 15});
+        return __builtin_shuffle(__builtin_shuffle(p0, p1, I{0, 1, 10, 11, 0, 0, 0, 0}),
+                                 __builtin_shuffle(p2, p3, I{0, 0, 0, 0, 4, 5, 14, 15}), I{0, 1, 2, 3, 12, 13, 14, 15});
+    }
+
     void turn(const Rotations<T> &r, int s) {
-        E t, c;
-        __builtin_memcpy(&t, r.t, sizeof t);
-        __builtin_memcpy(&c, r.c, sizeof c);
+        const E t = *(const E *)r.t, c = *(const E *)r.c, inverse = *(const E *)r.inverse;
+        const E f = t * scale_y * unscale_x, e = t * scale_x * unscale_y;
+        first[s] = f;
+        second[s] = e;
+        scale_x *= c;
+        scale_y *= c;
+        unscale_x *= inverse;
+        unscale_y *= inverse;
         for (int i = 0; i < kBlock; ++i) {
             const int j = kBlock + (i + s) % kBlock;
-            first[s][i] = r.t[i] * scale[j] * unscale[i];
-            second[s][i] = r.t[i] * scale[i] * unscale[j];
-            scale[i] *= r.c[i];
-            scale[j] *= r.c[i];
-            unscale[i] *= r.inverse[i];
-            unscale[j] *= r.inverse[i];
-            const E xx = to_x[i], xy = to_y[i], yx = to_x[j], yy = to_y[j];
-            to_x[i] = (xx - r.t[i] * yx) * r.c[i];
-            to_y[i] = (xy - r.t[i] * yy) * r.c[i];
-            to_x[j] = (yx + r.t[i] * xx) * r.c[i];
-            to_y[j] = (yy + r.t[i] * xy) * r.c[i];
+            const E xx = to_x[i], xy = to_y[i];
+            to_x[i] -= to_x[j] * first[s][i];
+            to_y[i] -= to_y[j] * first[s][i];
+            to_x[j] += xx * second[s][i];
+            to_y[j] += xy * second[s][i];
         }
         for (int k = 0; k < 2 * kBlock; ++k) {
-            const E x = to_x[k], y = to_y[k];
-            to_x[k] = (x - t * y) * c;
-            to_y[k] = (y + t * x) * c;
-        }
-        for (int i = 0; i < kBlock; ++i) {
-            to_x[i][i] = r.a[i];
-            to_y[kBlock + (i + s) % kBlock][i] = r.b[i];
+            const E x = to_x[k];
+            to_x[k] -= to_y[k] * f;
+            to_y[k] += x * e;
         }
     }
 
-    void apply(const Columns<T> &X, const Columns<T> &Y, int vectors) const {
+    // `next` is the block that comes after Y: on its way into the cache meanwhile.
+    void apply(const Columns<T> &X, const Columns<T> &Y, const Columns<T> &next, int vectors) const {
         for (int v = 0; v < vectors; ++v) {
+#pragma GCC unroll 8
+            for (int i = 0; i < kBlock; ++i) __builtin_prefetch(next.vectors(i) + v);
             Vec<T> x[kBlock], y[kBlock];
 #pragma GCC unroll 8
             for (int i = 0; i < kBlock; ++i) x[i] = X.vectors(i)[v], y[i] = Y.vectors(i)[v];
@@ -246,8 +258,8 @@ struct BlockPair {
                 }
 #pragma GCC unroll 8
             for (int i = 0; i < kBlock; ++i) {
-                X.vectors(i)[v] = x[i] * scale[i];
-                Y.vectors(i)[v] = y[i] * scale[kBlock + i];
+                X.vectors(i)[v] = x[i] * scale_x[i];
+                Y.vectors(i)[v] = y[i] * scale_y[i];
             }
         }
     }
@@ -281,10 +293,10 @@ class Jacobi {
         products<T>(block(bx), block(by), vectors_, cross);
         BlockPair<T> pair(inner_x, inner_y, cross);
         if (!pair.plan(thresholds_, restless_)) return;
-        pair.apply(block(bx), block(by), vectors_);
+        pair.apply(block(bx), block(by), block(by + 1 < blocks_ ? by + 1 : by), vectors_);
         for (int i = 0; i < kBlock; ++i) {
-            inner_x[i] = pair.to_x[i];
-            inner_y[i] = pair.to_y[kBlock + i];
+            inner_x[i] = pair.to_x[i] * pair.scale_x * pair.scale_x[i];
+            inner_y[i] = pair.to_y[kBlock + i] * pair.scale_y * pair.scale_y[i];
         }
     }
 
