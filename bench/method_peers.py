@@ -249,10 +249,10 @@ LOOPS: dict[str, tuple[Loop, int]] = {
     "florist": (florist, 28),
     "geometric_median": (dense_distances, 28),
     "fedmomentum": (fedmomentum, 28),
-    "flexlora": (flexlora, 7),
-    "raflora": (raflora, 7),
-    "fedsvd": (fedsvd, 7),
-    "lora_fair": (lora_fair, 2),
+    "flexlora": (flexlora, 3),
+    "raflora": (raflora, 3),
+    "fedsvd": (fedsvd, 3),
+    "lora_fair": (lora_fair, 1),
     "clair": (clair, 1),
 }
 """The loop of each method, and on how many modules it is timed (0: all); the rest is in proportion."""
