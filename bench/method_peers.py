@@ -143,7 +143,8 @@ def raflora(clients: Clients, w: Sequence[float], before: Pairs, names: Sequence
     made = {}
     for n in names:
         levels = [0, *sorted({c[n][1].shape[0] for c in clients})]
-        total = torch.zeros(clients[0][n][0].shape[0], clients[0][n][1].shape[1])
+        B, A = clients[0][n]
+        total = B.new_zeros(B.shape[0], A.shape[1])
         for low, high in pairwise(levels):
             owners = [k for k, c in enumerate(clients) if c[n][1].shape[0] >= high]
             mass = sum(w[k] for k in owners)

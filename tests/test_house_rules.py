@@ -144,5 +144,5 @@ def test_keys_of_the_report_are_described():
 def test_speed_tables_are_those_of_the_committed_figures():
     tables = runpy.run_path(str(REPO / "bench/tables.py"))
     readme = (REPO / "README.md").read_text()
-    for name in ("small_svd", "product"):
+    for name in ("small_svd", "product", "methods"):
         assert tables[name]() in readme, f"replace the table {name} in README.md by the one of bench/tables.py"
