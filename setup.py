@@ -62,7 +62,7 @@ def check_cuda():
 
 
 def abi_stamp():
-    """The number that ties library and package: see fedlora_kernels/backends/cpu.py."""
+    """The number that ties library and package: see fedlora_kernels/backends/cpu/library.py."""
     return "0x" + hashlib.sha256(HEADER.read_bytes()).hexdigest()[:16] + "ull"
 
 

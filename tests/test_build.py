@@ -135,7 +135,11 @@ def test_platform_wheel_installs_and_runs(checkout, tmp_path):
     assert wheel.stat().st_size < 2 << 20
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code, output = run(
-        [sys.executable, "-c", "from fedlora_kernels.backends.cpu import BACKEND as b; print(b._path, b.available())"],
+        [
+            sys.executable,
+            "-c",
+            "from fedlora_kernels.backends.cpu import BACKEND as b; print(b.library.path, b.available())",
+        ],
         tmp_path,
         PYTHONPATH=str(tmp_path / "site"),
     )

@@ -1,1 +1,1 @@
-"""Compiled libraries live beside this file; see backends/cpu.py for how they are found and checked."""
+"""Compiled libraries live beside this file; see backends/cpu/library.py for how they are found and checked."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fedlora_kernels.backends import cpu
+from fedlora_kernels.backends.cpu import library as native
 from fedlora_kernels.errors import BackendError, InputError
 
 needs_library = pytest.mark.skipif(not cpu.BACKEND.available()[0], reason=cpu.BACKEND.available()[1])
@@ -90,11 +91,11 @@ def test_a_broken_library_is_a_reason(tmp_path):
 @needs_library
 def test_another_abi_is_refused(tmp_path):
     header = tmp_path / "fedlora.h"
-    header.write_bytes(cpu._HEADERS[1].read_bytes() + b"\n")
+    header.write_bytes(native.HEADERS[1].read_bytes() + b"\n")
     backend = cpu.CpuBackend(headers=[tmp_path / "absent.h", header])
     ok, reason = backend.available()
     assert not ok
-    assert f"{cpu.abi_stamp(header):016x}" in reason
+    assert f"{native.abi_stamp(header):016x}" in reason
     assert "rebuild" in reason
     with pytest.raises(BackendError, match="rebuild"):
         backend.core_svd([torch.zeros(1, 2, 2)])
@@ -121,7 +122,7 @@ class Call:
     CANARY = -77.0
 
     def __init__(self):
-        self.library = cpu.BACKEND._load()
+        self.library = cpu.BACKEND.library.functions("core_svd")
         self.C = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         self.buffers = {
             "U": torch.full((3, 9, 13), self.CANARY, dtype=torch.float64),
@@ -140,7 +141,7 @@ class Call:
         self.workspace = torch.full((1 << 16,), 255, dtype=torch.uint8)
         self.bytes = self.workspace.numel()
         self.groups, self.sweeps, self.threads = 1, 0, 1
-        self.tables = [cpu._table([t]) for t in (self.C, *self.views.values())]
+        self.tables = [native.table([t]) for t in (self.C, *self.views.values())]
 
     def __call__(self):
         return self.library.fedlora_core_svd(
@@ -259,5 +260,5 @@ with ThreadPoolExecutor(4) as pool:
 
 
 def test_import_loads_nothing():
-    code = "import fedlora_kernels.backends.cpu as c; print(c.BACKEND._library)"
-    assert run_python(code).split() == ["None"]
+    code = "import fedlora_kernels.backends.cpu as c; print(c.BACKEND.library.is_loaded())"
+    assert run_python(code).split() == ["False"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fedlora_kernels.backends import cpu
+from fedlora_kernels.backends.cpu import product
 from fedlora_kernels.backends.torch.cholesky import pivoted_cholesky
 
 BACKEND = cpu.BACKEND
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.skipif(not BACKEND.available()[0], reason=BACKEND.avail
 
 def factor(G, width=None):
     N, R, _ = G.shape
-    return BACKEND._cholesky(G, torch.full((N,), R) if width is None else width)
+    return product.cholesky(BACKEND.library, G, torch.full((N,), R) if width is None else width)
 
 
 def grams(N, R, rank, seed=0, decades=0):

@@ -7,6 +7,9 @@ import torch
 
 from fedlora_kernels.backends import cpu
 from fedlora_kernels.backends.contract import Factors, RuleCode, RuleSpec
+from fedlora_kernels.backends.cpu import product
+from fedlora_kernels.backends.cpu.gram import gram as native_gram
+from fedlora_kernels.backends.cpu.library import counts, table
 from fedlora_kernels.backends.torch import TorchBackend, backtransform
 from fedlora_kernels.backends.torch.gram import gram
 from fedlora_kernels.backends.torch.svd import column_signs
@@ -49,7 +52,7 @@ def pair(N, m, n, ranks, dtype=torch.float32):
 def test_gram_is_that_of_the_stack(dtype, layout, ranks, m):
     X = blocks(3, m, ranks, dtype, layout)
     stack = torch.cat([block.double() for block in X], -1)
-    G = BACKEND._gram(X, None)
+    G = native_gram(BACKEND.library, X, None)
     assert G.dtype == torch.float64
     assert ((G - stack.mT @ stack).abs() <= 4 * (m + 1) * U64 * (stack.abs().mT @ stack.abs())).all()
     assert torch.equal(G, G.mT)
@@ -59,32 +62,32 @@ def test_gram_is_that_of_the_stack(dtype, layout, ranks, m):
 def test_gram_of_many_rows_is_exact_for_small_integers(m):
     X = [(3 * block).round() for block in blocks(2, m, (5, 12))]
     stack = torch.cat(X, -1).double()
-    assert torch.equal(BACKEND._gram(X, None), stack.mT @ stack)
+    assert torch.equal(native_gram(BACKEND.library, X, None), stack.mT @ stack)
 
 
 def test_gram_of_blocks_of_several_dtypes_and_layouts():
     X = [normal(2, 70, 5), normal(2, 9, 70, dtype=torch.bfloat16).mT, normal(2, 70, 4, dtype=torch.float16)]
     stack = torch.cat([block.double() for block in X], -1)
-    torch.testing.assert_close(BACKEND._gram(X, None), stack.mT @ stack, rtol=0, atol=1e-12)
+    torch.testing.assert_close(native_gram(BACKEND.library, X, None), stack.mT @ stack, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_gram_keeps_its_bits_in_any_batch_slot_and_number_of_threads(monkeypatch, turned):
     X = [block.mT.contiguous().mT if turned else block for block in blocks(5, 4100, (7, 16, 3))]
     monkeypatch.setenv("FEDLORA_NUM_THREADS", "1")
-    alone = [BACKEND._gram([block[i : i + 1] for block in X], None)[0] for i in range(5)]
+    alone = [native_gram(BACKEND.library, [block[i : i + 1] for block in X], None)[0] for i in range(5)]
     for threads in ("1", "2", "3"):
         monkeypatch.setenv("FEDLORA_NUM_THREADS", threads)
-        assert torch.equal(BACKEND._gram(X, None), torch.stack(alone))
-        assert torch.equal(BACKEND._gram([block.flip(0) for block in X], None), torch.stack(alone[::-1]))
+        assert torch.equal(native_gram(BACKEND.library, X, None), torch.stack(alone))
+        assert torch.equal(native_gram(BACKEND.library, [block.flip(0) for block in X], None), torch.stack(alone[::-1]))
 
 
 @pytest.mark.parametrize("trouble", [float("nan"), float("inf")])
 def test_what_is_not_finite_reaches_its_own_row_and_column(trouble):
     X = blocks(2, 50, (4, 13))
-    clean = BACKEND._gram(X, None)
+    clean = native_gram(BACKEND.library, X, None)
     X[1][1, 49, 12] = trouble
-    G = BACKEND._gram(X, None)
+    G = native_gram(BACKEND.library, X, None)
     assert not G[1, 16, 16].isfinite()
     assert torch.equal(G[0], clean[0])
     assert torch.equal(G[1, :16, :16], clean[1, :16, :16])
@@ -92,9 +95,9 @@ def test_what_is_not_finite_reaches_its_own_row_and_column(trouble):
 
 def test_gram_of_a_wide_stack_or_of_scaled_columns_is_that_of_torch():
     wide = blocks(1, 300, (700, 400))
-    assert torch.equal(BACKEND._gram(wide, None), gram(wide, None))
+    assert torch.equal(native_gram(BACKEND.library, wide, None), gram(wide, None))
     X, e = blocks(2, 9, (3, 4), torch.float64), torch.arange(14).reshape(2, 7)
-    assert torch.equal(BACKEND._gram(X, e), gram(X, e))
+    assert torch.equal(native_gram(BACKEND.library, X, e), gram(X, e))
 
 
 class Call:
@@ -103,12 +106,12 @@ class Call:
     CANARY = -77.0
 
     def __init__(self):
-        self.library = BACKEND._load()
+        self.library = BACKEND.library.functions("update_gram")
         self.X = blocks(2, 40, (3, 6))
         self.buffer = torch.full((2, 13, 22), self.CANARY, dtype=torch.float64)
         self.G = self.buffer[:, 2:11, 1:19:2]
-        self.blocks, self.out = cpu._table(self.X), cpu._table([self.G])
-        self.counts, self.threads = cpu._counts([2]), 2
+        self.blocks, self.out = table(self.X), table([self.G])
+        self.counts, self.threads = counts([2]), 2
         needed = ctypes.c_int64()
         assert self.library.fedlora_gram_workspace(self.blocks, self.counts, self.out, 1, 2, ctypes.byref(needed)) == 0
         self.bytes = needed.value
@@ -123,7 +126,7 @@ class Call:
 
 def test_gram_writes_nothing_outside_and_needs_no_clean_workspace():
     call = Call()
-    expected = BACKEND._gram(call.X, None)
+    expected = native_gram(BACKEND.library, call.X, None)
     for poison in (0, 127, 255):
         assert call(poison) == 0
         assert (call.workspace[call.bytes :] == poison).all()
@@ -134,10 +137,10 @@ def test_gram_writes_nothing_outside_and_needs_no_clean_workspace():
 
 @pytest.mark.parametrize(("R", "triangles"), [(120, 150), (1000, 2)])
 def test_scratch_does_not_grow_with_rows_or_batch(R, triangles):
-    library, needed = BACKEND._load(), ctypes.c_int64()
+    library, needed = BACKEND.library.functions("update_gram"), ctypes.c_int64()
     X, G = torch.empty(1, 1, R), torch.empty(1, 1, 1, dtype=torch.float64)
-    blocks, out = cpu._table([X.expand(60, 50000, R)]), cpu._table([G.expand(60, R, R)])
-    assert library.fedlora_gram_workspace(blocks, cpu._counts([1]), out, 1, 2, ctypes.byref(needed)) == 0
+    blocks, out = table([X.expand(60, 50000, R)]), table([G.expand(60, R, R)])
+    assert library.fedlora_gram_workspace(blocks, counts([1]), out, 1, 2, ctypes.byref(needed)) == 0
     assert needed.value <= triangles * 8 * R * (R + 16) + 2 * 8 * 64 * (R + 16)
 
 
@@ -171,8 +174,8 @@ def test_products_are_written_into_the_first_columns_and_rows_alone(dtype, turne
     K = normal(N, sum(ranks), p, dtype=torch.float64)
     left, right = torch.full((N, m, room), -7.0, dtype=dtype), torch.full((N, room, m), -7.0, dtype=dtype)
     expected_left, expected_right = left.clone(), right.clone()
-    signs = BACKEND._write_left(X, None, K, left)
-    BACKEND._write_right(X, None, K * signs[:, None, :], right)
+    signs = product.write_left(BACKEND.library, X, None, K, left)
+    product.write_right(BACKEND.library, X, None, K * signs[:, None, :], right)
     assert torch.equal(signs, backtransform.write_left(X, None, K, expected_left))
     backtransform.write_right(X, None, K * signs[:, None, :], expected_right)
     # A sum that lies between two numbers of the dtype may fall to either side; float64 differs by its own rounding.
@@ -194,7 +197,7 @@ def test_columns_are_turned_by_the_sign_rule(dtype, layout, m, p):
     X[2, :, : p // 2] = 0
     signs = column_signs(X)
     turned, found = LAYOUTS[layout](X.clone()), torch.empty(3, 1, p, dtype=torch.float64)
-    assert BACKEND._load().fedlora_orient(cpu._table([turned]), cpu._table([found]), 1, 2, None) == 0
+    assert BACKEND.library.functions("update_gram").fedlora_orient(table([turned]), table([found]), 1, 2, None) == 0
     assert torch.equal(found[:, 0], signs.double())
     assert torch.equal(turned, X * signs[:, None, :])
 
@@ -202,7 +205,7 @@ def test_columns_are_turned_by_the_sign_rule(dtype, layout, m, p):
 @pytest.mark.parametrize(("dtype", "status"), [(torch.bfloat16, 2), (torch.float32, 1)])
 def test_orient_refuses_what_it_does_not_take(dtype, status):
     X, signs = normal(2, 5, 3, dtype=dtype), torch.empty(2, 1, 2, dtype=torch.float64)
-    assert BACKEND._load().fedlora_orient(cpu._table([X]), cpu._table([signs]), 1, 1, None) == status
+    assert BACKEND.library.functions("update_gram").fedlora_orient(table([X]), table([signs]), 1, 1, None) == status
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

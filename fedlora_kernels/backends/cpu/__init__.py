@@ -1,0 +1,110 @@
+"""The backend of the native CPU library (csrc/cpu); one file per family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.backends.contract import (
+    Blocks,
+    Factors,
+    Mixed,
+    RawProduct,
+    RawRotation,
+    RawSum,
+    RawSVD,
+    RuleSpec,
+)
+from fedlora_kernels.backends.cpu import gram, procrustes, product, sums, svd
+from fedlora_kernels.backends.cpu.library import HEADERS, LIBRARY, Library
+
+__all__ = ["BACKEND", "CpuBackend"]
+
+_SIDES: Mapping[str, tuple[str, ...]] = {
+    "core_svd": ("p", "q"),
+    "procrustes_rotation": ("r",),
+    "align_factors": ("r",),
+    "weighted_sum": (),
+    "mixed_sum": (),
+    "product_svd": (),
+    "update_gram": (),
+}
+"""The sizes of an operation that have an upper bound."""
+
+
+class CpuBackend:
+    """SIMD kernels, one small matrix per vector lane; results do not depend on batch, slot or threads, bit for bit.
+
+    Procrustes, `product_svd` and `update_gram` are the torch backend's with kernels of the library for the steps that have one:
+    no promise of bits there.
+    """
+
+    name = "cpu"
+    bitwise = frozenset({"core_svd", "mixed_sum", "weighted_sum"})
+
+    def __init__(self, library: Path = LIBRARY, headers: Sequence[Path] = HEADERS) -> None:
+        self.library = Library(library, headers)
+
+    def available(self) -> tuple[bool, str]:
+        """Whether the library is here and fits this package, and which instruction set it runs (or why not)."""
+        return self.library.available()
+
+    def serves(self, op: str, dtype: torch.dtype, device: torch.device, sizes: Mapping[str, int]) -> tuple[bool, str]:
+        """`core_svd`, `procrustes_rotation` and `align_factors` up to 512 x 512, all else of any size; on the CPU."""
+        if op not in _SIDES:
+            return False, f"the cpu library has no {op}"
+        if device.type != "cpu":
+            return False, f"the tensors are on {device}"
+        if dtype not in svd.WORKING_DTYPE:
+            return False, f"no kernel for {dtype}"
+        largest = max((sizes.get(side, 0) for side in _SIDES[op]), default=0)
+        if largest > svd.LARGEST:
+            return False, f"a dimension of {largest} is above {svd.LARGEST}"
+        return self.available()
+
+    def core_svd(self, groups: Sequence[Tensor], *, max_sweeps: int = 0) -> list[RawSVD]:
+        """SVD of each matrix; see `backends.cpu.svd.core_svd`."""
+        return svd.core_svd(self.library, groups, max_sweeps=max_sweeps)
+
+    def weighted_sum(self, groups: Sequence[Blocks], dtype: torch.dtype) -> list[RawSum]:
+        """Weighted sum of the blocks of each group; see `Backend.weighted_sum`."""
+        return sums.weighted_sum(self.library, groups, dtype)
+
+    def mixed_sum(self, groups: Sequence[Mixed], dtype: torch.dtype) -> list[RawSum]:
+        """``sum_k X_k M_k`` of each group; see `Backend.mixed_sum`."""
+        return sums.mixed_sum(self.library, groups, dtype)
+
+    def product_svd(
+        self, groups: Sequence[Factors], rule: RuleSpec, output: str, dtype: torch.dtype
+    ) -> list[RawProduct]:
+        """Truncated SVD of each ``sum_k w_k B_k A_k``, never formed; see `Backend.product_svd`."""
+        return product.product_svd(self.library, groups, rule, output, dtype)
+
+    def update_gram(self, groups: Sequence[Factors]) -> list[Tensor]:
+        """Inner products of the weighted updates; see `Backend.update_gram`."""
+        return gram.update_gram(self.library, groups)
+
+    def procrustes_rotation(
+        self, source: Sequence[Tensor], target: Sequence[Tensor], special: bool, blend: float
+    ) -> list[RawRotation]:
+        """Rotation of every source onto its target; see `Backend.procrustes_rotation`."""
+        return procrustes.procrustes_rotation(self.library, source, target, special, blend)
+
+    def align_factors(
+        self,
+        B: Sequence[Tensor],
+        A: Sequence[Tensor],
+        reference_B: Sequence[Tensor] | None,
+        reference_A: Sequence[Tensor] | None,
+        side: tuple[float, float],
+        special: bool,
+        blend: float,
+    ) -> list[tuple[Tensor, Tensor, RawRotation]]:
+        """Every pair rotated towards its reference; see `Backend.align_factors`."""
+        return procrustes.align_factors(self.library, B, A, reference_B, reference_A, side, special, blend)
+
+
+BACKEND = CpuBackend()

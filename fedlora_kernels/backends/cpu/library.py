@@ -1,0 +1,168 @@
+"""The native CPU library, `libfedlora_cpu.so`: loading it, and its C ABI (csrc/include/fedlora.h) for ctypes.
+
+It is loaded at first use and after torch, so that both share one OpenMP runtime. A library that is missing or was built
+from another header is not there, with the reason; importing this module never fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.errors import BackendError
+
+__all__ = ["HEADERS", "LIBRARY", "Library", "abi_stamp", "counts", "rows", "table"]
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+LIBRARY = _PACKAGE / "_lib" / "libfedlora_cpu.so"
+HEADERS = tuple(root / "include" / "fedlora.h" for root in (_PACKAGE / "_csrc", _PACKAGE.parent / "csrc"))
+_REBUILD = "rebuild it with `pip install --force-reinstall fedlora-kernels`, in a checkout `python setup.py build_ext --inplace`"
+
+_DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.int32: 2, torch.bfloat16: 3, torch.float16: 4}
+_STATUS_TEXT = {
+    1: "descriptors do not fit each other, or a size is not served",
+    2: "a dtype that the op does not take",
+    3: "the workspace is too small",
+    4: "a bad argument",
+}
+
+
+class Block(ctypes.Structure):
+    """`fedlora_block`: one descriptor for a batch of equally shaped matrices."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("data", "rows", "cols", "row_stride", "col_stride", "dtype", "batch", "batch_stride")
+    ]
+
+
+class Library:
+    """One library file, loaded when it is first asked for."""
+
+    def __init__(self, path: Path = LIBRARY, headers: Sequence[Path] = HEADERS) -> None:
+        self.path = path
+        self._headers = tuple(headers)
+        self._lock = threading.Lock()
+        self._loaded: ctypes.CDLL | None = None
+        self._reason = ""
+
+    def available(self) -> tuple[bool, str]:
+        """Whether the library is here and fits this package, and which instruction set it runs (or why not)."""
+        loaded = self._load()
+        if loaded is None:
+            return False, self._reason
+        return True, f"{self.path.name}, {loaded.fedlora_isa().decode()}"
+
+    def functions(self, op: str) -> ctypes.CDLL:
+        """The C functions, for ``op``; BackendError where there is no library."""
+        loaded = self._load()
+        if loaded is None:
+            raise BackendError(f"backend 'cpu', {op}: {self._reason}")
+        return loaded
+
+    def workspace(self, op: str, query: str, *arguments: Any) -> tuple[Tensor, int, int]:
+        """Scratch memory of the size that the C function ``query`` answers: its owner, address and bytes."""
+        needed = ctypes.c_int64()
+        self.call(op, query, *arguments, ctypes.byref(needed))
+        memory = torch.empty(needed.value, dtype=torch.uint8)
+        return memory, memory.data_ptr(), memory.numel()
+
+    def call(self, op: str, function: str, *arguments: Any) -> None:
+        """One call of a C function; BackendError where it refuses."""
+        status = getattr(self.functions(op), function)(*arguments)
+        if status:
+            text = _STATUS_TEXT.get(status, status)
+            raise BackendError(f"backend 'cpu', {op}: the library refused the call: {text}")
+
+    def is_loaded(self) -> bool:
+        """Whether it was asked for and found."""
+        return self._loaded is not None
+
+    def _load(self) -> ctypes.CDLL | None:
+        with self._lock:
+            if self._loaded is None and not self._reason:
+                try:
+                    self._loaded = _open(self.path, self._headers)
+                except BackendError as error:
+                    self._reason = str(error)
+            return self._loaded
+
+
+def abi_stamp(header: Path) -> int:
+    """The number that `fedlora_abi()` of a library built from this header answers."""
+    return int.from_bytes(hashlib.sha256(header.read_bytes()).digest()[:8], "big")
+
+
+def table(groups: Sequence[Tensor]) -> ctypes.Array[Block]:
+    """Descriptors of tensors (N, p, q) of any strides."""
+    blocks = (Block * max(len(groups), 1))()
+    for i, t in enumerate(groups):
+        batch_stride, row_stride, col_stride = t.stride()
+        blocks[i] = Block(
+            t.data_ptr(), t.shape[1], t.shape[2], row_stride, col_stride, _DTYPE_CODE[t.dtype], t.shape[0], batch_stride
+        )
+    return blocks
+
+
+def rows(t: Tensor) -> Tensor:
+    """(N, k) and (N,) as matrices of one row."""
+    if t.dim() == 1:
+        return t[:, None, None]
+    return t[:, None, :] if t.dim() == 2 else t
+
+
+def counts(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """An array of int64."""
+    return (ctypes.c_int64 * max(len(numbers), 1))(*numbers)
+
+
+def _open(path: Path, headers: Sequence[Path]) -> ctypes.CDLL:
+    """The library with its argument types declared; BackendError where it is missing, broken or of another ABI."""
+    if not path.is_file():
+        raise BackendError(f"{path} is missing: it was not built, or not for this platform; to have it, {_REBUILD}")
+    header = next((header for header in headers if header.is_file()), None)
+    if header is None:
+        raise BackendError(f"fedlora.h is missing beside the package, so {path} cannot be trusted; {_REBUILD}")
+    try:
+        library = ctypes.CDLL(str(path))
+        library.fedlora_abi.restype = ctypes.c_uint64
+        stamp = library.fedlora_abi()
+    except (OSError, AttributeError) as error:
+        raise BackendError(f"{path} cannot be loaded ({error}); {_REBUILD}") from error
+    if stamp != abi_stamp(header):
+        raise BackendError(
+            f"{path} has ABI {stamp:016x}, but this package needs {abi_stamp(header):016x}: it is stale; {_REBUILD}"
+        )
+    library.fedlora_isa.restype = ctypes.c_char_p
+    for name, types in _SIGNATURES.items():
+        getattr(library, name).argtypes = types
+    return library
+
+
+_TABLE, _COUNT, _ADDRESS = ctypes.POINTER(Block), ctypes.c_int64, ctypes.c_void_p
+_COUNTS = ctypes.POINTER(_COUNT)
+_SCRATCH = [_ADDRESS, _COUNT]
+_END = [_COUNT, _ADDRESS]  # threads, stream
+
+_SIGNATURES: dict[str, list[Any]] = {
+    "fedlora_core_svd_workspace": [_TABLE, _COUNT, _COUNT, _COUNTS],
+    "fedlora_core_svd": [*[_TABLE] * 6, _COUNT, _COUNT, *_SCRATCH, *_END],
+    "fedlora_weighted_sum_workspace": [_TABLE, _COUNT, _COUNTS],
+    "fedlora_weighted_sum": [_TABLE, _COUNTS, *[_TABLE] * 6, _COUNT, *_SCRATCH, *_END],
+    "fedlora_mixed_sum_workspace": [_TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
+    "fedlora_mixed_sum": [*[_TABLE] * 2, _COUNTS, *[_TABLE] * 5, _COUNT, *_SCRATCH, *_END],
+    "fedlora_gram_workspace": [_TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
+    "fedlora_gram": [_TABLE, _COUNTS, _TABLE, _COUNT, *_SCRATCH, *_END],
+    "fedlora_orient": [_TABLE, _TABLE, _COUNT, *_END],
+    "fedlora_cross_products_workspace": [_TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
+    "fedlora_cross_products": [_TABLE, _COUNTS, *[_TABLE] * 3, _COUNT, *_SCRATCH, *_END],
+    "fedlora_cholesky_workspace": [_TABLE, _COUNT, _COUNT, _COUNTS],
+    "fedlora_cholesky": [*[_TABLE] * 3, _COUNT, *_SCRATCH, *_END],
+}
