@@ -12,6 +12,7 @@
 
 #include "../include/fedlora.h"
 #include "panel.h"
+#include "partial.h"
 
 namespace {
 

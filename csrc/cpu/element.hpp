@@ -1,6 +1,6 @@
 // Numbers of any float dtype to float64 and back, and what a rounded sum says of its matrix.
 //
-// Included once per source file, inside its own anonymous namespace: the options of that file hold for it.
+// Included once per source file after partial.h, inside its own anonymous namespace: the options of that file hold for it.
 
 #ifdef __x86_64__
 #define FEDLORA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -10,10 +10,7 @@
 
 constexpr int kLanes = 8;
 
-struct Partial {
-    double squares, lost_squares;
-    int64_t nonfinite, overflow, nonzero;
-};
+using fedlora::Partial;
 
 struct Bfloat16 {
     uint16_t bits;

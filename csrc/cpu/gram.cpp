@@ -10,8 +10,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../include/fedlora.h"
+#include "gram.h"
 #include "panel.h"
+#include "partial.h"
 
 namespace {
 
@@ -22,14 +23,6 @@ constexpr int64_t kPanel = 16;        // columns of a step along the triangle
 constexpr int64_t kCache = 32 << 10;  // bytes of a strip
 constexpr int64_t kTile = 8;          // of a transposition
 constexpr int64_t kWave = 16 << 20;   // bytes of triangles that may wait for their turn
-
-struct Problem {
-    const fedlora_block *X;
-    int64_t count;
-    fedlora_block G;
-    int64_t rows() const { return count ? X[0].rows : 0; }
-    int64_t batch() const { return G.batch; }
-};
 
 // Distance of rows: an odd number of cache lines, so that the rows of a strip do not share their places in the cache.
 int64_t distance_of(int64_t R) { return padded(R) | fedlora::kPad; }
@@ -80,80 +73,103 @@ void widen_strip(const fedlora_block &X, int64_t i, int64_t first, int64_t count
     }
 }
 
-void run_chunk(const Problem &p, int64_t i, int64_t chunk, double *strip, double *triangle) {
-    const int64_t R = p.G.cols, ld = distance_of(R), step = strip_of(ld);
-    const int64_t begin = chunk * kChunk, end = smaller(begin + kChunk, p.rows());
-    std::memset(triangle, 0, sizeof(double) * (size_t)triangle_of(R));
+// Columns of a strip times powers of two, or whatever the scale holds.
+FEDLORA_CLONES void scale_strip(double *strip, int64_t ld, int64_t rows, int64_t R, const double *scale, int64_t step) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t j = 0; j < R; ++j) strip[row * ld + j] *= scale[j * step];
+}
+
+}  // namespace
+
+namespace fedlora {
+
+int Gram::status() const {
+    const int64_t batch = G.batch, rows = count > 0 ? X[0].rows : 0;
+    if (G.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
+    if (count < 0 || batch < 0 || G.rows < 0 || G.rows != G.cols) return FEDLORA_BAD_SHAPE;
+    int64_t R = 0;
+    for (int64_t k = 0; k < count; ++k) {
+        if (!is_float(X[k].dtype)) return FEDLORA_BAD_DTYPE;
+        if (X[k].batch != batch || X[k].rows != rows || rows < 0 || X[k].cols < 0) return FEDLORA_BAD_SHAPE;
+        R += X[k].cols;
+    }
+    if (R != G.cols) return FEDLORA_BAD_SHAPE;
+    return scale_status(scale, R, batch);
+}
+
+// A matrix without rows is one empty chunk: its G is written all the same.
+int64_t Gram::chunks() const { return larger(chunks_of(count ? X[0].rows : 0), 1); }
+
+int64_t Gram::leaving() const { return triangle_of(G.cols); }
+
+int64_t Gram::scratch() const { return scratch_of(G.cols); }
+
+void Gram::run(int64_t i, int64_t chunk, double *scratch, double *leaving) const {
+    const int64_t R = G.cols, ld = distance_of(R), step = strip_of(ld), all = count ? X[0].rows : 0;
+    const int64_t begin = chunk * kChunk, end = smaller(begin + kChunk, all);
+    std::memset(leaving, 0, sizeof(double) * (size_t)triangle_of(R));
     for (int64_t first = begin; first < end; first += step) {
         const int64_t rows = smaller(step, end - first);
-        double *block = strip;  // what stands in its padding reaches the padding of the triangle alone
-        for (int64_t k = 0; k < p.count; block += p.X[k].cols, ++k) widen_strip(p.X[k], i, first, rows, block, ld);
+        double *block = scratch;  // what stands in its padding reaches the padding of the triangle alone
+        for (int64_t k = 0; k < count; block += X[k].cols, ++k) widen_strip(X[k], i, first, rows, block, ld);
+        if (scale.rows) scale_strip(scratch, ld, rows, R, scale_of(scale, i), scale.col_stride);
         for (int64_t j = 0; j < R; j += kPanel)
-            fedlora::panel().add(triangle + j, ld, strip, 1, ld, strip + j, ld, smaller(j + kPanel, R), rows,
-                                 smaller(kPanel, padded(R) - j));
+            panel().add(leaving + j, ld, scratch, 1, ld, scratch + j, ld, smaller(j + kPanel, R), rows, smaller(kPanel, padded(R) - j));
     }
 }
 
-// G, or what there is of it, and one chunk more; the last one fills the other side of the diagonal.
-void add(const Problem &p, int64_t i, const double *triangle, bool first, bool last) {
-    const int64_t R = p.G.cols, ld = distance_of(R), row = p.G.row_stride, col = p.G.col_stride;
-    double *const G = (double *)p.G.data + i * p.G.batch_stride;
+void Gram::add(int64_t i, int64_t chunk, const double *leaving) const {
+    const int64_t R = G.cols, ld = distance_of(R), row = G.row_stride, col = G.col_stride;
+    const bool first = chunk == 0, last = chunk == chunks() - 1;
+    double *const out = (double *)G.data + i * G.batch_stride;
     for (int64_t a = 0; a < R; ++a)
         for (int64_t b = a; b < R; ++b) {
-            double &sum = G[a * row + b * col];
-            sum = first ? triangle[a * ld + b] : sum + triangle[a * ld + b];
-            if (last) G[b * row + a * col] = sum;
+            double &sum = out[a * row + b * col];
+            sum = first ? leaving[a * ld + b] : sum + leaving[a * ld + b];
+            if (last) out[b * row + a * col] = sum;
         }
 }
 
-int check(const Problem &p) {
-    if (p.G.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
-    if (p.count < 0 || p.batch() < 0 || p.G.rows < 0 || p.G.rows != p.G.cols) return FEDLORA_BAD_SHAPE;
-    int64_t R = 0;
-    for (int64_t k = 0; k < p.count; ++k) {
-        const fedlora_block &X = p.X[k];
-        if (!is_float(X.dtype)) return FEDLORA_BAD_DTYPE;
-        if (X.batch != p.batch() || X.rows != p.rows() || X.rows < 0 || X.cols < 0) return FEDLORA_BAD_SHAPE;
-        R += X.cols;
-    }
-    return R == p.G.cols ? FEDLORA_OK : FEDLORA_BAD_SHAPE;
-}
+}  // namespace fedlora
+
+namespace {
+
+using fedlora::Gram;
 
 // Chunks between two barriers: some for every thread as long as their triangles are small.
-int64_t wave_of(const Problem &p, int64_t threads) {
-    const int64_t size = larger(triangle_of(p.G.cols) * 8, 1), tasks = larger(chunks_of(p.rows()), 1) * p.batch();
+int64_t wave_of(const Gram &gram, int64_t threads) {
+    const int64_t size = larger(gram.leaving() * 8, 1), tasks = gram.chunks() * gram.G.batch;
     return smaller(larger(threads, smaller(4 * threads, kWave / size)), tasks);
 }
 
-// The workspace: the triangles of a wave of the greatest group, then a strip for every thread; in bytes.
+// The workspace: what a wave of the greatest group leaves, then the scratch of every thread; in bytes.
 struct Layout {
-    int64_t triangles, strip, threads;
-    int64_t bytes() const { return triangles + strip * threads + 64; }
+    int64_t leavings, scratch, threads;
+    int64_t bytes() const { return leavings + scratch * threads + 64; }
 };
 
 Layout layout_of(const fedlora_block *X, const int64_t *counts, const fedlora_block *G, int64_t groups, int64_t threads) {
     Layout layout = {0, 0, threads};
     for (int64_t g = 0; g < groups; X += counts[g], ++g) {
-        layout.triangles = larger(layout.triangles, wave_of({X, counts[g], G[g]}, threads) * triangle_of(G[g].cols) * 8);
-        layout.strip = larger(layout.strip, scratch_of(G[g].cols) * 8);
+        const Gram gram = {X, counts[g], {}, G[g]};
+        layout.leavings = larger(layout.leavings, wave_of(gram, threads) * gram.leaving() * 8);
+        layout.scratch = larger(layout.scratch, gram.scratch() * 8);
     }
     return layout;
 }
 
-void run_group(const Problem &p, double *triangles, char *scratch, int64_t slice, int threads) {
-    // a matrix without rows is one empty chunk: its G is written all the same
-    const int64_t chunks = larger(chunks_of(p.rows()), 1), tasks = chunks * p.batch(), size = triangle_of(p.G.cols);
-    const int64_t wave = wave_of(p, threads);
+void run_group(const Gram &gram, double *leavings, char *scratch, int64_t slice, int threads) {
+    const int64_t chunks = gram.chunks(), tasks = chunks * gram.G.batch, size = gram.leaving(), wave = wave_of(gram, threads);
 #pragma omp parallel num_threads(tasks < threads ? (tasks > 0 ? (int)tasks : 1) : threads)
     for (int64_t begin = 0; begin < tasks; begin += wave) {
         const int64_t end = smaller(begin + wave, tasks);
 #pragma omp for schedule(dynamic)
         for (int64_t t = begin; t < end; ++t)
-            run_chunk(p, t / chunks, t % chunks, (double *)(scratch + slice * omp_get_thread_num()), triangles + (t - begin) * size);
+            gram.run(t / chunks, t % chunks, (double *)(scratch + slice * omp_get_thread_num()), leavings + (t - begin) * size);
 #pragma omp for
         for (int64_t i = begin / chunks; i <= (end - 1) / chunks; ++i)
             for (int64_t t = larger(begin, i * chunks); t < smaller(end, (i + 1) * chunks); ++t)
-                add(p, i, triangles + (t - begin) * size, t % chunks == 0, t % chunks == chunks - 1);
+                gram.add(i, t % chunks, leavings + (t - begin) * size);
     }
 }
 
@@ -173,13 +189,13 @@ int fedlora_gram(const fedlora_block *X, const int64_t *counts, const fedlora_bl
     if (!X || !counts || !G || !workspace || groups < 0 || threads < 1) return FEDLORA_BAD_ARGUMENT;
     const fedlora_block *at = X;
     for (int64_t g = 0; g < groups; at += counts[g], ++g)
-        if (const int status = check({at, counts[g], G[g]})) return status;
+        if (const int status = Gram{at, counts[g], {}, G[g]}.status()) return status;
     const Layout layout = layout_of(X, counts, G, groups, threads);
     if (workspace_bytes < layout.bytes()) return FEDLORA_BAD_WORKSPACE;
     char *const start = (char *)(((uintptr_t)workspace + 63) / 64 * 64);
     at = X;
     for (int64_t g = 0; g < groups; at += counts[g], ++g)
-        run_group({at, counts[g], G[g]}, (double *)start, start + layout.triangles, layout.strip, (int)threads);
+        run_group({at, counts[g], {}, G[g]}, (double *)start, start + layout.leavings, layout.scratch, (int)threads);
     return FEDLORA_OK;
 }
 

@@ -10,19 +10,13 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../include/fedlora.h"
+#include "mixed_sum.h"
 #include "panel.h"
 
 namespace {
 
 #include "element.hpp"
 #include "strips.hpp"
-
-struct Problem {
-    const fedlora_block *X, *mixers;
-    int64_t count;
-    fedlora_block sum, norm, rounding, info, notes;
-};
 
 // Numbers of float64 that one thread needs.
 struct Scratch {
@@ -61,18 +55,26 @@ struct Strip {
     double *data;
 };
 
-void add(const Strip &s, const fedlora_block &X, const double *mixer, int64_t cols, double *block) {
+// Numbers (row, j) at block[row * row_step + j * col_step] times scale[j].
+void scale_block(double *block, int64_t row_step, int64_t col_step, int64_t rows, int64_t cols, const double *scale, int64_t step) {
+    for (int64_t j = 0; j < cols; ++j)
+        for (int64_t row = 0; row < rows; ++row) block[row * row_step + j * col_step] *= scale[j * step];
+}
+
+void add_block(const Strip &s, const fedlora_block &X, const double *mixer, int64_t cols, const double *factors, int64_t step, double *block) {
     const int64_t width = padded(cols);
     if (s.turned) {
         strip_by_columns(X, s.i, s.first, s.rows, block, s.ld);
+        if (factors) scale_block(block, 1, s.ld, s.rows, X.cols, factors, step);
         fedlora::panel().add(s.data, s.ld, mixer, 1, width, block, s.ld, cols, X.cols, padded(s.rows));
     } else {
         strip_by_rows(X, s.i, s.first, s.rows, block, X.cols);
+        if (factors) scale_block(block, X.cols, 1, s.rows, X.cols, factors, step);
         fedlora::panel().add(s.data, s.ld, block, X.cols, 1, mixer, width, s.rows, X.cols, width);
     }
 }
 
-void store(const Strip &s, const fedlora_block &S, Partial &partial) {
+void store_strip(const Strip &s, const fedlora_block &S, Partial &partial) {
     const int64_t offset = s.i * S.batch_stride + s.first * S.row_stride;
     if (s.turned)
         for (int64_t j = 0; j < S.cols; ++j) store_any(S, offset + j * S.col_stride, s.data + j * s.ld, S.row_stride, s.rows, partial);
@@ -82,34 +84,64 @@ void store(const Strip &s, const fedlora_block &S, Partial &partial) {
         for (int64_t row = 0; row < s.rows; ++row) store_any(S, offset + row * S.row_stride, s.data + row * s.ld, S.col_stride, S.cols, partial);
 }
 
-void run_chunk(const Problem &p, int64_t i, int64_t chunk, double *scratch, Partial &partial) {
-    const Scratch need = scratch_of(p.mixers, p.count, p.sum);
-    double *const mixers = scratch, *const block = mixers + need.mixers, *const sum = block + need.block;
-    const int64_t width = padded(p.sum.cols), begin = chunk * kChunk, end = smaller(begin + kChunk, p.sum.rows);
-    const bool turned = by_columns(p.sum);
+}  // namespace
+
+namespace fedlora {
+
+int MixedSum::status() const {
+    const int64_t batch = sum.batch;
+    if (!is_float(sum.dtype)) return FEDLORA_BAD_DTYPE;
+    if (count < 0 || batch < 0 || sum.rows < 0 || sum.cols < 0) return FEDLORA_BAD_SHAPE;
+    int64_t R = 0;
+    for (int64_t k = 0; k < count; ++k) {
+        const fedlora_block &x = X[k], &mixer = mixers[k];
+        if (!is_float(x.dtype) || mixer.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
+        if (x.batch != batch || mixer.batch != batch || x.rows != sum.rows || x.cols < 0 || mixer.rows != x.cols || mixer.cols != sum.cols)
+            return FEDLORA_BAD_SHAPE;
+        R += x.cols;
+    }
+    return scale_status(scale, R, batch);
+}
+
+int64_t MixedSum::chunks() const { return chunks_of(sum.rows); }
+
+int64_t MixedSum::scratch() const { return scratch_of(mixers, count, sum).total(); }
+
+void MixedSum::run(int64_t i, int64_t chunk, double *scratch, Partial &partial) const {
+    const Scratch need = scratch_of(mixers, count, sum);
+    double *const widened = scratch, *const block = widened + need.mixers, *const total = block + need.block;
+    const int64_t width = padded(sum.cols), begin = chunk * kChunk, end = smaller(begin + kChunk, sum.rows);
+    const bool turned = by_columns(sum);
     partial = {};
-    double *mixer = mixers;
-    for (int64_t k = 0; k < p.count; mixer += p.mixers[k].rows * width, ++k) widen_mixer(p.mixers[k], i, mixer, width);
+    double *mixer = widened;
+    for (int64_t k = 0; k < count; mixer += mixers[k].rows * width, ++k) widen_mixer(mixers[k], i, mixer, width);
     for (int64_t first = begin; first < end; first += kStrip) {
-        const Strip strip = {i, first, smaller(kStrip, end - first), turned, turned ? kStrip : width, sum};
-        std::memset(sum, 0, sizeof(double) * (size_t)need.sum);
-        mixer = mixers;
-        for (int64_t k = 0; k < p.count; mixer += p.mixers[k].rows * width, ++k)
-            if (!is_zero(mixer, p.mixers[k].rows * width)) add(strip, p.X[k], mixer, p.sum.cols, block);
-        store(strip, p.sum, partial);
+        const Strip strip = {i, first, smaller(kStrip, end - first), turned, turned ? kStrip : width, total};
+        std::memset(total, 0, sizeof(double) * (size_t)need.sum);
+        mixer = widened;
+        const double *factors = scale.rows ? scale_of(scale, i) : nullptr;
+        for (int64_t k = 0; k < count; mixer += mixers[k].rows * width, ++k) {
+            if (!is_zero(mixer, mixers[k].rows * width)) add_block(strip, X[k], mixer, sum.cols, factors, scale.col_stride, block);
+            if (factors) factors += mixers[k].rows * scale.col_stride;
+        }
+        store_strip(strip, sum, partial);
     }
 }
 
+}  // namespace fedlora
+
+namespace {
+
+using fedlora::MixedSum;
+
+struct Problem {
+    MixedSum sum;
+    fedlora_block norm, rounding, info, notes;
+};
+
 int check(const Problem &p) {
-    const int64_t batch = p.sum.batch;
-    if (!is_float(p.sum.dtype)) return FEDLORA_BAD_DTYPE;
-    if (p.count < 0 || batch < 0 || p.sum.rows < 0 || p.sum.cols < 0) return FEDLORA_BAD_SHAPE;
-    for (int64_t k = 0; k < p.count; ++k) {
-        const fedlora_block &X = p.X[k], &M = p.mixers[k];
-        if (!is_float(X.dtype) || M.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
-        if (X.batch != batch || M.batch != batch || X.rows != p.sum.rows || X.cols < 0 || M.rows != X.cols || M.cols != p.sum.cols)
-            return FEDLORA_BAD_SHAPE;
-    }
+    const int64_t batch = p.sum.sum.batch;
+    if (const int status = p.sum.status()) return status;
     const bool fit = scalar(p.norm, FEDLORA_FLOAT64, batch) && scalar(p.rounding, FEDLORA_FLOAT64, batch) &&
                      scalar(p.info, FEDLORA_INT32, batch) && scalar(p.notes, FEDLORA_INT32, batch);
     return fit ? FEDLORA_OK : FEDLORA_BAD_SHAPE;
@@ -133,11 +165,11 @@ Layout layout_of(const fedlora_block *mixers, const int64_t *counts, const fedlo
 
 // All chunks of all matrices of a group over the threads, then the matrices' totals.
 void run_group(const Problem &p, Partial *partials, char *scratch, int64_t slice, int threads) {
-    const int64_t chunks = chunks_of(p.sum.rows), tasks = chunks * p.sum.batch;
+    const int64_t chunks = p.sum.chunks(), batch = p.sum.sum.batch, tasks = chunks * batch;
 #pragma omp parallel for num_threads(tasks < threads ? (tasks > 0 ? (int)tasks : 1) : threads) schedule(dynamic)
     for (int64_t t = 0; t < tasks; ++t)
-        run_chunk(p, t / chunks, t % chunks, (double *)(scratch + slice * omp_get_thread_num()), partials[t]);
-    for (int64_t i = 0; i < p.sum.batch; ++i) finish(p.norm, p.rounding, p.info, p.notes, i, partials + i * chunks, chunks);
+        p.sum.run(t / chunks, t % chunks, (double *)(scratch + slice * omp_get_thread_num()), partials[t]);
+    for (int64_t i = 0; i < batch; ++i) finish(p.norm, p.rounding, p.info, p.notes, i, partials + i * chunks, chunks);
 }
 
 }  // namespace
@@ -159,13 +191,13 @@ int fedlora_mixed_sum(const fedlora_block *X, const fedlora_block *mixers, const
         return FEDLORA_BAD_ARGUMENT;
     int64_t at = 0;
     for (int64_t g = 0; g < groups; at += counts[g], ++g)
-        if (const int status = check({X + at, mixers + at, counts[g], sum[g], norm[g], rounding[g], info[g], notes[g]})) return status;
+        if (const int status = check({{X + at, mixers + at, counts[g], {}, sum[g]}, norm[g], rounding[g], info[g], notes[g]})) return status;
     const Layout layout = layout_of(mixers, counts, sum, groups, threads);
     if (workspace_bytes < layout.bytes()) return FEDLORA_BAD_WORKSPACE;
     char *const start = (char *)(((uintptr_t)workspace + 63) / 64 * 64);
     at = 0;
     for (int64_t g = 0; g < groups; at += counts[g], ++g)
-        run_group({X + at, mixers + at, counts[g], sum[g], norm[g], rounding[g], info[g], notes[g]}, (Partial *)start,
+        run_group({{X + at, mixers + at, counts[g], {}, sum[g]}, norm[g], rounding[g], info[g], notes[g]}, (Partial *)start,
                   start + layout.partials, layout.scratch, (int)threads);
     return FEDLORA_OK;
 }

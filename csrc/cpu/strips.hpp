@@ -70,3 +70,12 @@ inline void strip_by_columns(const fedlora_block &X, int64_t i, int64_t first, i
         for (int64_t row = count; row < padded(count); ++row) out[row] = 0.0;
     }
 }
+
+// The factors of the columns of matrix i, distances of scale.col_stride apart.
+inline const double *scale_of(const fedlora_block &scale, int64_t i) { return (const double *)scale.data + i * scale.batch_stride; }
+
+inline int scale_status(const fedlora_block &scale, int64_t cols, int64_t batch) {
+    if (!scale.rows) return FEDLORA_OK;
+    if (scale.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
+    return scale.rows == 1 && scale.cols == cols && scale.batch == batch ? FEDLORA_OK : FEDLORA_BAD_SHAPE;
+}

@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "../include/fedlora.h"
+#include "partial.h"
 
 namespace {
 
