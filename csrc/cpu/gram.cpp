@@ -1,8 +1,9 @@
 // fedlora_gram: X^T X of blocks side by side, in one pass over the blocks.
 //
-// A strip of all blocks is widened into the first-level cache and multiplied there with itself, above the diagonal only.
-// Matrices are cut into chunks of rows that do not depend on the threads; each leaves its triangle in the workspace, and
-// they are added up in order, a few at a time.
+// G is cut into squares, of which a stack of common width has one, and the rows into chunks that do not depend on the
+// threads. A chunk widens strips of the blocks into panels of eight columns, small enough for the second-level cache, and
+// multiplies the panels with each other, above the diagonal only. It leaves its tiles in the workspace, and those of all
+// chunks are added up in order, a few at a time.
 #include <omp.h>
 
 #include <cfloat>
@@ -19,64 +20,114 @@ namespace {
 #include "element.hpp"
 #include "strips.hpp"
 
-constexpr int64_t kPanel = 16;        // columns of a step along the triangle
-constexpr int64_t kCache = 32 << 10;  // bytes of a strip
-constexpr int64_t kTile = 8;          // of a transposition
-constexpr int64_t kWave = 16 << 20;   // bytes of triangles that may wait for their turn
+using fedlora::Gram;
+using fedlora::kGroup;
+using fedlora::kPad;
 
-// Distance of rows: an odd number of cache lines, so that the rows of a strip do not share their places in the cache.
-int64_t distance_of(int64_t R) { return padded(R) | fedlora::kPad; }
+constexpr int64_t kDepth = 128;                 // rows of a strip
+constexpr int64_t kGap = kPad * kDepth + kPad;  // from panel to panel: equal rows do not share their places in the cache
+constexpr int64_t kSide = 24;                   // panels of a square
+constexpr int64_t kNear = 32;                   // rows whose blocks stay in the first-level cache while they are read
+constexpr int64_t kTile = kPad * kPad;          // numbers of one panel times another
+constexpr int64_t kWave = 16 << 20;             // bytes of tiles that may wait for their turn
 
-int64_t strip_of(int64_t ld) { return larger(16, smaller(kStrip, kCache / 8 / ld / 16 * 16)); }
+int64_t up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
 
-int64_t triangle_of(int64_t R) { return R * distance_of(R); }
+// Panels of the stack.
+struct Range {
+    int64_t begin, end;
+    int64_t size() const { return end - begin; }
+};
 
-int64_t scratch_of(int64_t R) { return strip_of(distance_of(R)) * distance_of(R); }
+// How G is cut: equal squares, but for the last ones.
+struct Cut {
+    int64_t panels, squares, side;
+    int64_t count() const { return squares * (squares + 1) / 2; }
+    Range range(int64_t square) const { return {square * side, smaller((square + 1) * side, panels)}; }
+};
 
-// out[i * ld + j] = x[i * row + j * col] for count rows of cols numbers.
-template <class T>
-inline void widen_rows(double *out, int64_t ld, const T *x, int64_t row, int64_t col, int64_t count, int64_t cols) {
-    if (col == 1) {
-        for (int64_t i = 0; i < count; ++i)
-            for (int64_t j = 0; j < cols; ++j) out[i * ld + j] = widen(x[i * row + j]);
-        return;
-    }
-    int64_t first = 0;
-    for (; row == 1 && first + kTile <= cols; first += kTile)  // tiles: columns are read and rows are written by whole lines
-        for (int64_t begin = 0; begin < count; begin += kTile) {
-            const int64_t end = smaller(begin + kTile, count);
-            for (int64_t i = begin; i < end; ++i)
-#pragma GCC unroll 8
-                for (int64_t j = 0; j < kTile; ++j) out[i * ld + first + j] = widen(x[i + (first + j) * col]);
+Cut cut_of(int64_t R) {
+    const int64_t panels = larger(up(R, kPad), 1), squares = up(panels, kSide);
+    const int64_t side = squares == 1 ? panels : up(up(panels, squares), kGroup) * kGroup;
+    return {panels, up(panels, side), side};
+}
+
+// Some rows of one square; squares go from column to column of G.
+struct Part {
+    Range left, right;
+    int64_t chunk, chunks;
+    bool diagonal() const { return left.begin == right.begin; }
+};
+
+Part part_of(const Gram &gram, int64_t index) {
+    const Cut cut = cut_of(gram.G.cols);
+    const int64_t chunks = gram.chunks() / cut.count();
+    int64_t right = 0, left = index / chunks;
+    for (; left > right; ++right) left -= right + 1;
+    return {cut.range(left), cut.range(right), index % chunks, chunks};
+}
+
+// All tiles of a part: panel a with panels b, ..., b + width - 1, none of them below the diagonal.
+template <class F>
+void for_tiles(const Part &part, const F &visit) {
+    for (int64_t b = part.right.begin, width = 0; b < part.right.end; b += width) {
+        const int64_t open = part.right.end - b;
+        width = open == kGroup + 1 ? 2 : smaller(open, kGroup);  // a single panel would be slow
+        const int64_t end = part.diagonal() ? b + width : part.left.end;
+        for (int64_t a = part.left.begin; a < end; ++a) {
+            const int64_t first = part.diagonal() ? larger(a, b) : b;
+            visit(a, first, b + width - first);
         }
-    for (int64_t j = first; j < cols; ++j)
-        for (int64_t i = 0; i < count; ++i) out[i * ld + j] = widen(x[i * row + j * col]);
-}
-
-#define FEDLORA_WIDEN(name, T)                                                                                              \
-    FEDLORA_CLONES void name(double *out, int64_t ld, const T *x, int64_t row, int64_t col, int64_t count, int64_t cols) { \
-        widen_rows(out, ld, x, row, col, count, cols);                                                                      \
-    }
-FEDLORA_WIDEN(widen_float32, float)
-FEDLORA_WIDEN(widen_float64, double)
-FEDLORA_WIDEN(widen_bfloat16, Bfloat16)
-FEDLORA_WIDEN(widen_float16, Float16)
-
-void widen_strip(const fedlora_block &X, int64_t i, int64_t first, int64_t count, double *out, int64_t ld) {
-    const int64_t row = X.row_stride, col = X.col_stride;
-    const char *x = (const char *)X.data + (i * X.batch_stride + first * row) * size_of(X.dtype);
-    switch (X.dtype) {
-        case FEDLORA_FLOAT64: return widen_float64(out, ld, (const double *)x, row, col, count, X.cols);
-        case FEDLORA_FLOAT32: return widen_float32(out, ld, (const float *)x, row, col, count, X.cols);
-        case FEDLORA_BFLOAT16: return widen_bfloat16(out, ld, (const Bfloat16 *)x, row, col, count, X.cols);
-        default: return widen_float16(out, ld, (const Float16 *)x, row, col, count, X.cols);
     }
 }
 
-// Columns of a strip times powers of two, or whatever the scale holds.
-FEDLORA_CLONES void scale_strip(double *strip, int64_t ld, int64_t rows, int64_t R, const double *scale, int64_t step) {
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t j = 0; j < R; ++j) strip[row * ld + j] *= scale[j * step];
+// Columns of panels times their factors.
+FEDLORA_CLONES void multiply(double *out, const double *factors, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < kPad; ++j) out[i * kPad + j] *= factors[j];
+}
+
+// Rows [first, first + count) of the panels of a range; what lies beyond the last column is zero.
+void pack_rows(const Gram &gram, int64_t i, int64_t first, int64_t count, const Range &range, double *out) {
+    const int64_t begin = range.begin * kPad, end = smaller(range.end * kPad, gram.G.cols);
+    const auto place = [&](int64_t column) { return out + (column - begin) / kPad * kGap + (column - begin) % kPad; };
+    int64_t at = 0;
+    for (int64_t k = 0; k < gram.count && at < end; at += gram.X[k].cols, ++k) {
+        const fedlora_block &X = gram.X[k];
+        const int64_t offset = i * X.batch_stride + first * X.row_stride, stop = smaller(at + X.cols, end);
+        for (int64_t column = larger(at, begin), width = 0; column < stop; column += width) {
+            width = smaller(kPad - column % kPad, stop - column);
+            fedlora::panel().widen(place(column), kPad, X, offset + (column - at) * X.col_stride, count, width, kDepth);
+        }
+    }
+    for (int64_t column = end; column < range.end * kPad; ++column)
+        for (int64_t row = 0; row < count; ++row) place(column)[row * kPad] = 0.0;
+}
+
+void pack(const Gram &gram, int64_t i, int64_t first, int64_t count, const Range &range, double *out) {
+    const int64_t step = gram.count && by_columns(gram.X[0]) ? kDepth : kNear;
+    for (int64_t row = 0; row < count; row += step)
+        pack_rows(gram, i, first + row, smaller(step, count - row), range, out + row * kPad);
+    if (!gram.scale.rows) return;
+    for (int64_t panel = range.begin; panel < range.end; ++panel) {
+        double factors[kPad] = {};
+        for (int64_t j = 0; j < smaller(kPad, gram.G.cols - panel * kPad); ++j) factors[j] = scale_at(gram.scale, i, panel * kPad + j);
+        multiply(out + (panel - range.begin) * kGap, factors, count);
+    }
+}
+
+// One tile of G, or what there is of it, and more of it.
+void add_tile(const Gram &gram, double *G, int64_t a, int64_t b, int64_t width, const double *tile, bool first, bool last) {
+    const int64_t row = gram.G.row_stride, col = gram.G.col_stride, R = gram.G.cols;
+    const int64_t rows = smaller(kPad, R - a * kPad), cols = smaller(width * kPad, R - b * kPad);
+    double *const up = G + a * kPad * row + b * kPad * col, *const down = G + b * kPad * row + a * kPad * col;
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = a == b ? i : 0; j < cols; ++j) {
+            const double more = tile[i * width * kPad + j];
+            up[i * row + j * col] = first ? more : up[i * row + j * col] + more;
+        }
+    for (int64_t j = 0; last && j < cols; ++j)
+        for (int64_t i = 0; i < (a == b ? smaller(j, rows) : rows); ++i) down[j * row + i * col] = up[i * row + j * col];
 }
 
 }  // namespace
@@ -98,43 +149,48 @@ int Gram::status() const {
 }
 
 // A matrix without rows is one empty chunk: its G is written all the same.
-int64_t Gram::chunks() const { return larger(chunks_of(count ? X[0].rows : 0), 1); }
+int64_t Gram::chunks() const { return larger(chunks_of(count ? X[0].rows : 0), 1) * cut_of(G.cols).count(); }
 
-int64_t Gram::leaving() const { return triangle_of(G.cols); }
+int64_t Gram::leaving() const {
+    const Cut cut = cut_of(G.cols);
+    return kTile * (cut.squares == 1 ? cut.panels * (cut.panels + 1) / 2 : cut.side * cut.side);
+}
 
-int64_t Gram::scratch() const { return scratch_of(G.cols); }
+int64_t Gram::scratch() const {
+    const Cut cut = cut_of(G.cols);
+    return kGap * cut.side * (cut.squares == 1 ? 1 : 2);
+}
 
 void Gram::run(int64_t i, int64_t chunk, double *scratch, double *leaving) const {
-    const int64_t R = G.cols, ld = distance_of(R), step = strip_of(ld), all = count ? X[0].rows : 0;
-    const int64_t begin = chunk * kChunk, end = smaller(begin + kChunk, all);
-    std::memset(leaving, 0, sizeof(double) * (size_t)triangle_of(R));
-    for (int64_t first = begin; first < end; first += step) {
-        const int64_t rows = smaller(step, end - first);
-        double *block = scratch;  // what stands in its padding reaches the padding of the triangle alone
-        for (int64_t k = 0; k < count; block += X[k].cols, ++k) widen_strip(X[k], i, first, rows, block, ld);
-        if (scale.rows) scale_strip(scratch, ld, rows, R, scale_of(scale, i), scale.col_stride);
-        for (int64_t j = 0; j < R; j += kPanel)
-            panel().add(leaving + j, ld, scratch, 1, ld, scratch + j, ld, smaller(j + kPanel, R), rows, smaller(kPanel, padded(R) - j));
+    const Part part = part_of(*this, chunk);
+    const int64_t begin = part.chunk * kChunk, end = smaller(begin + kChunk, count ? X[0].rows : 0);
+    double *const left = scratch, *const right = part.diagonal() ? left : left + part.left.size() * kGap;
+    if (begin == end) std::memset(leaving, 0, sizeof(double) * (size_t)this->leaving());
+    for (int64_t first = begin; first < end; first += kDepth) {
+        const int64_t rows = smaller(kDepth, end - first);
+        pack(*this, i, first, rows, part.left, left);
+        if (!part.diagonal()) pack(*this, i, first, rows, part.right, right);
+        double *tile = leaving;
+        for_tiles(part, [&](int64_t a, int64_t b, int64_t width) {
+            const double *const P = left + (a - part.left.begin) * kGap, *const Q = right + (b - part.right.begin) * kGap;
+            panel().tile(tile, P, Q, kGap, rows, width, first > begin);
+            tile += width * kTile;
+        });
     }
 }
 
 void Gram::add(int64_t i, int64_t chunk, const double *leaving) const {
-    const int64_t R = G.cols, ld = distance_of(R), row = G.row_stride, col = G.col_stride;
-    const bool first = chunk == 0, last = chunk == chunks() - 1;
-    double *const out = (double *)G.data + i * G.batch_stride;
-    for (int64_t a = 0; a < R; ++a)
-        for (int64_t b = a; b < R; ++b) {
-            double &sum = out[a * row + b * col];
-            sum = first ? leaving[a * ld + b] : sum + leaving[a * ld + b];
-            if (last) out[b * row + a * col] = sum;
-        }
+    const Part part = part_of(*this, chunk);
+    for_tiles(part, [&](int64_t a, int64_t b, int64_t width) {
+        const bool first = part.chunk == 0, last = part.chunk == part.chunks - 1;
+        add_tile(*this, (double *)G.data + i * G.batch_stride, a, b, width, leaving, first, last);
+        leaving += width * kTile;
+    });
 }
 
 }  // namespace fedlora
 
 namespace {
-
-using fedlora::Gram;
 
 // Chunks between two barriers: some for every thread as long as their triangles are small.
 int64_t wave_of(const Gram &gram, int64_t threads) {
@@ -184,18 +240,18 @@ int fedlora_gram_workspace(const fedlora_block *X, const int64_t *counts, const 
     return FEDLORA_OK;
 }
 
-int fedlora_gram(const fedlora_block *X, const int64_t *counts, const fedlora_block *G, int64_t groups, void *workspace,
-                 int64_t workspace_bytes, int64_t threads, void *) {
-    if (!X || !counts || !G || !workspace || groups < 0 || threads < 1) return FEDLORA_BAD_ARGUMENT;
+int fedlora_gram(const fedlora_block *X, const int64_t *counts, const fedlora_block *scale, const fedlora_block *G,
+                 int64_t groups, void *workspace, int64_t workspace_bytes, int64_t threads, void *) {
+    if (!X || !counts || !scale || !G || !workspace || groups < 0 || threads < 1) return FEDLORA_BAD_ARGUMENT;
     const fedlora_block *at = X;
     for (int64_t g = 0; g < groups; at += counts[g], ++g)
-        if (const int status = Gram{at, counts[g], {}, G[g]}.status()) return status;
+        if (const int status = Gram{at, counts[g], scale[g], G[g]}.status()) return status;
     const Layout layout = layout_of(X, counts, G, groups, threads);
     if (workspace_bytes < layout.bytes()) return FEDLORA_BAD_WORKSPACE;
     char *const start = (char *)(((uintptr_t)workspace + 63) / 64 * 64);
     at = X;
     for (int64_t g = 0; g < groups; at += counts[g], ++g)
-        run_group({at, counts[g], {}, G[g]}, (double *)start, start + layout.leavings, layout.scratch, (int)threads);
+        run_group({at, counts[g], scale[g], G[g]}, (double *)start, start + layout.leavings, layout.scratch, (int)threads);
     return FEDLORA_OK;
 }
 

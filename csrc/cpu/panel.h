@@ -3,10 +3,15 @@
 
 #include <cstdint>
 
+#include "../include/fedlora.h"
+
 namespace fedlora {
 
 // Columns of C and Q are computed this many at a time: their rows are padded to it.
 constexpr int64_t kPad = 8;
+
+// Blocks of eight columns that a tile takes at once.
+constexpr int64_t kGroup = 3;
 
 // P is read number by number, (i, d) at P[i * row + d * step]; rows of C (rows x cols) and Q (depth x cols) lie ldc and
 // ldq apart and start at multiples of 64 bytes. Every number of P Q is its own chain over d, in order and from zero, so it
@@ -15,6 +20,12 @@ struct Panel {
     const char *isa;
     void (*add)(double *C, int64_t ldc, const double *P, int64_t row, int64_t step, const double *Q, int64_t ldq, int64_t rows,
                 int64_t depth, int64_t cols);
+    // C = P^T Q, or more of it: P (depth x 8) and each of up to kGroup blocks of Q, gap apart, lie by rows without gaps; so
+    // does C (8 x 8 width).
+    void (*tile)(double *C, const double *P, const double *Q, int64_t gap, int64_t depth, int64_t width, bool more);
+    // out[i * ld + j] = number (i, j) of X counted from the one at `offset`. Rows that come up later, `ahead` of these, are
+    // fetched meanwhile.
+    void (*widen)(double *out, int64_t ld, const fedlora_block &X, int64_t offset, int64_t rows, int64_t cols, int64_t ahead);
 };
 
 #ifdef __x86_64__

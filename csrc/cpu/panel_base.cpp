@@ -1,16 +1,22 @@
 // C += P Q for any processor, and the choice among the variants.
 #include "panel.h"
 
+#include <cstring>
+#include <utility>
+
 #define FEDLORA_VECTOR_BYTES 16
 #define FEDLORA_PANEL_ROWS 4
+#define FEDLORA_PANEL_VECTORS 2
 
 namespace fedlora {
 namespace {
+#include "widen.hpp"
 #include "panel.hpp"
+#include "pack.hpp"
 }  // namespace
 
 const Panel &panel_base() {
-    static constexpr Panel variant{"portable", add};
+    static constexpr Panel variant{"portable", add, tile_of, widen_any};
     return variant;
 }
 

@@ -71,8 +71,10 @@ inline void strip_by_columns(const fedlora_block &X, int64_t i, int64_t first, i
     }
 }
 
-// The factors of the columns of matrix i, distances of scale.col_stride apart.
+// The factors of the columns of matrix i, scale.col_stride apart.
 inline const double *scale_of(const fedlora_block &scale, int64_t i) { return (const double *)scale.data + i * scale.batch_stride; }
+
+inline double scale_at(const fedlora_block &scale, int64_t i, int64_t column) { return scale_of(scale, i)[column * scale.col_stride]; }
 
 inline int scale_status(const fedlora_block &scale, int64_t cols, int64_t batch) {
     if (!scale.rows) return FEDLORA_OK;

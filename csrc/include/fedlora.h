@@ -116,16 +116,17 @@ FEDLORA_API int fedlora_mixed_sum(const fedlora_block *X, const fedlora_block *m
 FEDLORA_API int fedlora_gram_workspace(const fedlora_block *X, const int64_t *counts, const fedlora_block *G, int64_t groups,
                                        int64_t threads, int64_t *bytes);
 
-/* G = X^T X of X = [X_1 | ... | X_K] for every matrix of every group, in float64.
+/* G = X^T X of X = [X_1 | ... | X_K] diag(scale) for every matrix of every group, in float64.
  *
  *   X         blocks of all groups one after the other, counts[g] of group g: p x q_k, any float dtype, read only
- *   G         one per group: R x R float64, R the sum of all q_k
+ *   scale     one per group: 1 x R float64, R the sum of all q_k; one without rows leaves the columns as they are
+ *   G         one per group: R x R float64
  *
- * Numbers are not scaled: float64 inputs may leave the range. NaN or Inf in a column of X reaches its row and column of G alone,
- * and always the diagonal.
+ * Columns are multiplied before anything else: powers of two bring float64 columns into range exactly. NaN or Inf in a column of X
+ * reaches its row and column of G alone, and always the diagonal.
  */
-FEDLORA_API int fedlora_gram(const fedlora_block *X, const int64_t *counts, const fedlora_block *G, int64_t groups,
-                             void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
+FEDLORA_API int fedlora_gram(const fedlora_block *X, const int64_t *counts, const fedlora_block *scale, const fedlora_block *G,
+                             int64_t groups, void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
 
 /* Columns of X turned, in place, so that the first of their (nearly) largest entries is positive.
  *

@@ -43,22 +43,25 @@ struct Stack {
     }
 };
 
-int check_gram(int rows, const std::vector<int> &ranks, int batch, bool by_columns, int threads) {
+int check_gram(int rows, const std::vector<int> &ranks, int batch, bool by_columns, bool scaled, int threads) {
     const Stack stack(rows, ranks, batch, by_columns);
     int R = 0;
     for (const int r : ranks) R += r;
-    std::vector<double> G((size_t)batch * R * R, NAN), wanted(G.size(), 0.0);
+    std::vector<double> G((size_t)batch * R * R, NAN), wanted(G.size(), 0.0), factors((size_t)batch * R);
+    for (size_t i = 0; i < factors.size(); ++i) factors[i] = std::ldexp(1.0, (int)(i % 5) - 2);
     const std::vector<fedlora_block> X = stack.blocks();
     const fedlora_block out = {(int64_t)G.data(), R, R, R, 1, FEDLORA_FLOAT64, batch, (int64_t)R * R};
+    const fedlora_block scale = {(int64_t)factors.data(), scaled, R, R, 1, FEDLORA_FLOAT64, batch, R};
     const int64_t count = (int64_t)ranks.size();
     int64_t bytes = 0;
     if (fedlora_gram_workspace(X.data(), &count, &out, 1, threads, &bytes)) return 1;
     std::vector<char> workspace(bytes, (char)0xff);
-    if (fedlora_gram(X.data(), &count, &out, 1, workspace.data(), bytes - 1, threads, nullptr) != FEDLORA_BAD_WORKSPACE) return 1;
-    if (fedlora_gram(X.data(), &count, &out, 1, workspace.data(), bytes, threads, nullptr)) return 1;
+    if (fedlora_gram(X.data(), &count, &scale, &out, 1, workspace.data(), bytes - 1, threads, nullptr) != FEDLORA_BAD_WORKSPACE) return 1;
+    if (fedlora_gram(X.data(), &count, &scale, &out, 1, workspace.data(), bytes, threads, nullptr)) return 1;
     for (int b = 0; b < batch; ++b)
         for (int i = 0; count && i < rows; ++i) {
-            const std::vector<double> x = stack.row(b, i);
+            std::vector<double> x = stack.row(b, i);
+            for (int p = 0; scaled && p < R; ++p) x[p] *= factors[(size_t)b * R + p];
             for (int p = 0; p < R; ++p)
                 for (int q = 0; q < R; ++q) wanted[((size_t)b * R + p) * R + q] += x[p] * x[q];
         }
@@ -97,11 +100,11 @@ int check_orient(int rows, int cols, int batch, bool by_columns, int threads) {
 
 int check_grams() {
     int failures = 0;
-    const std::vector<std::vector<int>> ranks = {{1}, {4, 4}, {3, 0, 9}, {16, 16, 16}, {33, 2, 95}, {0}, {}};
+    const std::vector<std::vector<int>> ranks = {{1}, {4, 4}, {3, 0, 9}, {16, 16, 16}, {33, 2, 95}, {0}, {}, {150, 49}};
     for (const int rows : {0, 1, 31, 64, 65, 2049})
         for (const auto &r : ranks)
             for (const int batch : {0, 1, 3})
-                for (const bool by_columns : {false, true}) failures += check_gram(rows, r, batch, by_columns, 1 + batch) != 0;
+                for (const bool by_columns : {false, true}) failures += check_gram(rows, r, batch, by_columns, rows % 2, 1 + batch) != 0;
     for (const int rows : {0, 1, 7, 100})
         for (const int cols : {0, 1, 24, 64, 65, 130})
             for (const bool by_columns : {false, true}) {

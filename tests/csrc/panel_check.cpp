@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "fedlora.h"
@@ -43,6 +44,51 @@ int check_panel(const fedlora::Panel &panel, int rows, int depth, int cols, bool
         }
     std::free(C);
     std::free(Q);
+    return wrong;
+}
+
+// Tiles that overwrite C, then one that adds to it.
+int check_tile(const fedlora::Panel &panel, int depth, int width) {
+    const int gap = 8 * depth + 8;
+    double *C = aligned(64 * width), *P = aligned(8 * depth), *Q = aligned(gap * width);
+    for (int i = 0; i < 64 * width; ++i) C[i] = NAN;
+    for (int i = 0; i < 8 * depth; ++i) P[i] = number(i);
+    for (int i = 0; i < gap * width; ++i) Q[i] = number(i + 3);
+    panel.tile(C, P, Q, gap, depth, width, false);
+    panel.tile(C, P, Q, gap, depth, width, true);
+    int wrong = 0;
+    for (int i = 0; i < 8; ++i)
+        for (int j = 0; j < 8 * width; ++j) {
+            double total = 0;
+            for (int d = 0; d < depth; ++d) total += P[d * 8 + i] * Q[j / 8 * gap + d * 8 + j % 8];
+            wrong += C[i * 8 * width + j] != 2 * total;
+        }
+    std::free(C), std::free(P), std::free(Q);
+    return wrong;
+}
+
+void put(float &to, double x) { to = (float)x; }
+void put(double &to, double x) { to = x; }
+void put(uint16_t &to, double x) {  // bfloat16
+    const float narrow = (float)x;
+    uint32_t bits;
+    std::memcpy(&bits, &narrow, 4);
+    to = (uint16_t)(bits >> 16);
+}
+
+// A part of a matrix by rows, by columns, or with gaps; what lies outside of the part is not written.
+template <class T>
+int check_widen(const fedlora::Panel &panel, int64_t dtype, int rows, int cols, int layout) {
+    const int row = layout == 1 ? 1 : layout == 0 ? cols : 2 * cols, col = layout == 0 ? 1 : layout == 1 ? rows : 2, ld = cols + 3;
+    const size_t offset = 5, last = rows && cols ? (size_t)(rows - 1) * row + (size_t)(cols - 1) * col + 1 : 0;
+    std::vector<T> x(offset + last);
+    for (size_t i = 0; i < x.size(); ++i) put(x[i], number(i));
+    std::vector<double> out((size_t)rows * ld, -7.0);
+    const fedlora_block X = {(int64_t)x.data(), rows, cols, row, col, dtype, 1, 0};
+    panel.widen(out.data(), ld, X, (int64_t)offset, rows, cols, rows);
+    int wrong = 0;
+    for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < ld; ++j) wrong += out[i * ld + j] != (j < cols ? number(offset + i * row + j * col) : -7.0);
     return wrong;
 }
 
@@ -152,6 +198,17 @@ int check_panels() {
             for (const int depth : {0, 1, 5, 64})
                 for (const int cols : {0, 8, 16, 40})
                     for (const bool turned : {false, true}) failures += check_panel(*panel, rows, depth, cols, turned) != 0;
+    for (const fedlora::Panel *panel : variants()) {
+        for (const int depth : {0, 1, 5, 64})
+            for (const int width : {1, 2, 3}) failures += check_tile(*panel, depth, width) != 0;
+        for (const int rows : {0, 1, 7, 8, 13, 32})
+            for (int cols = 0; cols <= 21; ++cols)
+                for (const int layout : {0, 1, 2}) {
+                    failures += check_widen<float>(*panel, FEDLORA_FLOAT32, rows, cols, layout) != 0;
+                    failures += check_widen<double>(*panel, FEDLORA_FLOAT64, rows, cols, layout) != 0;
+                    failures += check_widen<uint16_t>(*panel, FEDLORA_BFLOAT16, rows, cols, layout) != 0;
+                }
+    }
     const std::vector<std::vector<int>> ranks = {{1}, {4, 4}, {3, 0, 9}, {16, 16, 16}, {33, 2}, {0}, {}};
     for (const int p : {0, 1, 63, 64, 65, 2049})
         for (const auto &r : ranks)

@@ -12,24 +12,20 @@ from fedlora_kernels.backends.contract import Factors
 from fedlora_kernels.backends.cpu.library import Library, counts, table
 from fedlora_kernels.backends.cpu.threads import thread_count
 from fedlora_kernels.backends.torch import gram as torch_gram
+from fedlora_kernels.backends.torch.chunks import pow2
 
 __all__ = ["gram", "update_gram"]
 
-_WIDEST = 1024
-"""Columns of a stack whose Gram the library forms; that of a wider one fills the caches, and BLAS is as fast."""
-
 
 def gram(library: Library, blocks: Sequence[Tensor], e: Tensor | None) -> Tensor:
-    """``X^T X`` of the stack of the blocks, each read once; torch's where columns are scaled, or for wide stacks."""
-    R = sum(block.shape[-1] for block in blocks)
-    if e is not None or R > _WIDEST:
-        return torch_gram.gram(blocks, e)
-    op = "update_gram"
-    G = torch.empty(len(blocks[0]), R, R, dtype=torch.float64)
-    tables = table(blocks), counts([len(blocks)]), table([G])
+    """``X^T X`` of the stack ``[X_1 | ... | X_K] 2^-e``, each block read once; as `backends.torch.gram.gram`."""
+    op, N, R = "update_gram", len(blocks[0]), sum(block.shape[-1] for block in blocks)
+    G = torch.empty(N, R, R, dtype=torch.float64)
+    scale = torch.empty(N, 0, R, dtype=torch.float64) if e is None else pow2(-e).expand(N, R)[:, None]
+    X, numbers, out = table(blocks), counts([len(blocks)]), table([G])
     threads = thread_count()
-    memory, *scratch = library.workspace(op, "fedlora_gram_workspace", *tables, 1, threads)
-    library.call(op, "fedlora_gram", *tables, 1, *scratch, threads, None)
+    memory, *scratch = library.workspace(op, "fedlora_gram_workspace", X, numbers, out, 1, threads)
+    library.call(op, "fedlora_gram", X, numbers, table([scale]), out, 1, *scratch, threads, None)
     del memory
     return G
 

@@ -159,7 +159,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fedlora_mixed_sum_workspace": [_TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
     "fedlora_mixed_sum": [*[_TABLE] * 2, _COUNTS, *[_TABLE] * 5, _COUNT, *_SCRATCH, *_END],
     "fedlora_gram_workspace": [_TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
-    "fedlora_gram": [_TABLE, _COUNTS, _TABLE, _COUNT, *_SCRATCH, *_END],
+    "fedlora_gram": [_TABLE, _COUNTS, _TABLE, _TABLE, _COUNT, *_SCRATCH, *_END],
     "fedlora_orient": [_TABLE, _TABLE, _COUNT, *_END],
     "fedlora_cross_products_workspace": [_TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
     "fedlora_cross_products": [_TABLE, _COUNTS, *[_TABLE] * 3, _COUNT, *_SCRATCH, *_END],
