@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.variants import LATER, refuse_key, refuse_variant
-from fedlora_kernels.errors import FormatError, UnsupportedVariantError
+from fedlora_kernels.errors import FedLoRAError, FormatError, UnsupportedVariantError
 
 __all__ = ["PREFIX", "TensorKey", "canonical_keys", "factor_keys"]
 
 PREFIX = "base_model.model."
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")
+KEPT = 1 << 14
+"""Parsed keys that are kept: the clients of a round have the same ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ def canonical_keys(keys: Iterable[str], who: str, adapter_name: str | None = Non
     Raises FormatError for two adapter names without a choice and for two keys of one meaning ("ambiguous"), and
     UnsupportedVariantError for tensors of other variants and unknown ``lora_`` tensors, naming them.
     """
-    parsed = list(_chosen([_parse(key, who) for key in keys], adapter_name, who))
+    parsed = list(_chosen([_parsed(key, who) for key in keys], adapter_name, who))
     seen: dict[tuple[str, str], str] = {}
     for item in parsed:
         other = seen.setdefault((item.part, item.name), item.key)
@@ -62,6 +65,18 @@ def _chosen(parsed: list[TensorKey], adapter_name: str | None, who: str) -> Iter
         listing = ", ".join(printable(name) for name in names[:10])
         raise FormatError(f"{who}: no adapter {printable(adapter_name)!r}; there are {listing}")
     return (item for item in parsed if adapter_name is None or item.adapter in (None, adapter_name))
+
+
+def _parsed(key: str, who: str) -> TensorKey:
+    try:
+        return _known(key)
+    except FedLoRAError:
+        return _parse(key, who)
+
+
+@functools.lru_cache(KEPT)
+def _known(key: str) -> TensorKey:
+    return _parse(key, "")
 
 
 def _parse(key: str, who: str) -> TensorKey:

@@ -49,6 +49,8 @@ class PatternTable:
 
     def resolve(self, name: str, default: Any) -> Any:
         """Return the value for module ``name`` (path in the base model), ``default`` where no entry applies."""
+        if not self._keys:
+            return default
         hits = self.hits(name)
         self._used.update(hits)
         for other in hits[1:]:

@@ -190,33 +190,44 @@ def _modules(
 def _module(
     name: str, pair: Mapping[str, TensorSpec], config: LoRAConfig, rank_from: str, findings: Findings
 ) -> ModuleSpec:
-    where = f"{config.who}, module {printable(name)!r}"
-    for letter, other in ("A", "B"), ("B", "A"):
-        if letter not in pair:
-            raise FormatError(f"{where}: lora_{other} without lora_{letter}; both needed. The file is incomplete")
-    A, B = pair["A"], pair["B"]
+    A, B = pair.get("A"), pair.get("B")
+    if A is None or B is None or not _fit(A, B):
+        raise _misfit(f"{config.who}, module {printable(name)!r}", A, B)
+    rank = A.shape[0]
+    scale = _scale(name, rank, config, rank_from, findings)
+    return ModuleSpec(name, "linear", B.shape[0], A.shape[1], rank, scale, B, A)
+
+
+def _fit(A: TensorSpec, B: TensorSpec) -> bool:
+    """Whether these are a pair (r, n), (m, r) that can take part."""
+    two = len(A.shape) == len(B.shape) == 2 and 0 not in A.shape + B.shape
+    return two and B.shape[1] == A.shape[0] and A.dtype in FLOATS and B.dtype in FLOATS
+
+
+def _misfit(where: str, A: TensorSpec | None, B: TensorSpec | None) -> FormatError:
+    """What is wrong with a pair; raises UnsupportedVariantError for a convolution."""
+    if A is None or B is None:
+        letter, other = ("A", "B") if A is None else ("B", "A")
+        return FormatError(f"{where}: lora_{other} without lora_{letter}; both needed. The file is incomplete")
     for spec in (A, B):
         check_float(spec, where)
     if len(A.shape) > 2 or len(B.shape) > 2:
         _refuse_convolution(A, B, where)
     if len(A.shape) != 2 or len(B.shape) != 2 or 0 in A.shape + B.shape:
-        raise FormatError(f"{where}: lora_A {A.shape}, lora_B {B.shape}; (r, n) and (m, r) needed. Sharded export?")
-    rank = A.shape[0]
-    if B.shape[1] != rank:
-        raise FormatError(
-            f"{where}: lora_A {A.shape} has {rank} rows, lora_B {B.shape} has {B.shape[1]} columns; equal needed"
-        )
-    scale = _scale(name, rank, config, rank_from, where, findings)
-    return ModuleSpec(name, "linear", B.shape[0], A.shape[1], rank, scale, B, A)
+        return FormatError(f"{where}: lora_A {A.shape}, lora_B {B.shape}; (r, n) and (m, r) needed. Sharded export?")
+    return FormatError(
+        f"{where}: lora_A {A.shape} has {A.shape[0]} rows, lora_B {B.shape} has {B.shape[1]} columns; equal needed"
+    )
 
 
-def _scale(name: str, rank: int, config: LoRAConfig, rank_from: str, where: str, findings: Findings) -> float:
+def _scale(name: str, rank: int, config: LoRAConfig, rank_from: str, findings: Findings) -> float:
     resolved, alpha = config.resolve(name)
     if resolved != rank:
         found = f"the configuration says rank {resolved}, the tensors have {rank}"
         if rank_from != "tensor":
             raise FormatError(
-                f"{where}: {found}; equal ranks needed. Mend r or rank_pattern, or read with rank_from='tensor'"
+                f"{config.who}, module {printable(name)!r}: {found}; equal ranks needed. Mend r or rank_pattern, or read with "
+                "rank_from='tensor'"
             )
         findings.setdefault(("module", f"{found}; the tensors' rank is used"), []).append(name)
     if alpha == 0:

@@ -11,7 +11,7 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -26,6 +26,10 @@ __all__ = ["SafetensorsFile", "SafetensorsWriter", "disc_errors", "open_file", "
 
 HEADER_CAP = 100_000_000
 CHUNK = 1 << 30
+MOST_BUFFERS = 1024
+"""Buffers that one call of the system takes (IOV_MAX)."""
+LARGEST = 1 << 63
+ENTRY = {"dtype", "shape", "data_offsets"}
 W = TypeVar("W", bound="SafetensorsWriter")
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -97,9 +101,37 @@ class SafetensorsFile:
         if tuple(target.shape) != spec.shape or target.dtype != spec.dtype or not target.is_contiguous():
             raise ValueError(f"out must be a contiguous {spec.dtype} tensor of shape {spec.shape}")
         if spec.nbytes:
-            buffer = target.detach().reshape(-1).view(torch.uint8).numpy().data
+            buffer = _memory(target)
             self._pread(buffer, self._offsets[key], f"tensor {printable(key)!r}")
         return target if out is None or target is out else out.copy_(target)
+
+    def read_stacks(self, stacks: Iterable[tuple[Sequence[str], Tensor]]) -> None:
+        """Read tensors of one shape and dtype into ``out`` (N, *shape), contiguous, in the order of their N keys, for each stack.
+
+        What lies side by side in the file is read at once, into places that need not. Raises FormatError as `read`.
+        """
+        places: list[tuple[int, memoryview, str]] = []
+        for keys, out in stacks:
+            if len(keys) != len(out) or not out.is_contiguous() or out.device.type != "cpu":
+                raise ValueError(f"out must be a contiguous tensor of {len(keys)} matrices on the host")
+            shape, dtype = tuple(out.shape[1:]), out.dtype
+            buffer = _memory(out)
+            size = len(buffer) // max(len(keys), 1)
+            for i, key in enumerate(keys):
+                spec = self.tensors[key]
+                if spec.shape != shape or spec.dtype != dtype:
+                    raise ValueError(f"out must hold {spec.dtype} tensors of shape {spec.shape}")
+                places.append((self._offsets[key], buffer[i * size : (i + 1) * size], key))
+        places.sort(key=_offset)
+        run: list[tuple[int, memoryview, str]] = []
+        end = -1
+        for place in places:
+            if place[0] != end or len(run) == MOST_BUFFERS:
+                self._read_run(run)
+                run = []
+            run.append(place)
+            end = place[0] + len(place[1])
+        self._read_run(run)
 
     def close(self) -> None:
         """Close the file. Idempotent."""
@@ -116,6 +148,16 @@ class SafetensorsFile:
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             self.close()
+
+    def _read_run(self, run: Sequence[tuple[int, memoryview, str]]) -> None:
+        """Read tensors that lie side by side in the file."""
+        if not run:
+            return
+        begin, size = run[0][0], sum(len(buffer) for _, buffer, _ in run)
+        if size <= CHUNK and os.preadv(self._fd, [buffer for _, buffer, _ in run], begin) == size:
+            return
+        for offset, buffer, key in run:  # cut short: once more, to go on or to say where the file ends
+            self._pread(buffer, offset, f"tensor {printable(key)!r}")
 
     def _pread(self, buffer: memoryview, offset: int, what: str) -> None:
         done = 0
@@ -269,6 +311,15 @@ def open_file(path: str | os.PathLike[str], where: str) -> int:
     return fd
 
 
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host, to be written."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _offset(place: tuple[int, memoryview, str]) -> int:
+    return place[0]
+
+
 def _check_metadata(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise FormatError(f"{where}: __metadata__ must map strings to strings")
@@ -278,25 +329,28 @@ def _check_metadata(value: Any, where: str) -> dict[str, str]:
 
 
 def _check_entry(key: str, entry: Any, where: str) -> tuple[TensorSpec, int, int]:
-    who = f"{where}: tensor {printable(key)!r}"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{who}: the header entry must hold dtype, shape and data_offsets and nothing else")
+    if not isinstance(entry, dict) or entry.keys() != ENTRY:
+        raise _refused(where, key, "the header entry must hold dtype, shape and data_offsets and nothing else")
     name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(name, str) or name not in DTYPES:
-        raise FormatError(f"{who}: dtype {printable(name)!r} is not known; known are {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or len(shape) > 64 or not all(_is_size(size) for size in shape):
-        raise FormatError(f"{who}: shape {printable(shape)} is not a list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-        raise FormatError(f"{who}: data_offsets {printable(offsets)} are not two byte positions")
+        raise _refused(where, key, f"dtype {printable(name)!r} is not known; known are {', '.join(DTYPES)}")
+    if not _are_sizes(shape) or len(shape) > 64:
+        raise _refused(where, key, f"shape {printable(shape)} is not a list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise _refused(where, key, f"data_offsets {printable(offsets)} are not two byte positions")
     spec = TensorSpec(key, tuple(shape), DTYPES[name])
     start, end = offsets
     if end - start != spec.nbytes:
-        raise FormatError(f"{who}: {end - start} bytes; {name} {list(shape)} needs {spec.nbytes}")
+        raise _refused(where, key, f"{end - start} bytes; {name} {list(shape)} needs {spec.nbytes}")
     return spec, start, end
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+def _refused(where: str, key: str, text: str) -> FormatError:
+    return FormatError(f"{where}: tensor {printable(key)!r}: {text}")
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < LARGEST for value in values)
 
 
 def _check_coverage(ranges: list[tuple[int, int, str]], size: int, where: str) -> None:

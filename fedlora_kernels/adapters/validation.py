@@ -98,9 +98,10 @@ def validate_clients(
 def _check_limits(adapters: Mapping[str, Adapter], limits: Limits, failures: list[Failure]) -> None:
     total = 0
     for client, adapter in adapters.items():
-        total += adapter.nbytes
-        if adapter.nbytes > limits.bytes_per_client:
-            failures.append(Failure(client, "", LimitError, str(limits.over("bytes_per_client", adapter.nbytes))))
+        size = adapter.nbytes
+        total += size
+        if size > limits.bytes_per_client:
+            failures.append(Failure(client, "", LimitError, str(limits.over("bytes_per_client", size))))
         for name, module in adapter.modules.items():
             if module.rank > limits.rank_per_client:
                 text = str(limits.over("rank_per_client", module.rank))

@@ -43,6 +43,7 @@ def combine(walk: Walk, plan: Any, sink: Callable[[Sequence[ModuleOutput]], None
                         _drop(module, row)
                 modules += made
                 rows += described
+                del block  # its memory takes the next one
             modules.sort(key=lambda module: index[module.name])
             drain.put(modules)
     return sorted(rows, key=lambda row: index[row["name"]])

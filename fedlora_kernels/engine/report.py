@@ -27,40 +27,45 @@ def module_rows(
     modules: Sequence[str], kind: str, m: int, n: int, ranks: Sequence[Sequence[int]], outcome: Outcome
 ) -> list[dict[str, Any]]:
     """Rows of a group: ``ranks[i]`` are what the clients trained in module i, 0 where one lacks it."""
-    spectrum = outcome.spectrum
-    rank = _ranks(outcome)
-    residual = outcome.residual
-    rows = []
-    for i, name in enumerate(modules):
-        energy = outcome.energy if spectrum is None else spectrum.energy
-        rows.append(
-            {
-                "name": name,
-                "kind": kind,
-                "m": m,
-                "n": n,
-                "ranks": list(ranks[i]),
-                "stacked_rank": sum(ranks[i]),
-                "rank": int(rank[i]),
-                "residual_rank": None if residual is None else int(residual.rank[i]),
-                "numerical_rank": None if spectrum is None else int(spectrum.numerical_rank[i]),
-                "energy": None if energy is None else number(energy[i]),
-                "error": number(outcome.error[i]),
-                "error_bound": number(outcome.error_bound[i]),
-                "personal_error": _personal(outcome, i),
-                "rho": None if spectrum is None else number(spectrum.rho[i]),
-                "sigma_err": None if spectrum is None else number(spectrum.sigma_err[i]),
-                "passes": None if spectrum is None else int(spectrum.passes[i]),
-                "notes": [str(note.name) for note in Note if int(outcome.notes[i]) & note],
-                "singular_values": None if spectrum is None else [s for s in spectrum.S[i].tolist() if s > 0.0],
-            }
-        )
-    return rows
+    columns = {"rank": _ranks(outcome).tolist(), **_columns(outcome, len(modules))}
+    return [
+        {
+            "name": name,
+            "kind": kind,
+            "m": m,
+            "n": n,
+            "ranks": list(ranks[i]),
+            "stacked_rank": sum(ranks[i]),
+            **{key: values[i] for key, values in columns.items()},
+        }
+        for i, name in enumerate(modules)
+    ]
 
 
-def _personal(outcome: Outcome, i: int) -> list[float | None] | None:
-    """What cutting took of each client's own pair, relative to it."""
-    return None if outcome.personal_error is None else [number(error) for error in outcome.personal_error[i]]
+def _columns(outcome: Outcome, count: int) -> dict[str, list[Any]]:
+    """What an outcome says of each of its ``count`` modules, by the name of the report."""
+    spectrum, residual = outcome.spectrum, outcome.residual
+    unknown = [None] * count
+    energy = outcome.energy if spectrum is None else spectrum.energy
+    personal = outcome.personal_error
+    return {
+        "residual_rank": unknown if residual is None else residual.rank.tolist(),
+        "numerical_rank": unknown if spectrum is None else spectrum.numerical_rank.tolist(),
+        "energy": unknown if energy is None else _numbers(energy),
+        "error": _numbers(outcome.error),
+        "error_bound": _numbers(outcome.error_bound),
+        # what cutting took of each client's own pair, relative to it
+        "personal_error": unknown if personal is None else [_numbers(errors) for errors in personal],
+        "rho": unknown if spectrum is None else _numbers(spectrum.rho),
+        "sigma_err": unknown if spectrum is None else _numbers(spectrum.sigma_err),
+        "passes": unknown if spectrum is None else spectrum.passes.tolist(),
+        "notes": [[str(note.name) for note in Note if notes & note] for notes in outcome.notes.tolist()],
+        "singular_values": unknown if spectrum is None else [[s for s in S if s > 0.0] for S in spectrum.S.tolist()],
+    }
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _ranks(outcome: Outcome) -> Tensor:

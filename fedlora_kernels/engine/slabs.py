@@ -1,27 +1,39 @@
-"""How factors stream past: modules cut into slabs, slabs read ahead by one thread, results taken away by another.
+"""How factors stream past: modules cut into slabs, blocks read ahead by one thread, results taken away by another.
 
-Two slabs are alive at any time: the one being computed and the one being read. A slab holds groups of equally shaped
-modules, every client's factors side by side in one host buffer per client, into which the source reads directly.
+A slab is what is written at once: plans of equally shaped modules. Each is read as one block or as several, every client's
+factors side by side, into which the source reads directly. Two blocks are alive at any time, the one being computed and the
+one being read, and a third one while they change; their memory comes from a pool, because fresh memory costs the system
+many times what it takes to read a file that it holds.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
+import mmap
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora_kernels.adapters.model import Adapter
+from fedlora_kernels.adapters.model import Adapter, TensorSource
+from fedlora_kernels.adapters.safetensors import SafetensorsFile
 
-__all__ = ["Block", "Drain", "Loaded", "Plan", "Prefetch", "load_slab", "plan_slabs"]
+__all__ = ["Block", "Drain", "Plan", "Pool", "Prefetch", "load_block", "plan_slabs"]
 
 S = TypeVar("S")
 T = TypeVar("T")
+LINE = 64
+"""Bytes to which stacks are aligned."""
 Shape = tuple[str, int, int, tuple[int, ...], tuple[torch.dtype, ...]]
 
 
@@ -43,6 +55,15 @@ class Plan:
         each = sum(rank * (self.m * b.itemsize + self.n * a.itemsize) for rank, b, a in pairs)
         return each * len(self.modules)
 
+    def parts(self, limit: int) -> list[Plan]:
+        """The same in plans of at most ``limit`` bytes, of equal size but for one module, and of at least one."""
+        count = len(self.modules)
+        parts = min(count, -(-self.nbytes // max(limit, 1))) or 1
+        bounds = [count * i // parts for i in range(parts + 1)]
+        return [
+            dataclasses.replace(self, modules=self.modules[start:stop]) for start, stop in itertools.pairwise(bounds)
+        ]
+
 
 @dataclass(frozen=True)
 class Block:
@@ -51,22 +72,6 @@ class Block:
     plan: Plan
     B: tuple[Tensor, ...]
     A: tuple[Tensor, ...]
-
-
-@dataclass
-class Loaded:
-    """A slab in memory. `take` gives the blocks up one by one, so that each is freed as soon as it has been used."""
-
-    blocks: list[Block] = field(default_factory=list)
-    keep: bool = False
-
-    def take(self) -> Iterator[Block]:
-        """Yield the blocks in order; without ``keep`` the slab is empty afterwards."""
-        if self.keep:
-            yield from self.blocks
-            return
-        while self.blocks:
-            yield self.blocks.pop(0)
 
 
 def plan_slabs(
@@ -118,25 +123,75 @@ def _plans(members: dict[Shape, list[str]]) -> list[Plan]:
     return [Plan(tuple(names), *shape) for shape, names in members.items()]
 
 
-def load_slab(plans: Iterable[Plan], adapters: Sequence[Adapter], *, pin: bool = False) -> Loaded:
-    """Read one slab, each tensor directly into its place in the batch."""
-    return Loaded([_load_block(plan, adapters, pin) for plan in plans])
+class Pool:
+    """Host memory for blocks, used again as soon as no tensor lies in it any more, whoever holds one."""
+
+    def __init__(self) -> None:
+        self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        self._lent: dict[int, weakref.ref[Any]] = {}
+
+    def take(self, size: int) -> Tensor:
+        """A buffer of at least ``size`` bytes, (bytes,) uint8."""
+        try:
+            raw = self._free.get_nowait()
+        except queue.Empty:
+            raw = None
+        if raw is None or len(raw) < size:
+            raw = _fresh(size)
+        array = np.frombuffer(raw, np.uint8)
+        key = id(array)
+
+        def give_back(_: object) -> None:
+            del self._lent[key]
+            self._free.put(raw)
+
+        # every tensor in this memory keeps the array, and with the last one it goes
+        self._lent[key] = weakref.ref(array, give_back)
+        return torch.from_numpy(array)
 
 
-def _load_block(plan: Plan, adapters: Sequence[Adapter], pin: bool) -> Block:
+def _fresh(size: int) -> mmap.mmap:
+    """New memory, in huge pages where the system has them: it is had ten times as fast."""
+    raw = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a system built without them
+            raw.madvise(mmap.MADV_HUGEPAGE)
+    return raw
+
+
+def load_block(plan: Plan, adapters: Sequence[Adapter], pool: Pool | None = None) -> Block:
+    """Read one block, each tensor directly into its place in the batch, in memory of ``pool``; without one, in pinned memory."""
     count = len(plan.modules)
-    Bs, As = [], []
+    shapes = [shape for rank in plan.ranks for shape in ((count, plan.m, rank), (count, rank, plan.n))]
+    stacks = _stacks(shapes, plan.dtypes, pool)
     for k, (adapter, rank) in enumerate(zip(adapters, plan.ranks, strict=True)):
-        B = torch.empty(count, plan.m, rank, dtype=plan.dtypes[2 * k], pin_memory=pin)
-        A = torch.empty(count, rank, plan.n, dtype=plan.dtypes[2 * k + 1], pin_memory=pin)
         if rank:
-            for i, name in enumerate(plan.modules):
-                spec = adapter.modules[name]
-                adapter.source.read(spec.B.key, out=B[i])
-                adapter.source.read(spec.A.key, out=A[i])
-        Bs.append(B)
-        As.append(A)
-    return Block(plan, tuple(Bs), tuple(As))
+            specs = [adapter.modules[name] for name in plan.modules]
+            B, A = [spec.B.key for spec in specs], [spec.A.key for spec in specs]
+            _read(adapter.source, [(B, stacks[2 * k]), (A, stacks[2 * k + 1])])
+    return Block(plan, tuple(stacks[::2]), tuple(stacks[1::2]))
+
+
+def _stacks(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], pool: Pool | None) -> list[Tensor]:
+    """Tensors to be filled, side by side in one buffer of the pool."""
+    if pool is None:
+        return [torch.empty(*shape, dtype=dtype, pin_memory=True) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+    ends = list(itertools.accumulate(-(-size // LINE) * LINE for size in sizes))
+    buffer = pool.take(ends[-1])
+    return [
+        buffer[end - -(-size // LINE) * LINE :][:size].view(dtype).view(*shape)
+        for shape, dtype, size, end in zip(shapes, dtypes, sizes, ends, strict=True)
+    ]
+
+
+def _read(source: TensorSource, stacks: Sequence[tuple[Sequence[str], Tensor]]) -> None:
+    if isinstance(source, SafetensorsFile):
+        source.read_stacks(stacks)
+        return
+    for keys, out in stacks:
+        for key, place in zip(keys, out, strict=True):
+            source.read(key, out=place)
 
 
 def _start(thread: threading.Thread, end: Callable[[], None]) -> None:

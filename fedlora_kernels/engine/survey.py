@@ -91,6 +91,7 @@ def make_survey(walk: Walk, *, gram: bool, own: bool) -> Survey:
             for block in slab:
                 with walk.timed("compute"):
                     _add_block(survey, walk, block, own)
+                del block  # its memory takes the next one
     return survey
 
 

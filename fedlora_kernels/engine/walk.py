@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor
 from fedlora_kernels.engine.carry import Carry
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.settings import Settings
-from fedlora_kernels.engine.slabs import Block, Loaded, Plan, Prefetch, load_slab, plan_slabs
+from fedlora_kernels.engine.slabs import Block, Plan, Pool, Prefetch, load_block, plan_slabs
 from fedlora_kernels.methods.contract import Group, Previous
 
 __all__ = ["Walk"]
+
+PIECE = 32 << 20
+"""Bytes of a block of a method that streams: enough for its fixed costs, and little enough to be summed from the caches."""
 
 
 class Walk:
@@ -28,7 +32,8 @@ class Walk:
         self.dtype = settings.dtype or cohort.widest
         self.seconds = dict.fromkeys(("read", "compute", "write", "total"), 0.0)
         self.carry = Carry(settings.memory // 4)
-        self._cached: list[Loaded] | None = None
+        self._cached: list[list[Block]] | None = None
+        self._pool = Pool()
         state = settings.state
         # the pair of the round before is read beside the clients', as the last of the sources
         pair = state.adapter if state is not None and settings.method.reads_previous == "pair" else None
@@ -43,36 +48,43 @@ class Walk:
 
     @contextmanager
     def slabs(self, stage: str, keep: bool) -> Iterator[Iterator[Iterator[Block]]]:
-        """Slabs as iterators over blocks, read ahead, or from the cache; ``keep`` caches them if all fit at once."""
-        cached = self._cached
-        plans = self._plans() if cached is None else [[block.plan for block in loaded.blocks] for loaded in cached]
-        sizes = [sum(plan.nbytes for plan in slab) for slab in plans]
-        keep = keep and sum(sizes) <= self.settings.memory // 2
-        stored: list[Loaded] = []
-
-        def load(slab: list[Plan]) -> Loaded:
-            with self.timed("read"):
-                loaded = load_slab(slab, self.sources, pin=self.settings.device.type == "cuda")
-            loaded.keep = keep
-            return loaded
-
-        def blocks(slabs: Iterable[Loaded]) -> Iterator[Iterator[Block]]:
-            done = 0
-            self.settings.progress(stage, done, sum(sizes))
-            for loaded, size in zip(slabs, sizes, strict=True):
-                if keep:
-                    stored.append(loaded)
-                yield loaded.take()
-                done += size
-                self.settings.progress(stage, done, sum(sizes))
-
-        if cached is not None:
-            yield blocks(cached)
+        """Slabs as iterators over blocks, to be taken in order, read ahead, or from the cache; ``keep`` caches them if all fit at once."""
+        if self._cached is not None:
+            yield self._counted(stage, self._cached, itertools.chain.from_iterable(self._cached))
             return
-        with Prefetch(plans, load) as slabs:
-            yield blocks(slabs)
+        plans = [[part for plan in slab for part in plan.parts(self._piece())] for slab in self._plans()]
+        every = list(itertools.chain.from_iterable(plans))
+        keep = keep and sum(plan.nbytes for plan in every) <= self.settings.memory // 2
+        stored: list[Block] = []
+
+        def load(plan: Plan) -> Block:
+            with self.timed("read"):
+                block = load_block(plan, self.sources, None if self.settings.device.type == "cuda" else self._pool)
+            if keep:
+                stored.append(block)
+            return block
+
+        with Prefetch(every, load) as blocks:
+            yield self._counted(stage, plans, blocks)
         if keep:
-            self._cached = stored
+            kept = iter(stored)
+            self._cached = [list(itertools.islice(kept, len(slab))) for slab in plans]
+
+    def _counted(
+        self, stage: str, slabs: Sequence[Sequence[Plan | Block]], blocks: Iterator[Block]
+    ) -> Iterator[Iterator[Block]]:
+        """``blocks`` slab by slab, saying how far they are."""
+        sizes = [sum((x.plan if isinstance(x, Block) else x).nbytes for x in slab) for slab in slabs]
+        done = 0
+        self.settings.progress(stage, done, sum(sizes))
+        for slab, size in zip(slabs, sizes, strict=True):
+            yield itertools.islice(blocks, len(slab))
+            done += size
+            self.settings.progress(stage, done, sum(sizes))
+
+    def _piece(self) -> int:
+        """Bytes to read at once: for work that is small beside reading, what stays in the caches until it is done."""
+        return PIECE if self.settings.method.streams and self.settings.device.type == "cpu" else self.settings.memory
 
     def group(self, block: Block) -> Group:
         """The problem that a block is to a method, on the device."""
@@ -135,13 +147,13 @@ class Walk:
         keep += range(len(self.cohort.clients), len(self.sources))
         if self._cached is not None and rows == sorted(rows):
             known = set(cohort.modules)
-            chosen = [[_select(block, keep, known) for block in loaded.blocks] for loaded in self._cached]
-            walk._cached = [Loaded([block for block in blocks if block.plan.modules], keep=True) for blocks in chosen]
+            chosen = [[_select(block, keep, known) for block in slab] for slab in self._cached]
+            walk._cached = [[block for block in slab if block.plan.modules] for slab in chosen]
         return walk
 
     def _over(self, cohort: Cohort) -> Walk:
         walk = Walk(self.settings, cohort)
-        walk.seconds, walk.carry = self.seconds, self.carry
+        walk.seconds, walk.carry, walk._pool = self.seconds, self.carry, self._pool
         return walk
 
     def _plans(self) -> list[list[Plan]]:

@@ -207,7 +207,8 @@ class Method:
     ``reads_previous``, what it takes of the round before ("pair" or "state"), and ``needs_previous``, that it refuses to go on
     without from round 1 on; ``needs_round``; ``uses_weights``; ``takes_rule``; ``takes_client_state``; ``needs_decision``, that `decide` is
     called; ``own_extras``, that tensors which are no factors stay on their client. ``product_only``: factors enter through
-    ``s_k B_k A_k`` alone, so a client of scale 0 need not be read.
+    ``s_k B_k A_k`` alone, so a client of scale 0 need not be read. ``streams``: the work on a module is small beside reading it,
+    so the fewer modules a group has the better they stay in the caches.
     """
 
     name: ClassVar[str] = ""
@@ -224,6 +225,7 @@ class Method:
     takes_rule: ClassVar[bool] = False
     takes_client_state: ClassVar[bool] = False
     product_only: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
     needs_decision: ClassVar[bool] = False
     own_extras: ClassVar[bool] = False
     gives: ClassVar[tuple[str, ...]] = ("common",)

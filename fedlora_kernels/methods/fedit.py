@@ -24,6 +24,7 @@ class FedIT(Method):
     exact: ClassVar[str] = "no, unless all A (or all B) are equal"
     broadcast: ClassVar[str] = "mean pair"
     download: ClassVar[str] = "r(m+n)"
+    streams: ClassVar[bool] = True
     equal_ranks: ClassVar[bool] = True
 
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:

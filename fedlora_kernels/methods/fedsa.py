@@ -30,6 +30,7 @@ class FedSALoRA(Method):
     exact: ClassVar[str] = "not applicable (personal B)"
     broadcast: ClassVar[str] = "mean A"
     download: ClassVar[str] = "r n"
+    streams: ClassVar[bool] = True
     equal_ranks: ClassVar[bool] = True
     own_extras: ClassVar[bool] = True
     gives: ClassVar[tuple[str, ...]] = ("personal",)

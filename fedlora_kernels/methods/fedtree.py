@@ -61,6 +61,7 @@ class FedTree(Method):
     exact: ClassVar[str] = "not applicable (personal pair)"
     broadcast: ClassVar[str] = "cluster pair + external pair"
     download: ClassVar[str] = "2r(m+n)"
+    streams: ClassVar[bool] = True
     equal_ranks: ClassVar[bool] = True
     reads_previous: ClassVar[str | None] = "state"
     needs_previous: ClassVar[bool] = True

@@ -25,6 +25,7 @@ class FFALoRA(Method):
     exact: ClassVar[str] = "yes (A common and frozen)"
     broadcast: ClassVar[str] = "mean B"
     download: ClassVar[str] = "r m"
+    streams: ClassVar[bool] = True
     frozen: ClassVar[str | None] = "A"
 
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:

@@ -26,6 +26,7 @@ class FLoRA(Method):
     exact: ClassVar[str] = "yes"
     broadcast: ClassVar[str] = "the stack"
     download: ClassVar[str] = "R(m+n)"
+    streams: ClassVar[bool] = True
     product_only: ClassVar[bool] = True
 
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:

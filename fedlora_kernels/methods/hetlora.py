@@ -28,6 +28,7 @@ class HetLoRA(Method):
     exact: ClassVar[str] = "no"
     broadcast: ClassVar[str] = "prefix of the weighted padded mean"
     download: ClassVar[str] = "r_k(m+n)"
+    streams: ClassVar[bool] = True
     uses_weights: ClassVar[bool] = False
     needs_decision: ClassVar[bool] = True
 

@@ -39,6 +39,7 @@ class PreLort(Method):
     exact: ClassVar[str] = "no"
     broadcast: ClassVar[str] = "prefix of the segment means"
     download: ClassVar[str] = "r_k(m+n)"
+    streams: ClassVar[bool] = True
     reads_previous: ClassVar[str | None] = "pair"
 
     levels: tuple[int, ...] | None = None

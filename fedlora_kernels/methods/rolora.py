@@ -26,6 +26,7 @@ class RoLoRA(Method):
     exact: ClassVar[str] = "yes in each round"
     broadcast: ClassVar[str] = "mean of the trained factor"
     download: ClassVar[str] = "r m or r n"
+    streams: ClassVar[bool] = True
     equal_ranks: ClassVar[bool] = True
     frozen: ClassVar[str | None] = "alternating"
     needs_round: ClassVar[bool] = True

@@ -24,6 +24,7 @@ class ZeroPad(Method):
     exact: ClassVar[str] = "no"
     broadcast: ClassVar[str] = "padded mean pair"
     download: ClassVar[str] = "r_max(m+n)"
+    streams: ClassVar[bool] = True
 
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group."""

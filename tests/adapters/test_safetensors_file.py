@@ -55,6 +55,30 @@ def test_reads_into_a_given_tensor_and_only_one_that_fits(tmp_path):
                 file.read("a", bad)
 
 
+@pytest.mark.parametrize(("chunk", "most"), [(1 << 30, 1024), (1 << 30, 2), (50, 1024)])
+def test_stacks_are_read_whatever_their_order_in_the_file(tmp_path, monkeypatch, chunk, most):
+    monkeypatch.setattr("fedlora_kernels.adapters.safetensors.CHUNK", chunk)
+    monkeypatch.setattr("fedlora_kernels.adapters.safetensors.MOST_BUFFERS", most)
+    tensors = {f"{letter}{i}": torch.randn(3, 5 if letter == "a" else 2) for i in range(4) for letter in "abc"}
+    with SafetensorsFile(written(tmp_path, save(tensors))) as file:
+        first, second = ["a2", "a0", "a3", "a1"], ["c1", "b0"]
+        a, b = torch.full((4, 3, 5), float("nan")), torch.full((2, 3, 2), float("nan"))
+        file.read_stacks([(first, a), (second, b), ([], torch.empty(0, 7))])
+        assert torch.equal(a, torch.stack([tensors[key] for key in first]))
+        assert torch.equal(b, torch.stack([tensors[key] for key in second]))
+        for keys, out in (["a0", "b0"], a[:2]), (["a0"], a), (["a0"], a[:1].double()), (["a0", "a1"], a[::2]):
+            with pytest.raises(ValueError, match="out must"):
+                file.read_stacks([(keys, out)])
+
+
+def test_stacks_of_a_file_truncated_after_opening_name_file_and_tensor(tmp_path):
+    path = written(tmp_path, save({"a": torch.ones(2, 3), "b": torch.ones(2, 3)}))
+    with SafetensorsFile(path) as file:
+        os.truncate(path, path.stat().st_size - 7)
+        with pytest.raises(FormatError, match=r"adapter_model\.safetensors: tensor 'b' ends after 17 of 24 bytes"):
+            file.read_stacks([(["a", "b"], torch.empty(2, 2, 3))])
+
+
 def test_large_reads_come_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr("fedlora_kernels.adapters.safetensors.CHUNK", 17)
     tensor = torch.randn(31, 5)

@@ -2,13 +2,14 @@
 
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 import torch
 from adapter_problems import SHAPES, client
 
 from fedlora_kernels.adapters.reader import open_adapter
-from fedlora_kernels.engine.slabs import Drain, Prefetch, load_slab, plan_slabs
+from fedlora_kernels.engine.slabs import Drain, Plan, Pool, Prefetch, load_block, plan_slabs
 
 EVERYTHING = {"limit": 1 << 30, "itemsize": 4}
 
@@ -48,24 +49,64 @@ def test_a_client_that_is_not_read_has_rank_zero():
 
 
 def test_blocks_hold_every_factor_in_its_place(poisoned_empty):
-    opened = adapters()
+    opened, pool = adapters(), Pool()
     (slab,) = plan_slabs(opened, list(SHAPES), always, **EVERYTHING)
-    for block in load_slab(slab, opened).take():
-        for i, name in enumerate(block.plan.modules):
-            for k, adapter in enumerate(opened):
-                assert torch.equal(block.B[k][i], adapter[name].B)
-                assert torch.equal(block.A[k][i], adapter[name].A)
+    for used in (False, True):
+        if used:
+            pool.take(1 << 16).fill_(255)
+        for plan in slab:
+            block = load_block(plan, opened, pool)
+            for i, name in enumerate(plan.modules):
+                for k, adapter in enumerate(opened):
+                    assert torch.equal(block.B[k][i], adapter[name].B)
+                    assert torch.equal(block.A[k][i], adapter[name].A)
 
 
-def test_taking_gives_the_blocks_up_unless_they_are_kept():
-    opened = adapters()
+def test_stacks_are_aligned_and_apart():
+    opened = adapters((1, 3, 1))
     (slab,) = plan_slabs(opened, list(SHAPES), always, **EVERYTHING)
-    loaded = load_slab(slab, opened)
-    assert len(list(loaded.take())) == 2
-    assert loaded.blocks == []
-    kept = load_slab(slab, opened)
-    kept.keep = True
-    assert len(list(kept.take())) == len(list(kept.take())) == 2
+    block = load_block(slab[0], opened, Pool())
+    stacks = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in (*block.B, *block.A))
+    assert all(begin % 64 == 0 for begin, _ in stacks)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(stacks))
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(0, [1] * 7), (30, [2, 2, 3]), (40, [3, 4]), (69, [3, 4]), (70, [7])])
+def test_parts_of_a_plan_are_of_equal_size_and_within_the_limit(limit, sizes):
+    plan = Plan(
+        tuple("abcdefg"), "linear", 2, 3, (2, 0), (torch.bfloat16, torch.bfloat16, torch.float64, torch.float64)
+    )
+    assert plan.nbytes == 7 * 20
+    parts = plan.parts(2 * limit)
+    assert [len(part.modules) for part in parts] == sizes
+    assert "".join(name for part in parts for name in part.modules) == "abcdefg"
+    assert all(part.ranks == plan.ranks for part in parts)
+
+
+def test_memory_is_used_again_only_when_no_tensor_lies_in_it():
+    pool = Pool()
+    first = pool.take(1000)
+    place, view = first.data_ptr(), first[500:504].view(torch.float32)
+    view.fill_(7.0)
+    del first
+    assert pool.take(1000).data_ptr() != place, "a view still holds it"
+    array = view.numpy()
+    del view
+    other = pool.take(1000)
+    other.fill_(0)
+    assert array[0] == 7.0
+    del array
+    one = pool.take(1000)
+    two = pool.take(1000)
+    assert place in (one.data_ptr(), two.data_ptr())
+
+
+def test_memory_that_is_too_small_gives_way():
+    pool = Pool()
+    pool.take(10)
+    large = pool.take(1 << 20)
+    large.fill_(1)
+    assert len(large) >= 1 << 20
 
 
 def test_prefetch_keeps_order_and_stays_one_ahead():
