@@ -1,4 +1,6 @@
 // fedlora_cholesky: pivoted Cholesky factors of Gram matrices (docs/numerics.md, Pivoted Cholesky), a matrix to a thread.
+#include "cholesky.h"
+
 #include <omp.h>
 
 #include "fedlora.h"
@@ -13,16 +15,11 @@ typedef double Vec __attribute__((vector_size(64)));
 
 int64_t vectors_of(int64_t R) { return (R + kLanes - 1) / kLanes; }
 
-// Columns are an odd number of cache lines apart, so that their equal rows do not meet in one set of the cache.
 int64_t stride_of(int64_t R) { return vectors_of(R) | 1; }
-
-int64_t scratch_bytes(int64_t R) { return (stride_of(R) * (R + 2)) * (int64_t)sizeof(Vec); }
 
 struct Problem {
     const double *G;
-    int64_t G_row, G_col;
-    double *L;
-    int64_t L_row, L_col, R;
+    int64_t row, col, R;
     double width;
 };
 
@@ -48,12 +45,12 @@ inline __attribute__((always_inline)) void eliminate(Vec *column, const Vec *L, 
 
 // Column after column, each from the row of G that has the largest diagonal left, the first of equal ones. Every comparison
 // is written so that NaN ends the elimination.
-inline __attribute__((always_inline)) void factor(const Problem &p, Vec *scratch) {
+inline __attribute__((always_inline)) int64_t factor(const Problem &p, Vec *scratch) {
     const int64_t R = p.R, stride = stride_of(R), vectors = vectors_of(R);
     double *diag = (double *)(scratch + R * stride), *live = diag + stride * kLanes;
     double largest = 0, probe = 0;
     for (int64_t i = 0; i < R; ++i) {
-        diag[i] = p.G[i * (p.G_row + p.G_col)];
+        diag[i] = p.G[i * (p.row + p.col)];
         live[i] = 1;
         probe += diag[i] - diag[i];
         largest = diag[i] > largest ? diag[i] : largest;
@@ -70,7 +67,7 @@ inline __attribute__((always_inline)) void factor(const Problem &p, Vec *scratch
         if (!(sound && diag[pivot] > stop)) break;
         Vec *column = scratch + rank * stride;
         double *element = (double *)column;
-        for (int64_t i = 0; i < R; ++i) element[i] = p.G[pivot * p.G_row + i * p.G_col];
+        for (int64_t i = 0; i < R; ++i) element[i] = p.G[pivot * p.row + i * p.col];
         for (int64_t i = R; i < vectors * kLanes; ++i) element[i] = 0;
         int64_t at = 0;
         for (; at + kHigh <= vectors; at += kHigh) eliminate<kHigh>(column, scratch, stride, at, rank, pivot);
@@ -83,23 +80,18 @@ inline __attribute__((always_inline)) void factor(const Problem &p, Vec *scratch
         element[pivot] = root;
         diag[pivot] = live[pivot] = 0;
     }
-    constexpr int64_t tile = 8;
-    for (int64_t i = 0; i < R; i += tile)
-        for (int64_t k = 0; k < R; k += tile)
-            for (int64_t kk = k; kk < k + tile && kk < R; ++kk)
-                for (int64_t ii = i; ii < i + tile && ii < R; ++ii)
-                    p.L[ii * p.L_row + kk * p.L_col] = kk < rank ? ((const double *)(scratch + kk * stride))[ii] : 0;
+    return rank;
 }
 
-using Factor = void (*)(const Problem &, Vec *);
+using Factor = int64_t (*)(const Problem &, Vec *);
 
-void factor_base(const Problem &p, Vec *scratch) { factor(p, scratch); }
+int64_t factor_base(const Problem &p, Vec *scratch) { return factor(p, scratch); }
 
 #ifdef __x86_64__
-__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void factor_v4(const Problem &p, Vec *scratch) {
-    factor(p, scratch);
+__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) int64_t factor_v4(const Problem &p, Vec *scratch) {
+    return factor(p, scratch);
 }
-__attribute__((target("arch=x86-64-v3"))) void factor_v3(const Problem &p, Vec *scratch) { factor(p, scratch); }
+__attribute__((target("arch=x86-64-v3"))) int64_t factor_v3(const Problem &p, Vec *scratch) { return factor(p, scratch); }
 #endif
 
 Factor variant() {
@@ -121,7 +113,10 @@ int check(const fedlora_block &G, const fedlora_block &width, const fedlora_bloc
 
 int64_t scratch_per_thread(const fedlora_block *G, int64_t groups) {
     int64_t most = 0;
-    for (int64_t g = 0; g < groups; ++g) most = scratch_bytes(G[g].rows) > most ? scratch_bytes(G[g].rows) : most;
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t bytes = fedlora::factor_size(G[g].rows) * 8;
+        most = bytes > most ? bytes : most;
+    }
     return most;
 }
 
@@ -131,16 +126,40 @@ int64_t matrices_of(const fedlora_block *G, int64_t groups) {
     return matrices;
 }
 
-void factor_group(const fedlora_block &G, const fedlora_block &width, const fedlora_block &L, Vec *scratch) {
-    const Factor chosen = variant();
+// The factor to the caller's array, in tiles, with zeros from the rank on.
+void store(const double *columns, int64_t rank, const fedlora_block &L, int64_t index) {
+    constexpr int64_t tile = 8;
+    const int64_t R = L.rows, stride = fedlora::factor_stride(R);
+    double *const out = first_of<double>(L, index);
+    for (int64_t i = 0; i < R; i += tile)
+        for (int64_t k = 0; k < R; k += tile)
+            for (int64_t kk = k; kk < k + tile && kk < R; ++kk)
+                for (int64_t ii = i; ii < i + tile && ii < R; ++ii)
+                    out[ii * L.row_stride + kk * L.col_stride] = kk < rank ? columns[kk * stride + ii] : 0;
+}
+
+void factor_group(const fedlora_block &G, const fedlora_block &width, const fedlora_block &L, double *scratch) {
 #pragma omp for schedule(dynamic) nowait
-    for (int64_t i = 0; i < G.batch; ++i)
-        chosen({first_of<const double>(G, i), G.row_stride, G.col_stride, first_of<double>(L, i), L.row_stride, L.col_stride,
-                G.rows, *first_of<const double>(width, i)},
-               scratch);
+    for (int64_t i = 0; i < G.batch; ++i) {
+        const double *matrix = first_of<const double>(G, i), columns = *first_of<const double>(width, i);
+        store(scratch, fedlora::pivoted_cholesky(matrix, G.row_stride, G.col_stride, G.rows, columns, scratch), L, i);
+    }
 }
 
 }  // namespace
+
+namespace fedlora {
+
+int64_t factor_stride(int64_t R) { return stride_of(R) * kLanes; }
+
+int64_t factor_size(int64_t R) { return factor_stride(R) * (R + 2); }
+
+int64_t pivoted_cholesky(const double *G, int64_t row, int64_t col, int64_t R, double width, double *L) {
+    static const Factor chosen = variant();
+    return chosen({G, row, col, R, width}, (Vec *)L);
+}
+
+}  // namespace fedlora
 
 extern "C" {
 
@@ -164,7 +183,7 @@ int fedlora_cholesky(const fedlora_block *G, const fedlora_block *width, const f
 
 #pragma omp parallel num_threads((int)(matrices < threads ? matrices : threads))
     {
-        Vec *scratch = (Vec *)(address + slice * omp_get_thread_num());
+        double *scratch = (double *)(address + slice * omp_get_thread_num());
         for (int64_t g = 0; g < groups; ++g) factor_group(G[g], width[g], L[g], scratch);
     }
     return FEDLORA_OK;

@@ -28,10 +28,6 @@ const Variants &variants() {
     return chosen;
 }
 
-const SvdVariant &variant(const fedlora_block &C) {
-    return C.rows <= fedlora::kSmallSvdMax && C.cols <= fedlora::kSmallSvdMax ? variants().small : variants().large;
-}
-
 bool is_empty(const fedlora_block &C) { return C.batch == 0 || C.rows == 0 || C.cols == 0; }
 
 int check_input(const fedlora_block &C) {
@@ -62,14 +58,14 @@ int64_t scratch_per_thread(const fedlora_block *C, int64_t groups) {
     int64_t most = 0;
     for (int64_t g = 0; g < groups; ++g) {
         if (is_empty(C[g])) continue;
-        const int64_t bytes = variant(C[g]).scratch_bytes(C[g]);
+        const int64_t bytes = fedlora::svd_variant(C[g]).scratch_bytes(C[g]);
         most = bytes > most ? bytes : most;
     }
     return (most + kAlignment - 1) / kAlignment * kAlignment;
 }
 
 int64_t tasks_of(const fedlora_block &C) {
-    const int64_t step = variant(C).matrices_per_task(C);
+    const int64_t step = fedlora::svd_variant(C).matrices_per_task(C);
     return is_empty(C) ? 0 : (C.batch + step - 1) / step;
 }
 
@@ -82,13 +78,17 @@ int useful_threads(const fedlora_block *C, int64_t groups, int64_t threads) {
 
 // All tasks of one group, shared by the threads of the enclosing region; nobody waits at the end.
 void run_group(const SvdGroup &group, int max_sweeps, char *scratch) {
-    const int64_t step = variant(group.C).matrices_per_task(group.C);
+    const int64_t step = fedlora::svd_variant(group.C).matrices_per_task(group.C);
     const int64_t tasks = tasks_of(group.C);
 #pragma omp for schedule(dynamic) nowait
-    for (int64_t t = 0; t < tasks; ++t) variant(group.C).run(group, t * step, max_sweeps, scratch);
+    for (int64_t t = 0; t < tasks; ++t) fedlora::svd_variant(group.C).run(group, t * step, max_sweeps, scratch);
 }
 
 }  // namespace
+
+const SvdVariant &fedlora::svd_variant(const fedlora_block &C) {
+    return C.rows <= kSmallSvdMax && C.cols <= kSmallSvdMax ? variants().small : variants().large;
+}
 
 extern "C" {
 

@@ -23,6 +23,9 @@ struct SvdVariant {
     void (*run)(const SvdGroup &group, int64_t first, int max_sweeps, void *scratch);
 };
 
+// The one for matrices of this shape on this machine; p and q at most FEDLORA_CORE_SVD_MAX.
+const SvdVariant &svd_variant(const fedlora_block &C);
+
 #ifdef __x86_64__
 const SvdVariant &small_svd_v4();
 const SvdVariant &small_svd_v3();

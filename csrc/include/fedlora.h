@@ -47,7 +47,7 @@ enum {
 
 /* Per matrix: info is trouble, notes are facts (docs/numerics.md, special inputs). */
 enum { FEDLORA_INFO_NONFINITE = 1, FEDLORA_INFO_NOT_CONVERGED = 2, FEDLORA_INFO_OVERFLOW = 4 };
-enum { FEDLORA_NOTE_ZERO = 1 };
+enum { FEDLORA_NOTE_ZERO = 1, FEDLORA_NOTE_RANK_DEFICIENT = 2, FEDLORA_NOTE_CAPPED = 16 };
 
 /* Largest dimension that fedlora_core_svd serves on the CPU. */
 enum { FEDLORA_CORE_SVD_MAX = 512 };
@@ -165,6 +165,53 @@ FEDLORA_API int fedlora_cholesky_workspace(const fedlora_block *G, int64_t group
  */
 FEDLORA_API int fedlora_cholesky(const fedlora_block *G, const fedlora_block *width, const fedlora_block *L, int64_t groups,
                                  void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
+
+/* Rank rules, and what the left and the right factor of a product carry: 1 and 1, S and 1, or the root of S each. */
+enum {
+    FEDLORA_RULE_ENERGY = 0,
+    FEDLORA_RULE_RANK = 1,
+    FEDLORA_RULE_SV_RATIO = 2,
+    FEDLORA_RULE_ABSOLUTE = 3,
+    FEDLORA_RULE_SV_SUM = 4
+};
+enum { FEDLORA_OUTPUT_USV = 0, FEDLORA_OUTPUT_LEFT = 1, FEDLORA_OUTPUT_BALANCED = 2 };
+
+/* Rows of `values` and `codes` of fedlora_product_svd. */
+enum { FEDLORA_PRODUCT_VALUES = 9, FEDLORA_PRODUCT_CODES = 6 };
+
+/* Largest number of stacked columns that fedlora_product_svd serves. */
+enum { FEDLORA_PRODUCT_SVD_MAX = FEDLORA_CORE_SVD_MAX };
+
+/* Bytes of scratch that fedlora_product_svd needs for these groups with so many threads. */
+FEDLORA_API int fedlora_product_svd_workspace(const fedlora_block *B, const fedlora_block *A, const int64_t *counts,
+                                              const fedlora_block *left, const fedlora_block *right, int64_t groups,
+                                              int64_t threads, int64_t *bytes);
+
+/* Truncated SVD of sum_k w_k B_k A_k for every matrix of every group, in one pass over Grams (docs/numerics.md, One pass).
+ *
+ *   B, A      blocks of all groups one after the other, counts[g] of group g: m x r_k and r_k x n, any float dtype, read only
+ *   weights   one descriptor per group, batch x counts[g] float64 (batch 1), finite and not zero
+ *   left      m x p_max, any float dtype                  right  p_max x n, as left
+ *   S         1 x p_max float64
+ *   values    FEDLORA_PRODUCT_VALUES x 1 float64: energy, error, error_bound, rho, sigma_err, energy_abs; then energy_abs, norm and
+ *             floor in the scale of the pass, where sums of squares are 2^-2e of the true ones
+ *   codes     FEDLORA_PRODUCT_CODES x 1 int32: rank, numerical_rank, passes, info, notes, doubtful
+ *   balance   1 x R float64, R the sum of all r_k: what the columns of B were multiplied with and the rows of A divided by
+ *
+ * R is from 1 to FEDLORA_PRODUCT_SVD_MAX, m, n and p_max are at least 1. The caller clears left and right: columns of left and rows
+ * of right from the rank on are not written. A doubtful matrix needs a second pass; its left and right are not written, and the
+ * rest is what one pass knows. A matrix with NaN or Inf answers NaN everywhere.
+ *
+ *   rule, value, cap   FEDLORA_RULE_* with its number; cap 0 for none
+ *   output             FEDLORA_OUTPUT_*
+ *   seconds            null, or four float64: what the threads spent on Grams, cores, left and right factors is added there
+ */
+FEDLORA_API int fedlora_product_svd(const fedlora_block *B, const fedlora_block *A, const int64_t *counts,
+                                    const fedlora_block *weights, const fedlora_block *left, const fedlora_block *S,
+                                    const fedlora_block *right, const fedlora_block *values, const fedlora_block *codes,
+                                    const fedlora_block *balance, int64_t groups, int64_t rule, double value, int64_t cap,
+                                    int64_t output, double *seconds, void *workspace, int64_t workspace_bytes, int64_t threads,
+                                    void *stream);
 
 #ifdef __cplusplus
 }

@@ -38,12 +38,13 @@ _SIDES: Mapping[str, tuple[str, ...]] = {
 class CpuBackend:
     """SIMD kernels, one small matrix per vector lane; results do not depend on batch, slot or threads, bit for bit.
 
-    Procrustes, `product_svd` and `update_gram` are the torch backend's with kernels of the library for the steps that have one:
-    no promise of bits there.
+    Where `product_svd` needs a second pass or the dense route, that is LAPACK's, whose bits may depend on the number of threads.
+    Procrustes and `update_gram` are the torch backend's with kernels of the library for the steps that have one: no promise of
+    bits there.
     """
 
     name = "cpu"
-    bitwise = frozenset({"core_svd", "mixed_sum", "weighted_sum"})
+    bitwise = frozenset({"core_svd", "mixed_sum", "product_svd", "weighted_sum"})
 
     def __init__(self, library: Path = LIBRARY, headers: Sequence[Path] = HEADERS) -> None:
         self.library = Library(library, headers)

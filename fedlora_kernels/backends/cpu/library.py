@@ -146,7 +146,7 @@ def _open(path: Path, headers: Sequence[Path]) -> ctypes.CDLL:
     return library
 
 
-_TABLE, _COUNT, _ADDRESS = ctypes.POINTER(Block), ctypes.c_int64, ctypes.c_void_p
+_TABLE, _COUNT, _NUMBER, _ADDRESS = ctypes.POINTER(Block), ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _COUNTS = ctypes.POINTER(_COUNT)
 _SCRATCH = [_ADDRESS, _COUNT]
 _END = [_COUNT, _ADDRESS]  # threads, stream
@@ -165,4 +165,18 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fedlora_cross_products": [_TABLE, _COUNTS, *[_TABLE] * 3, _COUNT, *_SCRATCH, *_END],
     "fedlora_cholesky_workspace": [_TABLE, _COUNT, _COUNT, _COUNTS],
     "fedlora_cholesky": [*[_TABLE] * 3, _COUNT, *_SCRATCH, *_END],
+    "fedlora_product_svd_workspace": [*[_TABLE] * 2, _COUNTS, *[_TABLE] * 2, _COUNT, _COUNT, _COUNTS],
+    "fedlora_product_svd": [
+        *[_TABLE] * 2,
+        _COUNTS,
+        *[_TABLE] * 7,
+        _COUNT,
+        _COUNT,
+        _NUMBER,
+        _COUNT,
+        _COUNT,
+        _ADDRESS,
+        *_SCRATCH,
+        *_END,
+    ],
 }

@@ -1,38 +1,152 @@
-"""Truncated SVDs of stacked products: the torch backend's pipeline with kernels of the native library for its steps."""
+"""Truncated SVDs of stacked products: one pass in one call of the native library, the rest by way of the torch backend."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import Factors, Mixed, RawProduct, RuleSpec
 from fedlora_kernels.backends.cpu.gram import gram
-from fedlora_kernels.backends.cpu.library import Library, rows, table
+from fedlora_kernels.backends.cpu.library import Library, counts, rows, table
 from fedlora_kernels.backends.cpu.sums import mix
-from fedlora_kernels.backends.cpu.svd import svd
+from fedlora_kernels.backends.cpu.svd import LARGEST, svd
 from fedlora_kernels.backends.cpu.threads import thread_count
 from fedlora_kernels.backends.torch import backtransform, product
+from fedlora_kernels.backends.torch.certificate import Spectrum
 
-__all__ = ["cholesky", "product_svd", "write_left", "write_right"]
+__all__ = ["STAGES", "cholesky", "product_svd", "write_left", "write_right"]
+
+STAGES = ("grams", "cores", "left factors", "right factors")
+"""What a call spends its time on: Cholesky, core SVD and rank are the cores, signs belong to the left factors."""
 
 _OP = "product_svd"
+_OUTPUT = {"usv": 0, "left": 1, "balanced": 2}
+_VALUES = ("energy", "error", "error_bound", "rho", "sigma_err", "energy_abs")
+_FIRST = ("energy_abs", "norm", "floor")
+_CODES = ("rank", "numerical_rank", "passes", "info", "notes")
 
 
 def product_svd(
-    library: Library, groups: Sequence[Factors], rule: RuleSpec, output: str, dtype: torch.dtype
+    library: Library,
+    groups: Sequence[Factors],
+    rule: RuleSpec,
+    output: str,
+    dtype: torch.dtype,
+    *,
+    seconds: Tensor | None = None,
 ) -> list[RawProduct]:
-    """Truncated SVD of each ``sum_k w_k B_k A_k``, never formed; see `Backend.product_svd`."""
+    """Truncated SVD of each ``sum_k w_k B_k A_k``, never formed; see `Backend.product_svd`.
+
+    ``seconds``, as many float64 as there are `STAGES`, takes up what the threads spend on each stage of the library's call.
+
+    Stacks of up to 512 columns go through the library's one pass, all groups in one call: no bit of theirs depends on the batch,
+    the slot or the number of threads. What needs a second pass or the dense route, and wider stacks, are the torch backend's,
+    one matrix at a time: they do not depend on the batch, but LAPACK may round otherwise with another number of threads.
+    """
+    library.functions(_OP)
+    native = [i for i, group in enumerate(groups) if _one_pass(group)]
+    found = dict(zip(native, _native(library, [groups[i] for i in native], rule, output, dtype, seconds), strict=True))
     kernels = product.Kernels(
         gram=partial(gram, library),
         cholesky=partial(cholesky, library),
         svd=partial(svd, library),
         write_left=partial(write_left, library),
         write_right=partial(write_right, library),
+        alone=True,
     )
-    return product.product_svd(groups, rule, output, dtype, kernels=kernels)
+    others = [group for i, group in enumerate(groups) if i not in found]
+    rest = iter(product.product_svd(others, rule, output, dtype, kernels=kernels))
+    return [found[i] if i in found else next(rest) for i in range(len(groups))]
+
+
+def _one_pass(group: Factors) -> bool:
+    R = group.width
+    return 0 < R <= LARGEST and 2 * min(group.m, group.n) > R and group.batch > 0 and group.p_max > 0
+
+
+def _native(
+    library: Library,
+    groups: Sequence[Factors],
+    rule: RuleSpec,
+    output: str,
+    dtype: torch.dtype,
+    seconds: Tensor | None,
+) -> list[RawProduct]:
+    """One pass over all groups in one call, and a second one where it is needed."""
+    if not groups:
+        return []
+    lefts = [_zeros((group.batch, group.m, group.p_max), dtype) for group in groups]
+    rights = [_zeros((group.batch, group.p_max, group.n), dtype) for group in groups]
+    S = [torch.empty(group.batch, group.p_max, dtype=torch.float64) for group in groups]
+    values = [torch.empty(len(_VALUES) + len(_FIRST), group.batch, dtype=torch.float64) for group in groups]
+    codes = [torch.empty(len(_CODES) + 1, group.batch, dtype=torch.int32) for group in groups]
+    balance = [torch.empty(group.batch, group.width, dtype=torch.float64) for group in groups]
+    factors = [
+        table([block for group in groups for block in group.B]),
+        table([block for group in groups for block in group.A]),
+        counts([len(group.B) for group in groups]),
+    ]
+    left, right, threads = table(lefts), table(rights), thread_count()
+    memory, *scratch = library.workspace(
+        _OP, "fedlora_product_svd_workspace", *factors, left, right, len(groups), threads
+    )
+    library.call(
+        _OP,
+        "fedlora_product_svd",
+        *factors,
+        table([group.weights[None] for group in groups]),
+        left,
+        table([rows(x) for x in S]),
+        right,
+        table([x.mT[..., None] for x in values]),
+        table([x.mT[..., None] for x in codes]),
+        table([rows(x) for x in balance]),
+        len(groups),
+        int(rule.code),
+        rule.value,
+        rule.cap,
+        _OUTPUT[output],
+        None if seconds is None else seconds.data_ptr(),
+        *scratch,
+        threads,
+        None,
+    )
+    del memory
+    raws = []
+    for g, group in enumerate(groups):
+        facts = dict(zip(_VALUES, values[g], strict=False)) | dict(zip(_CODES, codes[g], strict=False))
+        facts |= {name: facts[name].long() for name in ("rank", "numerical_rank")}
+        raw = RawProduct(left=lefts[g], S=S[g], right=rights[g], **facts)
+        for i in codes[g][-1].nonzero().flatten().tolist():
+            first = dict(zip(_FIRST, values[g][len(_VALUES) :, i : i + 1], strict=True))
+            _again(group, i, balance[g], first, rule, output, raw)
+        raws.append(raw)
+    return raws
+
+
+def _again(
+    group: Factors, i: int, balance: Tensor, first: dict[str, Tensor], rule: RuleSpec, output: str, raw: RawProduct
+) -> None:
+    """Matrix i by a second pass; ``first`` is what the first one leaves of its spectrum."""
+    one = slice(i, i + 1)
+    problem = product.load_problem(group, one)
+    spectrum = Spectrum(S=raw.S[one], energy=raw.energy[one], e=problem.e, passes=1, width=group.width, **first)
+    product.second_pass(
+        problem, balance[one], spectrum, rule, product.POWERS[output], RawProduct(*(field[one] for field in raw))
+    )
+
+
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """Zeros of which only those pages cost time that are touched later: most rules keep far fewer columns than there is room for."""
+    line = 64
+    memory = np.zeros(math.prod(shape) * dtype.itemsize + line, dtype=np.uint8)
+    start = -memory.ctypes.data % line
+    return torch.from_numpy(memory[start : memory.size - line + start]).view(dtype).view(shape)
 
 
 def cholesky(library: Library, G: Tensor, width: Tensor) -> Tensor:

@@ -25,25 +25,29 @@ from fedlora_kernels.backends.torch.gram import gram
 from fedlora_kernels.backends.torch.householder import Decomposition, Problem, dense, orthogonalised, row_bound
 from fedlora_kernels.backends.torch.svd import column_signs, svd
 
-__all__ = ["Kernels", "product_svd"]
+__all__ = ["POWERS", "Kernels", "load_problem", "product_svd", "second_pass"]
 
 Powers = tuple[float, float]
 
 _FAR_APART = 200
 """Exponents between weights whose squares, times squares of float32, might leave the range of float64."""
 
-_POWERS: dict[str, Powers] = {"usv": (0.0, 0.0), "left": (1.0, 0.0), "balanced": (0.5, 0.5)}
+POWERS: dict[str, Powers] = {"usv": (0.0, 0.0), "left": (1.0, 0.0), "balanced": (0.5, 0.5)}
 """Powers of the singular values that the left and right factor carry."""
 
 
 class Kernels(NamedTuple):
-    """The steps of one pass that a backend may do its own way; each keeps the contract of the function that it stands for."""
+    """The steps of one pass that a backend may do its own way; each keeps the contract of the function that it stands for.
+
+    ``alone``: one matrix at a time, so that library routines cannot know the batch.
+    """
 
     gram: Callable[[Sequence[Tensor], Tensor | None], Tensor] = gram
     cholesky: Callable[[Tensor, Tensor], Tensor] = pivoted_cholesky
     svd: Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]] = svd
     write_left: Callable[[Sequence[Tensor], Tensor | None, Tensor, Tensor], Tensor] = write_left
     write_right: Callable[[Sequence[Tensor], Tensor | None, Tensor, Tensor], None] = write_right
+    alone: bool = False
 
 
 _TORCH = Kernels()
@@ -64,12 +68,13 @@ def _product_svd(group: Factors, rule: RuleSpec, output: str, dtype: torch.dtype
         raw.notes.fill_(Note.ZERO)
         return raw
     is_dense = 2 * min(m, n) <= R
-    for part in slices(group.batch, 1 if is_dense else 8 * 8 * R * R, WORKSPACE):
-        stack, here = _load_weights(group, part, device), _rows(raw, part)
+    bytes_each = WORKSPACE if kernels.alone else 1 if is_dense else 8 * 8 * R * R
+    for part in slices(group.batch, bytes_each, WORKSPACE):
+        stack, here = load_problem(group, part), _rows(raw, part)
         if is_dense:
-            _dense_route(stack, rule, _POWERS[output], here)
+            _dense_route(stack, rule, POWERS[output], here)
         else:
-            _gram_route(stack, rule, _POWERS[output], here, kernels)
+            _gram_route(stack, rule, POWERS[output], here, kernels)
     return raw
 
 
@@ -97,9 +102,10 @@ def _zeros(group: Factors, dtype: torch.dtype, device: torch.device) -> RawProdu
     )
 
 
-def _load_weights(group: Factors, part: slice, device: torch.device) -> Problem:
+def load_problem(group: Factors, part: slice) -> Problem:
     """The problems of one slice; e is the even exponent that brings the heaviest column of the update into range."""
     B, A = [block[part] for block in group.B], [block[part].mT for block in group.A]
+    device = B[0].device
     weights = group.weights[part].to(device)
     ranks = torch.tensor([block.shape[-1] for block in B], device=device)
     om = weights.repeat_interleave(ranks, -1, output_size=group.width)
@@ -151,11 +157,14 @@ def _gram_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct,
         kernels.write_right(stack.A, stack.e_right, K_A * signs[:, None, :], raw.right)
     _store(core.spectrum, certificate, core.info, powers, width, raw)
     for i in again:
-        here = _rows(raw, slice(i, i + 1))
-        found = orthogonalised(_only(stack, i), core.d[i : i + 1], core.spectrum.row(i))
-        _write(found, rule, powers, here)
-        here.notes.bitwise_or_(Note.TWO_PASS)
+        second_pass(_only(stack, i), core.d[i : i + 1], core.spectrum.row(i), rule, powers, _rows(raw, slice(i, i + 1)))
     _mark_nonfinite(raw, core.bad)
+
+
+def second_pass(problem: Problem, d: Tensor, first: Spectrum, rule: RuleSpec, powers: Powers, raw: RawProduct) -> None:
+    """Do one problem again by Householder QR of its factors, balanced by d (1, R); ``first`` is what one pass knows of it."""
+    _write(orthogonalised(problem, d, first), rule, powers, raw)
+    raw.notes.bitwise_or_(Note.TWO_PASS)
 
 
 def _core(stack: Problem, q: int, kernels: Kernels) -> _Core:

@@ -1,0 +1,121 @@
+// Rank and certified errors of a spectrum (docs/numerics.md, Floor and certificate, Rank rules).
+#include "spectrum.h"
+
+#include <cmath>
+
+#include "fedlora.h"
+
+namespace {
+
+using fedlora::Certificate;
+using fedlora::Rule;
+using fedlora::Spectrum;
+
+constexpr double kRoundoff = 0x1p-53, kSlack = 1e-12;
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The singular values as the rule sees them: those from `first` to `last` stand for what one pass cannot see.
+struct Values {
+    const Spectrum &spectrum;
+    int64_t first, last;
+    double hidden;
+    double operator[](int64_t i) const { return i >= first && i < last ? hidden : spectrum.s[i]; }
+    int64_t count() const { return spectrum.count; }
+    int64_t above(double x) const {
+        int64_t found = 0;
+        for (int64_t i = 0; i < count(); ++i) found += (*this)[i] > x;
+        return found;
+    }
+};
+
+// Smallest count of values whose sum, or sum of squares, reaches the goal; all of them and one more if none does.
+int64_t first_reaching(const Values &s, bool squares, double goal) {
+    int64_t reached = 1;
+    double sum = 0;
+    for (int64_t i = 0; i < s.count(); ++i) {
+        sum += squares ? s[i] * s[i] : s[i];
+        reached += sum < goal;
+    }
+    return reached;
+}
+
+double total(const Values &s) {
+    double sum = 0;
+    for (int64_t i = 0; i < s.count(); ++i) sum += s[i];
+    return sum;
+}
+
+bool all_finite(const Values &s) {
+    double probe = s.spectrum.energy - s.spectrum.energy + (s.spectrum.floor - s.spectrum.floor);
+    for (int64_t i = 0; i < s.count(); ++i) probe += s[i] - s[i];
+    return probe == 0;
+}
+
+int64_t asked(const Values &s, const Rule &rule, int64_t numerical) {
+    switch (rule.code) {
+        case FEDLORA_RULE_RANK: return rule.value < (double)s.count() ? (int64_t)rule.value : s.count();
+        case FEDLORA_RULE_SV_RATIO: return larger(1, s.above(s[0] / rule.value));
+        case FEDLORA_RULE_SV_SUM:
+            return rule.value >= 1 ? numerical : first_reaching(s, false, (rule.value - kSlack) * total(s));
+        default: return rule.value >= 1 ? numerical : first_reaching(s, true, (rule.value - kSlack) * s.spectrum.energy);
+    }
+}
+
+// The rank that the rule asks for, but for its cap.
+int64_t wanted(const Values &s, const Rule &rule) {
+    if (s.count() == 0) return 0;
+    if (rule.code == FEDLORA_RULE_ABSOLUTE) {
+        // The only rule that knows a scale; a value beyond float64 is above every cutoff.
+        int64_t found = 0;
+        for (int64_t i = 0; i < s.count(); ++i)
+            found += fedlora::scale_pow2(s[i], s.spectrum.e) > rule.value && s[i] > s.spectrum.floor;
+        return found;
+    }
+    const int64_t numerical = s.above(s.spectrum.floor);
+    return all_finite(s) ? smaller(asked(s, rule, numerical), numerical) : 0;
+}
+
+int64_t capped(int64_t rank, const Rule &rule) { return rule.cap ? smaller(rank, rule.cap) : rank; }
+
+// Whether the rule might keep values that one pass cannot see: the Cholesky drops what lies below some sqrt(u) of the largest
+// column. The rule is asked again with as many values of that size as are missing.
+bool overlooked(const Spectrum &known, const Rule &rule, const Certificate &found) {
+    const int64_t numerical = found.numerical_rank;
+    const double least = numerical > 0 ? known.s[numerical - 1] : 0;
+    const double unseen = (double)known.width * std::sqrt(kRoundoff) * known.norm;
+    const Values more = {known, numerical, known.live, least < unseen ? least : unseen};
+    return capped(wanted(more, rule), rule) > found.rank;
+}
+
+}  // namespace
+
+double fedlora::pow2(int64_t e) { return std::ldexp(1.0, (int)larger(-1022, smaller(e, 1023))); }
+
+double fedlora::scale_pow2(double x, int64_t e) {
+    const int64_t half = e >> 1;
+    return x * pow2(half) * pow2(e - half);
+}
+
+int64_t fedlora::exponent_of(double x) { return x != 0 && std::isfinite(x) ? (int64_t)std::ilogb(x) : 0; }
+
+fedlora::Certificate fedlora::certify(const Spectrum &known, const Rule &rule, double rho_max) {
+    const Values s = {known, 0, 0, 0};
+    const int64_t wish = wanted(s, rule), numerical = s.above(known.floor);
+    Certificate found = {capped(wish, rule), numerical, 0, 0, 0, INFINITY, INFINITY, false};
+    if (found.rank > 0) found.rho = known.norm / known.s[found.rank - 1];
+    found.sigma_err = kRoundoff * (256 + 4 * found.rho * found.rho);
+    if (known.energy > 0) {
+        double tail = 0;
+        for (int64_t i = found.rank; i < known.count; ++i) tail += known.s[i] * known.s[i];
+        found.error = std::sqrt(tail / known.energy);
+        found.error_bound = std::sqrt(found.error * found.error + 18 * kRoundoff * known.energy_abs / known.energy);
+    }
+    found.notes = (numerical == 0 ? FEDLORA_NOTE_ZERO : 0) |
+                  (numerical > 0 && numerical < known.width ? FEDLORA_NOTE_RANK_DEFICIENT : 0) |
+                  (found.rank < wish ? FEDLORA_NOTE_CAPPED : 0);
+    const bool doubt = found.rho > rho_max || !(known.energy > 0) || overlooked(known, rule, found);
+    found.doubtful = doubt && known.energy_abs > 0;
+    return found;
+}
