@@ -1,6 +1,8 @@
-// Jacobi SVD of larger matrices, one matrix at a time, vectors along the columns (docs/numerics.md, Core SVD).
+// SVD of larger matrices, one matrix at a time, vectors along the columns (docs/numerics.md, Core SVD).
 //
-// Included once per instruction set after svd_view.hpp. For X = C, or C^T where C is wide:
+// Included once per instruction set after direct_svd.hpp. X = C, or C^T where C is wide, goes the direct way if its columns are
+// about as long as each other: errors small beside the largest value are then as good as errors small beside each. Otherwise,
+// and where values are clustered, it is Jacobi:
 //
 //   X P = Q T          Householder with column pivoting; Q is never formed
 //   T^T J = Z diag(s)  one-sided Jacobi; J is never formed
@@ -12,90 +14,6 @@
 //
 // Jacobi takes blocks of eight columns. The 64 products between two blocks are formed in one pass over the data, their
 // rotations follow from the 16 x 16 Gram matrix, eight disjoint ones at a time, and are applied in a second pass.
-
-constexpr int kBlock = 8;
-
-template <class T>
-using Vec = typename Lane<T>::V;
-
-template <class T>
-constexpr int kLanes = FEDLORA_VECTOR_BYTES / (int)sizeof(T);
-
-template <class T>
-struct EightOf;
-template <>
-struct EightOf<float> {
-    typedef float V __attribute__((vector_size(32)));
-    typedef int32_t I __attribute__((vector_size(32)));
-};
-template <>
-struct EightOf<double> {
-    typedef double V __attribute__((vector_size(64)));
-    typedef int64_t I __attribute__((vector_size(64)));
-};
-template <class T>
-using Eight = typename EightOf<T>::V;
-
-// Columns of `length` elements, padded with zeros to whole vectors and to an odd number of cache lines, so that equal rows
-// of neighbouring columns do not meet in one set of the cache.
-template <class T>
-struct Columns {
-    T *data;
-    int stride;
-
-    static int padded(int length) {
-        const int line = 64 / (int)sizeof(T);
-        return ((length + line - 1) / line | 1) * line;
-    }
-    T *operator[](int c) const { return data + (int64_t)c * stride; }
-    Vec<T> *vectors(int c) const { return (Vec<T> *)(*this)[c]; }
-};
-
-template <class T>
-int vectors_of(int length) {
-    return (length + kLanes<T> - 1) / kLanes<T>;
-}
-
-template <class T>
-FEDLORA_INLINE T total(const Vec<T> &v) {
-    T lane[kLanes<T>];
-    __builtin_memcpy(lane, &v, sizeof v);
-    for (int step = kLanes<T> / 2; step > 0; step /= 2)
-        for (int l = 0; l < step; ++l) lane[l] += lane[l + step];
-    return lane[0];
-}
-
-// The sums of eight vectors.
-template <class T>
-FEDLORA_INLINE Eight<T> totals(const Vec<T> *v) {
-    if constexpr (kLanes<T> >= 8) {
-        using E = Eight<T>;
-        using I = typename EightOf<T>::I;
-        E e[8];
-        for (int k = 0; k < 8; ++k) {
-            if constexpr (kLanes<T> == 16) {
-                E half[2];
-                __builtin_memcpy(half, &v[k], sizeof half);
-                e[k] = half[0] + half[1];
-            } else {
-                e[k] = (E)v[k];
-            }
-        }
-        E pair[4], quad[2];
-        for (int k = 0; k < 4; ++k)
-            pair[k] = __builtin_shuffle(e[2 * k], e[2 * k + 1], I{0, 8, 2, 10, 4, 12, 6, 14}) +
-                      __builtin_shuffle(e[2 * k], e[2 * k + 1], I{1, 9, 3, 11, 5, 13, 7, 15});
-        for (int k = 0; k < 2; ++k)
-            quad[k] = __builtin_shuffle(pair[2 * k], pair[2 * k + 1], I{0, 1, 8, 9, 4, 5, 12, 13}) +
-                      __builtin_shuffle(pair[2 * k], pair[2 * k + 1], I{2, 3, 10, 11, 6, 7, 14, 15});
-        return __builtin_shuffle(quad[0], quad[1], I{0, 1, 2, 3, 8, 9, 10, 11}) +
-               __builtin_shuffle(quad[0], quad[1], I{4, 5, 6, 7, 12, 13, 14, 15});
-    } else {
-        Eight<T> sums;
-        for (int k = 0; k < 8; ++k) sums[k] = total<T>(v[k]);
-        return sums;
-    }
-}
 
 // products[i] = x_i . y_0 .. x_i . y_7 for eight columns each.
 template <class T>
@@ -355,56 +273,6 @@ class Jacobi {
     bool restless_ = true;
 };
 
-// N columns w <- w - tau v (v . w), from vector `start` on; with `squares`, also what is then the square of each from
-// vector `start + 1` on.
-template <class T, int N, bool kSquares>
-FEDLORA_INLINE Eight<T> reflect(const Vec<T> *v, T tau, const Columns<T> &w, int start, int vectors) {
-    Vec<T> sum[8] = {}, square[8] = {};
-    for (int i = start; i < vectors; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) sum[j] += v[i] * w.vectors(j)[i];
-    const Eight<T> all = totals<T>(sum) * tau;
-#pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) w.vectors(j)[start] -= v[start] * all[j];
-    for (int i = start + 1; i < vectors; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) {
-            const Vec<T> x = w.vectors(j)[i] - v[i] * all[j];
-            w.vectors(j)[i] = x;
-            if (kSquares) square[j] += x * x;
-        }
-    return kSquares ? totals<T>(square) : all;
-}
-
-template <class T, bool kSquares>
-void reflect(const Vec<T> *v, T tau, const Columns<T> &w, int count, int start, int vectors, T *squares = nullptr) {
-    for (int j = 0; j < count;) {
-        const int step = j + 8 <= count ? 8 : 1;
-        const Columns<T> here{w[j], w.stride};
-        const Eight<T> found = step == 8 ? reflect<T, 8, kSquares>(v, tau, here, start, vectors)
-                                         : reflect<T, 1, kSquares>(v, tau, here, start, vectors);
-        if (kSquares)
-            for (int k = 0; k < step; ++k) squares[j + k] = found[k];
-        j += step;
-    }
-}
-
-// The reflection that maps x[k..] onto its first element: x becomes v (zero above k), the answer is that element; tau is 0
-// where there is nothing to reflect.
-template <class T>
-T reflection(T *x, int k, int vectors, T &tau) {
-    for (int i = 0; i < k; ++i) x[i] = 0;
-    Vec<T> sum = {};
-    for (int v = k / kLanes<T>; v < vectors; ++v) sum += ((Vec<T> *)x)[v] * ((Vec<T> *)x)[v];
-    const T square = total<T>(sum), size = Native<T>::sqrt(Vec<T>{} + square)[0];
-    tau = 0;
-    if (!(square > Lane<T>::smallest)) return 0;
-    const T alpha = x[k], sign = alpha < 0 ? T(-1) : T(1);
-    x[k] = alpha + sign * size;
-    tau = T(1) / (size * (size + sign * alpha));
-    return -sign * size;
-}
-
 // X P = Q T by reflections, T on and above the diagonal of W, order[c] the column of X that stands at c.
 template <class T>
 void pivoted_qr(const Columns<T> &W, int rows, int cols, int *order, T *norms, T *v) {
@@ -505,7 +373,9 @@ class LargeSvd {
           even_(up(cols_)), next_((uintptr_t)scratch), X_(columns(rows_, even_)), W_(columns(rows_, even_)),
           Y_(columns(even_, even_)), V_(columns(even_, even_)), vector_(row(rows_)), norms_(row(even_)), tau_(row(even_)),
           sign_(row(even_)), value_(row(even_)), inner_((Eight<T> *)take((int64_t)even_ * sizeof(Eight<T>))),
-          order_((int *)take(even_ * sizeof(int))), place_((int *)take(even_ * sizeof(int))) {}
+          order_((int *)take(even_ * sizeof(int))), place_((int *)take(even_ * sizeof(int))),
+          direct_values_((double *)take(even_ * 8)),
+          direct_(take(cols_ > kSmallSvdMax ? Direct<T>::scratch_bytes(rows_, cols_) : 0)) {}
 
     static int64_t scratch_bytes(const fedlora_block &C) { return LargeSvd({C, C, C, C, C, C}, nullptr).next_; }
 
@@ -534,7 +404,7 @@ class LargeSvd {
         }
         const int exponent = exponent_of<T>(largest);
         scale(power_of_two<T>(-(exponent / 2)), power_of_two<T>(-(exponent - exponent / 2)));
-        const bool converged = decompose(max_sweeps);
+        const bool converged = decompose_directly() || decompose(max_sweeps);
         bool overflow = false;
         for (int c = 0; c < cols_; ++c) {
             const T value = value_[place_[c]] * power_of_two<T>(exponent / 2) * power_of_two<T>(exponent - exponent / 2);
@@ -592,11 +462,39 @@ class LargeSvd {
 
     void scale(T one, T other) {
         for (int c = 0; c < even_; ++c)
-            for (int i = 0; i < X_.stride; ++i) W_[c][i] = X_[c][i] = X_[c][i] * one * other;
+            for (int i = 0; i < X_.stride; ++i) X_[c][i] = X_[c][i] * one * other;
     }
 
     // U in W_, V in V_, columns by falling value: column c belongs to value_[place_[c]].
+    bool decompose_directly() {
+        if (cols_ <= kSmallSvdMax || !balanced()) return false;
+        Direct<T> direct(rows_, cols_, direct_);
+        for (int c = 0; c < even_; ++c)
+            for (int i = 0; i < X_.stride; ++i) direct.matrix()[c][i] = X_[c][i];
+        if (!direct.values(direct_values_) || !direct.vectors(cols_, W_, V_)) return false;
+        for (int c = 0; c < cols_; ++c) {
+            value_[c] = (T)direct_values_[c];
+            place_[c] = c;
+        }
+        return true;
+    }
+
+    // No column of X is more than eight times as long as another.
+    bool balanced() const {
+        T shortest = 0, longest = 0;
+        for (int c = 0; c < cols_; ++c) {
+            Vec<T> sum = {};
+            for (int i = 0; i < vectors_of<T>(rows_); ++i) sum += X_.vectors(c)[i] * X_.vectors(c)[i];
+            const T square = total<T>(sum);
+            shortest = c == 0 || square < shortest ? square : shortest;
+            longest = square > longest ? square : longest;
+        }
+        return longest <= 64 * shortest;
+    }
+
     bool decompose(int max_sweeps) {
+        for (int c = 0; c < even_; ++c)
+            for (int i = 0; i < X_.stride; ++i) W_[c][i] = X_[c][i];
         pivoted_qr(W_, rows_, cols_, order_, norms_, vector_);
         clear(Y_);
         tiled(cols_, cols_, [&](int i, int c) { Y_[c][i] = c <= i ? W_[i][c] : T(0); });
@@ -660,6 +558,8 @@ class LargeSvd {
     T *const vector_, *const norms_, *const tau_, *const sign_, *const value_;
     Eight<T> *const inner_;
     int *const order_, *const place_;
+    double *const direct_values_;
+    void *const direct_;
 };
 
 int64_t matrices_per_task(const fedlora_block &) { return 1; }

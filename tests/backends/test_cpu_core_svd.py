@@ -448,8 +448,33 @@ def test_a_bad_matrix_harms_only_itself(p, q, bad, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("p", "q"), [(8, 7), (50, 41)])
 def test_sweep_guard(p, q, dtype):
-    C = normal(9, p, q, dtype=dtype)
+    C = normal(9, p, q, dtype=dtype) * torch.logspace(
+        0, -2, q, dtype=dtype
+    )  # graded, so that larger ones are swept too
     C[2] = torch.eye(p, q)
     result = svd(C, max_sweeps=1)
     assert (result.info == torch.where(torch.arange(9) == 2, 0, int(Info.NOT_CONVERGED))).all()
     assert all(t.isfinite().all() for t in (result.U, result.S, result.Vh))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "p", "q"), [(400, 33, 33), (200, 64, 64), (50, 47, 90), (20, 128, 128), (1, 300, 257)]
+)
+def test_matrices_of_even_columns_need_no_sweeps(batch, p, q, dtype):
+    C = normal(batch, p, q, dtype=dtype, seed=3)
+    assert not svd(C, max_sweeps=1).info.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_uneven_columns_are_swept(dtype):
+    C = normal(3, 50, 41, dtype=dtype) * torch.logspace(0, -2, 41, dtype=dtype)
+    assert (svd(C, max_sweeps=1).info == Info.NOT_CONVERGED).all()
+    assert (svd(C.mT, max_sweeps=1).info == Info.NOT_CONVERGED).all()
+
+
+def test_clustered_values_are_swept():
+    values = torch.tensor([4.0, 3, 2, 1], dtype=torch.float64).repeat_interleave(11)[:41]
+    C = prescribed(50, 41, values, 2, torch.float64)[None]
+    assert (svd(C, max_sweeps=1).info == Info.NOT_CONVERGED).all()
+    assert_svd(C, svd(C))

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "bidiagonal.h"
 #include "direct_svd.h"
 
 namespace {
@@ -60,10 +61,83 @@ void check(const fedlora::DirectSvd &direct, int rows, int cols) {
     }
 }
 
+// The bidiagonal matrices of Gaussian ones: their values are apart, so there is always an answer.
+void check_fallbacks(const fedlora::BidiagonalSvd &bidiagonal) {
+    int refused = 0;
+    unsigned state = 77;
+    const auto normal = [&state] {
+        double x = 0;
+        for (int k = 0; k < 12; ++k) x += ((state = state * 1664525u + 1013904223u) >> 8) / 16777216.0 - 0.5;
+        return x;
+    };
+    for (const int n : {33, 40, 64, 128}) {
+        const int64_t bytes = (bidiagonal.scratch_bytes(n) + 63) / 64 * 64;
+        std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, bytes), std::free);
+        std::vector<double> q(n), e(n), s(n), U(n * n), V(n * n);
+        std::vector<float> Uf(n * n), Vf(n * n);
+        for (int trial = 0; trial < 40; ++trial) {
+            for (int k = 0; k < n; ++k) {
+                double right = 0, below = 0;
+                for (int i = k; i < n; ++i) below += std::pow(normal(), 2);
+                for (int i = k + 1; i < n; ++i) right += std::pow(normal(), 2);
+                q[k] = trial % 2 ? -std::sqrt(below) : std::sqrt(below);
+                e[k] = trial % 3 ? -std::sqrt(right) : std::sqrt(right);
+            }
+            refused += !bidiagonal.values(n, q.data(), e.data(), s.data(), scratch.get()) ||
+                       !bidiagonal.vectors_double(n, n, U.data(), n, V.data(), n, scratch.get()) ||
+                       !bidiagonal.vectors_float(n, n, Uf.data(), n, Vf.data(), n, scratch.get());
+        }
+        // Values that are all the same have no answer.
+        for (int k = 0; k < n; ++k) q[k] = 1, e[k] = 0;
+        if (bidiagonal.values(n, q.data(), e.data(), s.data(), scratch.get()) &&
+            bidiagonal.vectors_double(n, n, U.data(), n, V.data(), n, scratch.get()))
+            ++failures;
+    }
+    std::printf("bidiagonals refused: %d\n", refused);
+    failures += refused;
+}
+
+bool has_v3() {
+#ifdef __x86_64__
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#else
+    return false;
+#endif
+}
+
+bool has_v4() {
+#ifdef __x86_64__
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd");
+#else
+    return false;
+#endif
+}
+
+std::vector<const fedlora::DirectSvd *> variants() {
+    std::vector<const fedlora::DirectSvd *> found{&fedlora::direct_svd_base()};
+#ifdef __x86_64__
+    if (has_v3()) found.push_back(&fedlora::direct_svd_v3());
+    if (has_v4()) found.push_back(&fedlora::direct_svd_v4());
+#endif
+    return found;
+}
+
+std::vector<const fedlora::BidiagonalSvd *> bidiagonals() {
+    std::vector<const fedlora::BidiagonalSvd *> found{&fedlora::bidiagonal_base()};
+#ifdef __x86_64__
+    if (has_v3()) found.push_back(&fedlora::bidiagonal_v3());
+    if (has_v4()) found.push_back(&fedlora::bidiagonal_v4());
+#endif
+    return found;
+}
+
 }  // namespace
 
 int check_direct_svds() {
     const int sizes[][2] = {{1, 1}, {3, 2}, {9, 9}, {33, 33}, {64, 64}, {70, 41}, {97, 96}, {130, 33}};
-    for (const auto &size : sizes) check(fedlora::direct_svd(), size[0], size[1]);
+    for (const fedlora::DirectSvd *direct : variants())
+        for (const auto &size : sizes) check(*direct, size[0], size[1]);
+    for (const fedlora::BidiagonalSvd *bidiagonal : bidiagonals()) check_fallbacks(*bidiagonal);
     return failures;
 }
