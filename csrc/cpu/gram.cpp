@@ -97,7 +97,7 @@ void pack_rows(const Gram &gram, int64_t i, int64_t first, int64_t count, const 
         const int64_t offset = i * X.batch_stride + first * X.row_stride, stop = smaller(at + X.cols, end);
         for (int64_t column = larger(at, begin), width = 0; column < stop; column += width) {
             width = smaller(kPad - column % kPad, stop - column);
-            fedlora::panel().widen(place(column), kPad, X, offset + (column - at) * X.col_stride, count, width, kDepth);
+            fedlora::panel().widen(place(column), kPad, X, offset + (column - at) * X.col_stride, count, width);
         }
     }
     for (int64_t column = end; column < range.end * kPad; ++column)
@@ -111,7 +111,8 @@ void pack(const Gram &gram, int64_t i, int64_t first, int64_t count, const Range
     if (!gram.scale.rows) return;
     for (int64_t panel = range.begin; panel < range.end; ++panel) {
         double factors[kPad] = {};
-        for (int64_t j = 0; j < smaller(kPad, gram.G.cols - panel * kPad); ++j) factors[j] = scale_at(gram.scale, i, panel * kPad + j);
+        const int64_t first = panel * kPad, columns = smaller(kPad, gram.G.cols - first);
+        for (int64_t j = 0; j < columns; ++j) factors[j] = scale_at(gram.scale, i, first + j);
         multiply(out + (panel - range.begin) * kGap, factors, count);
     }
 }
@@ -165,15 +166,19 @@ void Gram::run(int64_t i, int64_t chunk, double *scratch, double *leaving) const
     const Part part = part_of(*this, chunk);
     const int64_t begin = part.chunk * kChunk, end = smaller(begin + kChunk, count ? X[0].rows : 0);
     double *const left = scratch, *const right = part.diagonal() ? left : left + part.left.size() * kGap;
+    int64_t tiles = 0;
+    for_tiles(part, [&](int64_t, int64_t, int64_t) { ++tiles; });
     if (begin == end) std::memset(leaving, 0, sizeof(double) * (size_t)this->leaving());
     for (int64_t first = begin; first < end; first += kDepth) {
         const int64_t rows = smaller(kDepth, end - first);
         pack(*this, i, first, rows, part.left, left);
         if (!part.diagonal()) pack(*this, i, first, rows, part.right, right);
+        Ahead ahead(X, count, i, first + rows, smaller(kDepth, end - first - rows), tiles);
         double *tile = leaving;
         for_tiles(part, [&](int64_t a, int64_t b, int64_t width) {
             const double *const P = left + (a - part.left.begin) * kGap, *const Q = right + (b - part.right.begin) * kGap;
             panel().tile(tile, P, Q, kGap, rows, width, first > begin);
+            ahead.fetch();
             tile += width * kTile;
         });
     }

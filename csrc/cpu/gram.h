@@ -8,8 +8,8 @@
 namespace fedlora {
 
 // G = X^T X of X = [X_1 | ... | X_count] diag(scale) for a batch of matrices, as fedlora_gram has it. Chunks of a matrix may
-// run at the same time, each with a scratch of its thread and a place of its own for what it leaves; both start at multiples of 64
-// bytes and need not be clean. Then they are added in order, by one thread at a time for a matrix.
+// run at the same time, each with a scratch of its thread and a place of its own for what it leaves; both start at multiples
+// of 64 bytes and need not be clean. Then they are added in order, by one thread at a time for a matrix.
 struct Gram {
     const fedlora_block *X;
     int64_t count;

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "mixed_sum.h"
 #include "panel.h"
@@ -18,27 +19,45 @@ namespace {
 #include "element.hpp"
 #include "strips.hpp"
 
-// Numbers of float64 that one thread needs.
-struct Scratch {
-    int64_t mixers, block, sum;
-    int64_t total() const { return mixers + block + sum; }
+using fedlora::kGroup;
+using fedlora::kPad;
+using fedlora::MixedSum;
+
+constexpr int64_t kDeep = 256;   // columns of the blocks that are multiplied at once
+constexpr int64_t kHigh = 64;    // rows of a strip of a sum that lies by rows,
+constexpr int64_t kLong = 192;   // and by columns
+
+// Some rows of the sum. The strip of the blocks, of the mixers' columns and of the sum are turned where the sum lies by columns:
+// then rows are next to each other.
+struct Strip {
+    int64_t i, first, rows;
+    bool turned;
 };
 
+// Numbers of float64 that one thread needs: which blocks count, their mixers, and strips of the blocks and of the sum.
+struct Scratch {
+    int64_t kept, mixers, block, sum;
+    int64_t total() const { return kept + mixers + block + sum; }
+};
+
+// Distances between the rows of the strips.
+int64_t block_distance(bool turned) { return turned ? kLong + kPad : kDeep + kPad; }
+int64_t sum_distance(bool turned, int64_t cols) { return turned ? kLong + kPad : padded(cols); }
+
+// Enough for fewer columns, too, and wherever those lie.
 Scratch scratch_of(const fedlora_block *mixers, int64_t count, const fedlora_block &sum) {
-    int64_t width = padded(sum.cols), rows = 0;
-    for (int64_t k = 0; k < count; ++k) {
-        width = larger(width, padded(mixers[k].rows));
-        rows += mixers[k].rows;
-    }
-    return {rows * padded(sum.cols), kStrip * width, kStrip * padded(sum.cols)};
+    const int64_t cols = sum.cols;
+    int64_t R = 0;
+    for (int64_t k = 0; k < count; ++k) R += mixers[k].rows;
+    return {padded(count), R * padded(cols), larger(kHigh * block_distance(false), smaller(R, kDeep) * block_distance(true)),
+            larger(kHigh * sum_distance(false, cols), cols * sum_distance(true, cols))};
 }
 
 // The matrix in float64 with padded rows.
 void widen_mixer(const fedlora_block &mixer, int64_t i, double *out, int64_t ld) {
-    for (int64_t row = 0; row < mixer.rows; ++row, out += ld) {
-        spread_any(mixer, i * mixer.batch_stride + row * mixer.row_stride, out, 1, mixer.col_stride, mixer.cols);
-        for (int64_t j = mixer.cols; j < ld; ++j) out[j] = 0.0;
-    }
+    fedlora::panel().widen(out, ld, mixer, i * mixer.batch_stride, mixer.rows, mixer.cols);
+    for (int64_t row = 0; row < mixer.rows; ++row)
+        for (int64_t j = mixer.cols; j < ld; ++j) out[row * ld + j] = 0.0;
 }
 
 bool is_zero(const double *x, int64_t count) {
@@ -47,41 +66,83 @@ bool is_zero(const double *x, int64_t count) {
     return true;
 }
 
-// One strip of the sum in float64: rows by columns with distance ld, or, where the sum lies by columns, turned.
-struct Strip {
-    int64_t i, first, rows;
-    bool turned;
-    int64_t ld;
-    double *data;
-};
-
-// Numbers (row, j) at block[row * row_step + j * col_step] times scale[j].
-void scale_block(double *block, int64_t row_step, int64_t col_step, int64_t rows, int64_t cols, const double *scale, int64_t step) {
-    for (int64_t j = 0; j < cols; ++j)
-        for (int64_t row = 0; row < rows; ++row) block[row * row_step + j * col_step] *= scale[j * step];
+// The mixers of the blocks that count, one below the other; their rows.
+int64_t widen_mixers(const MixedSum &p, int64_t i, double *kept, double *out) {
+    const int64_t width = padded(p.sum.cols);
+    int64_t rows = 0;
+    for (int64_t k = 0; k < p.count; ++k) {
+        widen_mixer(p.mixers[k], i, out + rows * width, width);
+        kept[k] = is_zero(out + rows * width, p.mixers[k].rows * width) ? 0.0 : 1.0;
+        if (kept[k] != 0.0) rows += p.mixers[k].rows;
+    }
+    return rows;
 }
 
-void add_block(const Strip &s, const fedlora_block &X, const double *mixer, int64_t cols, const double *factors, int64_t step, double *block) {
-    const int64_t width = padded(cols);
-    if (s.turned) {
-        strip_by_columns(X, s.i, s.first, s.rows, block, s.ld);
-        if (factors) scale_block(block, 1, s.ld, s.rows, X.cols, factors, step);
-        fedlora::panel().add(s.data, s.ld, mixer, 1, width, block, s.ld, cols, X.cols, padded(s.rows));
-    } else {
-        strip_by_rows(X, s.i, s.first, s.rows, block, X.cols);
-        if (factors) scale_block(block, X.cols, 1, s.rows, X.cols, factors, step);
-        fedlora::panel().add(s.data, s.ld, block, X.cols, 1, mixer, width, s.rows, X.cols, width);
+int64_t shares_of(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
+
+// Equal shares of the whole, each at most so much: a small one would be slow.
+template <class F>
+void for_shares(int64_t whole, int64_t most, const F &visit) {
+    const int64_t shares = shares_of(whole, most);
+    for (int64_t s = 0; s < shares; ++s) visit(whole * s / shares, whole * (s + 1) / shares - whole * s / shares);
+}
+
+fedlora_block transposed(fedlora_block X) {
+    std::swap(X.rows, X.cols);
+    std::swap(X.row_stride, X.col_stride);
+    return X;
+}
+
+// Numbers (row, j) at x[row * row_step + j * col_step] times factors[j * step].
+void multiply(double *x, int64_t row_step, int64_t col_step, int64_t rows, int64_t cols, const double *factors, int64_t step) {
+    for (int64_t j = 0; j < cols; ++j)
+        for (int64_t row = 0; row < rows; ++row) x[row * row_step + j * col_step] *= factors[j * step];
+}
+
+// Columns [begin, begin + depth) of the blocks that count, side by side.
+void widen_strip(const MixedSum &p, const Strip &s, int64_t begin, int64_t depth, const double *kept, double *out) {
+    const int64_t ld = block_distance(s.turned), row_step = s.turned ? 1 : ld, col_step = s.turned ? ld : 1;
+    int64_t at = 0, column = 0;  // of the block, in what counts and in all
+    for (int64_t k = 0; k < p.count; column += p.X[k].cols, ++k) {
+        const fedlora_block &X = p.X[k];
+        if (kept[k] == 0.0) continue;
+        const int64_t from = larger(at, begin), cols = smaller(at + X.cols, begin + depth) - from;
+        const int64_t offset = s.i * X.batch_stride + s.first * X.row_stride + (from - at) * X.col_stride;
+        double *const to = out + (from - begin) * col_step;
+        if (cols > 0) {
+            if (s.turned)
+                fedlora::panel().widen(to, ld, transposed(X), offset, cols, s.rows);
+            else
+                fedlora::panel().widen(to, ld, X, offset, s.rows, cols);
+            if (p.scale.rows)
+                multiply(to, row_step, col_step, s.rows, cols, &scale_at(p.scale, s.i, column + from - at), p.scale.col_stride);
+        }
+        at += X.cols;
     }
 }
 
-void store_strip(const Strip &s, const fedlora_block &S, Partial &partial) {
-    const int64_t offset = s.i * S.batch_stride + s.first * S.row_stride;
-    if (s.turned)
-        for (int64_t j = 0; j < S.cols; ++j) store_any(S, offset + j * S.col_stride, s.data + j * s.ld, S.row_stride, s.rows, partial);
-    else if (S.col_stride == 1 && S.row_stride == S.cols && s.ld == S.cols)
-        store_any(S, offset, s.data, 1, s.rows * S.cols, partial);
-    else
-        for (int64_t row = 0; row < s.rows; ++row) store_any(S, offset + row * S.row_stride, s.data + row * s.ld, S.col_stride, S.cols, partial);
+// Rows and columns of the strip of the sum as it lies.
+int64_t rows_of(const Strip &s, int64_t cols) { return s.turned ? cols : s.rows; }
+int64_t cols_of(const Strip &s, int64_t cols) { return padded(s.turned ? s.rows : cols); }
+
+int64_t tiles_of(const Strip &s, int64_t cols) {
+    return shares_of(rows_of(s, cols), kPad) * shares_of(cols_of(s, cols), kGroup * kPad);
+}
+
+// total += block mixer, a tile at a time.
+void multiply_strip(const Strip &s, int64_t cols, int64_t depth, const double *block, const double *mixer, double *total,
+                    Ahead &ahead) {
+    const int64_t ldb = block_distance(s.turned), ldm = padded(cols), ld = sum_distance(s.turned, cols);
+    for_shares(cols_of(s, cols) / kPad, kGroup, [&](int64_t group, int64_t groups) {
+        for_shares(rows_of(s, cols), kPad, [&](int64_t row, int64_t rows) {
+            double *const C = total + row * ld + group * kPad;
+            if (s.turned)
+                fedlora::panel().add(C, ld, mixer + row, 1, ldm, block + group * kPad, ldb, rows, depth, groups * kPad);
+            else
+                fedlora::panel().add(C, ld, block + row * ldb, ldb, 1, mixer + group * kPad, ldm, rows, depth, groups * kPad);
+            ahead.fetch();
+        });
+    });
 }
 
 }  // namespace
@@ -96,8 +157,8 @@ int MixedSum::status() const {
     for (int64_t k = 0; k < count; ++k) {
         const fedlora_block &x = X[k], &mixer = mixers[k];
         if (!is_float(x.dtype) || mixer.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
-        if (x.batch != batch || mixer.batch != batch || x.rows != sum.rows || x.cols < 0 || mixer.rows != x.cols || mixer.cols != sum.cols)
-            return FEDLORA_BAD_SHAPE;
+        if (x.batch != batch || mixer.batch != batch || x.rows != sum.rows || x.cols < 0) return FEDLORA_BAD_SHAPE;
+        if (mixer.rows != x.cols || mixer.cols != sum.cols) return FEDLORA_BAD_SHAPE;
         R += x.cols;
     }
     return scale_status(scale, R, batch);
@@ -109,30 +170,32 @@ int64_t MixedSum::scratch() const { return scratch_of(mixers, count, sum).total(
 
 void MixedSum::run(int64_t i, int64_t chunk, double *scratch, Partial &partial) const {
     const Scratch need = scratch_of(mixers, count, sum);
-    double *const widened = scratch, *const block = widened + need.mixers, *const total = block + need.block;
-    const int64_t width = padded(sum.cols), begin = chunk * kChunk, end = smaller(begin + kChunk, sum.rows);
     const bool turned = by_columns(sum);
+    const int64_t begin = chunk * kChunk, end = smaller(begin + kChunk, sum.rows), step = turned ? kLong : kHigh;
+    double *const kept = scratch, *const mixer = kept + need.kept, *const block = mixer + need.mixers;
+    double *const total = block + need.block;
+    const int64_t R = widen_mixers(*this, i, kept, mixer), ld = sum_distance(turned, sum.cols);
     partial = {};
-    double *mixer = widened;
-    for (int64_t k = 0; k < count; mixer += mixers[k].rows * width, ++k) widen_mixer(mixers[k], i, mixer, width);
-    for (int64_t first = begin; first < end; first += kStrip) {
-        const Strip strip = {i, first, smaller(kStrip, end - first), turned, turned ? kStrip : width, total};
-        std::memset(total, 0, sizeof(double) * (size_t)need.sum);
-        mixer = widened;
-        const double *factors = scale.rows ? scale_of(scale, i) : nullptr;
-        for (int64_t k = 0; k < count; mixer += mixers[k].rows * width, ++k) {
-            if (!is_zero(mixer, mixers[k].rows * width)) add_block(strip, X[k], mixer, sum.cols, factors, scale.col_stride, block);
-            if (factors) factors += mixers[k].rows * scale.col_stride;
+    for (int64_t first = begin; first < end; first += step) {
+        const Strip strip = {i, first, smaller(step, end - first), turned};
+        Ahead ahead(X, count, i, first + step, smaller(step, end - first - step), tiles_of(strip, sum.cols));
+        std::memset(total, 0, sizeof(double) * (size_t)(rows_of(strip, sum.cols) * ld));
+        for (int64_t at = 0; at < R; at += kDeep) {
+            const int64_t depth = smaller(kDeep, R - at);
+            widen_strip(*this, strip, at, depth, kept, block);
+            multiply_strip(strip, sum.cols, depth, block, mixer + at * padded(sum.cols), total, ahead);
         }
-        store_strip(strip, sum, partial);
+        const int64_t offset = i * sum.batch_stride + first * sum.row_stride;
+        if (turned)
+            panel().narrow(total, ld, transposed(sum), offset, sum.cols, strip.rows, partial);
+        else
+            panel().narrow(total, ld, sum, offset, strip.rows, sum.cols, partial);
     }
 }
 
 }  // namespace fedlora
 
 namespace {
-
-using fedlora::MixedSum;
 
 struct Problem {
     MixedSum sum;

@@ -18,7 +18,7 @@ struct MixedSum {
 
     int status() const;       // whether the descriptors fit each other
     int64_t chunks() const;   // of one matrix
-    int64_t scratch() const;  // numbers of float64 that a thread needs, a multiple of 8
+    int64_t scratch() const;  // numbers of float64 that a thread needs, a multiple of 8; enough for fewer columns
     // What the chunk says of the matrix goes to partial.
     void run(int64_t i, int64_t chunk, double *scratch, Partial &partial) const;
 };

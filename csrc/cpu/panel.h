@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../include/fedlora.h"
+#include "partial.h"
 
 namespace fedlora {
 
@@ -23,9 +24,12 @@ struct Panel {
     // C = P^T Q, or more of it: P (depth x 8) and each of up to kGroup blocks of Q, gap apart, lie by rows without gaps; so
     // does C (8 x 8 width).
     void (*tile)(double *C, const double *P, const double *Q, int64_t gap, int64_t depth, int64_t width, bool more);
-    // out[i * ld + j] = number (i, j) of X counted from the one at `offset`. Rows that come up later, `ahead` of these, are
-    // fetched meanwhile.
-    void (*widen)(double *out, int64_t ld, const fedlora_block &X, int64_t offset, int64_t rows, int64_t cols, int64_t ahead);
+    // out[i * ld + j] = number (i, j) of X counted from the one at `offset`.
+    void (*widen)(double *out, int64_t ld, const fedlora_block &X, int64_t offset, int64_t rows, int64_t cols);
+    // Number (i, j) of S counted from the one at `offset` = x[i * ld + j], rounded (halves by way of float32), and what that
+    // says of the matrix on top of what partial holds. Rows of x are read up to a multiple of the padding.
+    void (*narrow)(const double *x, int64_t ld, const fedlora_block &S, int64_t offset, int64_t rows, int64_t cols,
+                   Partial &partial);
 };
 
 #ifdef __x86_64__

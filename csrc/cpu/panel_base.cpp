@@ -16,7 +16,7 @@ namespace {
 }  // namespace
 
 const Panel &panel_base() {
-    static constexpr Panel variant{"portable", add, tile_of, widen_any};
+    static constexpr Panel variant{"portable", add, tile_of, widen_any, narrow_any};
     return variant;
 }
 

@@ -7,8 +7,8 @@
 #ifdef __x86_64__
 #pragma GCC target("arch=x86-64-v3,prefer-vector-width=256")
 #define FEDLORA_VECTOR_BYTES 32
-#define FEDLORA_PANEL_ROWS 6
-#define FEDLORA_PANEL_VECTORS 2
+#define FEDLORA_PANEL_ROWS 4
+#define FEDLORA_PANEL_VECTORS 3
 
 namespace fedlora {
 namespace {
@@ -18,7 +18,7 @@ namespace {
 }  // namespace
 
 const Panel &panel_v3() {
-    static constexpr Panel variant{"x86-64-v3", add, tile_of, widen_any};
+    static constexpr Panel variant{"x86-64-v3", add, tile_of, widen_any, narrow_any};
     return variant;
 }
 

@@ -5,6 +5,8 @@
 #include <utility>
 
 #ifdef __x86_64__
+#include <immintrin.h>
+
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #define FEDLORA_VECTOR_BYTES 64
 #define FEDLORA_PANEL_ROWS 8
@@ -18,7 +20,7 @@ namespace {
 }  // namespace
 
 const Panel &panel_v4() {
-    static constexpr Panel variant{"x86-64-v4", add, tile_of, widen_any};
+    static constexpr Panel variant{"x86-64-v4", add, tile_of, widen_any, narrow_any};
     return variant;
 }
 

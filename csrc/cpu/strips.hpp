@@ -72,12 +72,62 @@ inline void strip_by_columns(const fedlora_block &X, int64_t i, int64_t first, i
 }
 
 // The factors of the columns of matrix i, scale.col_stride apart.
-inline const double *scale_of(const fedlora_block &scale, int64_t i) { return (const double *)scale.data + i * scale.batch_stride; }
+inline const double *scale_of(const fedlora_block &scale, int64_t i) {
+    return (const double *)scale.data + i * scale.batch_stride;
+}
 
-inline double scale_at(const fedlora_block &scale, int64_t i, int64_t column) { return scale_of(scale, i)[column * scale.col_stride]; }
+inline const double &scale_at(const fedlora_block &scale, int64_t i, int64_t column) {
+    return scale_of(scale, i)[column * scale.col_stride];
+}
 
 inline int scale_status(const fedlora_block &scale, int64_t cols, int64_t batch) {
     if (!scale.rows) return FEDLORA_OK;
     if (scale.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
     return scale.rows == 1 && scale.cols == cols && scale.batch == batch ? FEDLORA_OK : FEDLORA_BAD_SHAPE;
 }
+
+// The next strip of the blocks, brought nearer a few lines at a time while the present one is multiplied: all at once, the
+// requests would stand in each other's way.
+class Ahead {
+  public:
+    Ahead(const fedlora_block *X, int64_t count, int64_t i, int64_t first, int64_t rows, int64_t shares)
+        : X_(X), left_(rows > 0 ? count : 0), i_(i), first_(first), rows_(rows) {
+        int64_t bytes = 0;
+        for (int64_t k = 0; k < left_; ++k) bytes += X[k].cols * rows * size_of(X[k].dtype);
+        share_ = bytes / 64 / larger(shares, 1) + 1;
+    }
+
+    void fetch() {
+        for (int64_t n = 0; n < share_; ++n, line_ += 64) {
+            while (line_ >= end_)
+                if (!next_run()) return;
+            __builtin_prefetch((const void *)line_, 0, 2);
+        }
+    }
+
+  private:
+    bool next_run() {
+        while (!runs_) {
+            if (!left_) return false;
+            start_block(*X_++);
+            --left_;
+        }
+        line_ = run_ & ~(uintptr_t)63, end_ = run_ + length_;
+        run_ += stride_, --runs_;
+        return true;
+    }
+
+    // Runs of numbers that lie close together; one if there is nothing between them.
+    void start_block(const fedlora_block &X) {
+        const bool turned = by_columns(X);
+        const int64_t size = size_of(X.dtype);
+        run_ = (uintptr_t)X.data + (i_ * X.batch_stride + first_ * X.row_stride) * size;
+        runs_ = turned ? X.cols : rows_, length_ = (turned ? rows_ : X.cols) * size;
+        stride_ = (turned ? X.col_stride : X.row_stride) * size;
+        if (stride_ == length_) length_ *= runs_, runs_ = runs_ > 0;
+    }
+
+    const fedlora_block *X_;
+    int64_t left_, i_, first_, rows_, share_ = 0, runs_ = 0, length_ = 0, stride_ = 0;
+    uintptr_t line_ = 0, end_ = 0, run_ = 0;
+};

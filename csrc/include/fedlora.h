@@ -104,8 +104,8 @@ FEDLORA_API int fedlora_mixed_sum_workspace(const fedlora_block *mixers, const i
  *   sum       p x q, any float dtype; rounded once from float64 (halves by way of float32)
  *   norm, rounding, info, notes  as for fedlora_weighted_sum
  *
- * Each number of X_k M_k is a chain of float64 products over the columns of the block, in order, with fused multiply-add
- * where the instruction set has it; then those of the blocks are added, in order. A block whose mixer is zero is not read.
+ * Float64 products are added up over the columns of all blocks, with fused multiply-add where the instruction set has it, in
+ * an order that the shapes alone decide. A block whose mixer is zero is not read.
  */
 FEDLORA_API int fedlora_mixed_sum(const fedlora_block *X, const fedlora_block *mixers, const int64_t *counts,
                                   const fedlora_block *sum, const fedlora_block *norm, const fedlora_block *rounding,
