@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -77,12 +78,12 @@ class BuildLibrary(build_ext):
         out.parent.mkdir(parents=True, exist_ok=True)
         # A running process may have the old file mapped: a new one takes its name.
         fresh = out.with_suffix(f".{os.getpid()}.so")
-        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-        command = [*compiler(), *shlex.split(FLAGS), f"-DFEDLORA_ABI_STAMP={abi_stamp()}", f"-I{HEADER.parent}", *extra]
-        command += [*ext.sources, "-o", str(fresh)]
-        print(shlex.join(command), flush=True)
         try:
-            subprocess.run(command, check=True, cwd=ROOT)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(self.compiled, ext.sources))
+            link = [*compiler(), *shlex.split(FLAGS), *extra_flags(), *map(str, objects), "-o", str(fresh)]
+            print(shlex.join(link), flush=True)
+            subprocess.run(link, check=True, cwd=ROOT)
             fresh.replace(out)
         except subprocess.CalledProcessError as error:
             if wanted("FEDLORA_BUILD_CPU") == "1":
@@ -94,6 +95,33 @@ class BuildLibrary(build_ext):
             )
         finally:
             fresh.unlink(missing_ok=True)
+
+    def compiled(self, source):
+        """The object file of a source, from the run before where neither it nor a header nor a flag has changed since."""
+        flags = [*shlex.split(FLAGS), f"-DFEDLORA_ABI_STAMP={abi_stamp()}", f"-I{HEADER.parent}", *extra_flags()]
+        command = [*compiler(), *flags, "-c", source]
+        name = f"{Path(source).stem}-{hashlib.sha256(shlex.join(command).encode()).hexdigest()[:16]}"
+        target = (ROOT / self.build_temp / name).with_suffix(".o")
+        if not up_to_date(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command += ["-MMD", "-MF", str(target.with_suffix(".d")), "-o", str(target)]
+            print(shlex.join(command), flush=True)
+            subprocess.run(command, check=True, cwd=ROOT)
+        return target
+
+
+def extra_flags():
+    """What the environment adds to every compilation."""
+    return shlex.split(os.environ.get("CXXFLAGS", ""))
+
+
+def up_to_date(target):
+    """Whether an object file is newer than all that the compiler read for it."""
+    try:
+        used = target.with_suffix(".d").read_text().replace("\\\n", " ").split()[1:]
+        return all((ROOT / path).stat().st_mtime < target.stat().st_mtime for path in used)
+    except OSError:
+        return False
 
 
 class BuildPython(build_py):
