@@ -26,8 +26,9 @@ struct Lane<double> {
     static constexpr double roundoff = 0x1p-53, flush = 0x1p-960, smallest = 0x1p-1022;
 };
 
-// The operations that GCC's vector arithmetic does not spell well: masks and square roots.
-#if FEDLORA_VECTOR_BYTES == 64 && defined(__AVX512F__)
+// The operations that GCC's vector arithmetic does not spell well: masks and square roots. The width tells the instruction set:
+// `#pragma GCC target` does not define the macros of one. Forms with a mask, as the plain ones read undefined registers.
+#if FEDLORA_VECTOR_BYTES == 64
 
 template <class T>
 struct Native;
@@ -40,7 +41,7 @@ struct Native<float> {
     static V select(M m, V a, V b) { return (V)_mm512_mask_blend_ps(m, (__m512)b, (__m512)a); }
     static V add_where(M m, V t, V y, V x) { return (V)_mm512_mask3_fmadd_ps((__m512)t, (__m512)y, (__m512)x, m); }
     static V subtract_where(M m, V t, V y, V x) { return (V)_mm512_mask3_fnmadd_ps((__m512)t, (__m512)y, (__m512)x, m); }
-    static V sqrt(V a) { return (V)_mm512_sqrt_ps((__m512)a); }
+    static V sqrt(V a) { return (V)_mm512_maskz_sqrt_ps(0xffff, (__m512)a); }
     static bool any(M m) { return m != 0; }
 };
 
@@ -52,7 +53,7 @@ struct Native<double> {
     static V select(M m, V a, V b) { return (V)_mm512_mask_blend_pd(m, (__m512d)b, (__m512d)a); }
     static V add_where(M m, V t, V y, V x) { return (V)_mm512_mask3_fmadd_pd((__m512d)t, (__m512d)y, (__m512d)x, m); }
     static V subtract_where(M m, V t, V y, V x) { return (V)_mm512_mask3_fnmadd_pd((__m512d)t, (__m512d)y, (__m512d)x, m); }
-    static V sqrt(V a) { return (V)_mm512_sqrt_pd((__m512d)a); }
+    static V sqrt(V a) { return (V)_mm512_maskz_sqrt_pd(0xff, (__m512d)a); }
     static bool any(M m) { return m != 0; }
 };
 
@@ -70,7 +71,7 @@ struct Native {
     static V add_where(M m, V t, V y, V x) { return m ? x + t * y : x; }
     static V subtract_where(M m, V t, V y, V x) { return m ? x - t * y : x; }
     static V sqrt(V a) {
-#if defined(__AVX__) && FEDLORA_VECTOR_BYTES == 32
+#if FEDLORA_VECTOR_BYTES == 32
         if constexpr (sizeof(T) == 4)
             return (V)_mm256_sqrt_ps((__m256)a);
         else
@@ -104,7 +105,11 @@ struct Pack {
 };
 
 #define FEDLORA_EACH for (int w = 0; w < W; ++w)
+#ifdef __SANITIZE_ADDRESS__  // instrumented code would take minutes to compile in one piece
+#define FEDLORA_INLINE inline
+#else
 #define FEDLORA_INLINE inline __attribute__((always_inline))
+#endif
 
 template <int W, class T>
 FEDLORA_INLINE Pack<T, W> broadcast(T x) {

@@ -80,17 +80,17 @@ class JacobiSvd {
         begin_sweep();
     }
 
-    // Unit columns in X and J by the sign rule, their singular values, and the places of the columns by falling value; equal values keep
-    // their order.
+    // Unit columns in X and J by the sign rule, their singular values, and the places of the columns by falling value; equal
+    // values keep their order. Adding zero makes every zero positive: the sign of one may depend on lane-mates.
     void finish() {
         const P zero = broadcast<W>(T(0)), one = broadcast<W>(T(1));
         for (int c = 0; c < cols_; ++c) {
             P *x = column(c), *j = x + rows_;
-            const P x_norm = sqrt(norm_[c]), j_norm = sqrt(dot(j, j, cols_));
+            const P x_norm = sqrt(dot(x, x, rows_)), j_norm = sqrt(dot(j, j, cols_));
             const P sign = wide_ ? sign_of(j, cols_) : sign_of(x, rows_);
-            const P x_divisor = select(greater(x_norm, zero), x_norm, one) * sign, j_divisor = j_norm * sign;
-            for (int i = 0; i < rows_; ++i) x[i] = x[i] / x_divisor;
-            for (int i = 0; i < cols_; ++i) j[i] = j[i] / j_divisor;
+            const P x_factor = sign / select(greater(x_norm, zero), x_norm, one), j_factor = sign / j_norm;
+            for (int i = 0; i < rows_; ++i) x[i] = x[i] * x_factor + zero;
+            for (int i = 0; i < cols_; ++i) j[i] = j[i] * j_factor + zero;
             value_[c] = x_norm / j_norm;
         }
         for (int c = 0; c < cols_; ++c) {
@@ -99,6 +99,24 @@ class JacobiSvd {
             for (int o = c + 1; o < cols_; ++o) place_[c] = place_[c] + select(greater(value_[o], value_[c]), one, zero);
         }
         rotated_flag_ = select(rotated_, one, zero);
+    }
+
+    // X (in the end U), J (V) and, after `sort`, the singular values of the matrices as they came.
+    Interleaved<T, W> left() { return {data_, rows_, cols_, length_}; }
+    Interleaved<T, W> right() { return {data_ + rows_, cols_, cols_, length_}; }
+    Interleaved<T, W> values() {
+        for (int c = 0; c < cols_; ++c)
+            for (int l = 0; l < lanes; ++l) lane(norm_[c], l) = unscale(lane(value_[c], l), l);
+        return {norm_, cols_, 1, cols_};
+    }
+
+    // Columns to their places, by a network of exchanges (Batcher's merge exchange).
+    void sort() {
+        for (int run = 1; run < cols_; run *= 2)
+            for (int gap = run; gap > 0; gap /= 2)
+                for (int first = gap % run; first + gap < cols_; first += 2 * gap)
+                    for (int c = first; c < first + gap && c + gap < cols_; ++c)
+                        if (c / (2 * run) == (c + gap) / (2 * run)) exchange(c, c + gap);
     }
 
     T value(int l, int c) const { return lane(value_[c], l); }
@@ -111,10 +129,18 @@ class JacobiSvd {
     }
 
   private:
-    // x <- x - first y, y <- y + second x in the lanes of `where`.
+    // x <- x - first y, y <- y + second x; zeros in the lanes that `where` leaves alone.
     struct Rotation {
         P first, second;
         M where;
+    };
+
+    // Two pairs of columns, x at cx and y at cy, and the products of the four.
+    struct Meeting {
+        int cx, cy;
+        P g11, g12, g21, g22, gx, gy;
+        Rotation r1, r2, r3, r4;
+        Meeting(int cx, int cy) : cx(cx), cy(cy) {}
     };
 
     P *column(int c) { return data_ + c * length_; }
@@ -142,16 +168,20 @@ class JacobiSvd {
         return select(greater(zero, first), zero - one, one);
     }
 
-    // Folds the cosines of the last sweep into the columns, takes fresh norms, and flushes columns so small that their
-    // products would underflow: with them the iteration may never end.
+    // Fresh norms. Folds the cosines of earlier sweeps into a column once they have grown small, and flushes columns so small
+    // that their products would underflow: with them the iteration may never end.
     void begin_sweep() {
-        const P zero = broadcast<W>(T(0)), flush = broadcast<W>(Lane<T>::flush);
+        const P zero = broadcast<W>(T(0)), one = broadcast<W>(T(1));
+        const P flush = broadcast<W>(Lane<T>::flush), light = broadcast<W>(T(0x1p-16));
         for (int c = 0; c < even_; ++c) {
             P *x = column(c);
-            const P d = sqrt(weight_[c]);
-            for (int i = 0; i < length_; ++i) x[i] = x[i] * d;
-            weight_[c] = broadcast<W>(T(1));
-            norm_[c] = dot(x, x, rows_);
+            const M fold = greater(light, weight_[c]);
+            if (any(fold)) {
+                const P d = select(fold, sqrt(weight_[c]), one);
+                for (int i = 0; i < length_; ++i) x[i] = x[i] * d;
+                weight_[c] = select(fold, one, weight_[c]);
+            }
+            norm_[c] = dot(x, x, rows_) * weight_[c];
             const M dust = greater(flush, norm_[c]);
             if (!any(dust)) continue;
             for (int i = 0; i < rows_; ++i) x[i] = select(dust, zero, x[i]);
@@ -159,11 +189,21 @@ class JacobiSvd {
         }
     }
 
-    // Every pair of columns once: pairs inside a block of two, then the four pairs between two blocks at a time.
+    // Every pair of columns once: those inside a block of four, then those between two blocks. Meetings without a common
+    // column are planned side by side, which hides the latency of their square roots and divisions.
     void rotate_all() {
-        for (int x = 0; x < even_; x += 2) rotate_pair(x, x + 1);
-        for (int x = 0; x < even_; x += 2)
-            for (int y = x + 2; y < even_; y += 2) rotate_blocks(x, y);
+        for (int x = 0; x < even_; x += 4)
+            x + 2 < even_ ? rotate_four(x) : rotate_pair(x, x + 1);
+        for (int x = 0; x < even_; x += 4)
+            for (int y = x + 4; y < even_; y += 4) {
+                if (y + 2 < even_) {
+                    meet(x, y, x + 2, y + 2);
+                    meet(x, y + 2, x + 2, y);
+                } else {
+                    meet(x, y);
+                    meet(x + 2, y);
+                }
+            }
     }
 
     // The rotation that makes columns x and y orthogonal, given their stored product g; the longer one grows.
@@ -192,10 +232,17 @@ class JacobiSvd {
         return {first, second, where};
     }
 
+    // Whether a pair must be turned at all.
+    FEDLORA_INLINE M oblique(int x, int y, const P &g) const {
+        const P cosine = g * rsqrt_estimate(norm_[x]) * rsqrt_estimate(norm_[y]);
+        return greater(cosine * cosine * (weight_[x] * weight_[y]), tolerance_);
+    }
+
+    // A lane that is left alone subtracts and adds zero times a number: nothing but the sign of a zero can change.
     static FEDLORA_INLINE void apply(const Rotation &r, P &x, P &y) {
         const P old = x;
-        x = subtract_where(r.where, r.first, y, x);
-        y = add_where(r.where, r.second, old, y);
+        x = x - r.first * y;
+        y = y + r.second * old;
     }
 
     void rotate_pair(int cx, int cy) {
@@ -205,26 +252,42 @@ class JacobiSvd {
         for (int i = 0; i < length_; ++i) apply(r, x[i], y[i]);
     }
 
-    // Pairs (x1, y1), (x2, y2), then (x1, y2), (x2, y1), with one pass for the products and one for the data: the products
-    // of the second two follow from those before the first two.
-    void rotate_blocks(int cx, int cy) {
-        P *x1 = column(cx), *x2 = column(cx + 1), *y1 = column(cy), *y2 = column(cy + 1);
-        const P zero = broadcast<W>(T(0));
-        P g11 = zero, g12 = zero, g21 = zero, g22 = zero, gx = zero, gy = zero;
+    FEDLORA_INLINE void measure(Meeting &m) {
+        const P *x1 = column(m.cx), *x2 = column(m.cx + 1), *y1 = column(m.cy), *y2 = column(m.cy + 1);
+        m.g11 = m.g12 = m.g21 = m.g22 = m.gx = m.gy = broadcast<W>(T(0));
 #pragma GCC unroll 2
         for (int i = 0; i < rows_; ++i) {
-            g11 = g11 + x1[i] * y1[i];
-            g12 = g12 + x1[i] * y2[i];
-            g21 = g21 + x2[i] * y1[i];
-            g22 = g22 + x2[i] * y2[i];
-            gx = gx + x1[i] * x2[i];
-            gy = gy + y1[i] * y2[i];
+            m.g11 = m.g11 + x1[i] * y1[i];
+            m.g12 = m.g12 + x1[i] * y2[i];
+            m.g21 = m.g21 + x2[i] * y1[i];
+            m.g22 = m.g22 + x2[i] * y2[i];
+            m.gx = m.gx + x1[i] * x2[i];
+            m.gy = m.gy + y1[i] * y2[i];
         }
-        const Rotation r1 = plan(cx, cy, g11), r2 = plan(cx + 1, cy + 1, g22);
-        const P h12 = (g12 - r1.first * gy) + r2.second * (gx - r1.first * g21);
-        const P h21 = (g21 + r1.second * gx) - r2.first * (gy + r1.second * g12);
-        const Rotation r3 = plan(cx, cy + 1, h12), r4 = plan(cx + 1, cy, h21);
-        if (!any((r1.where | r2.where) | (r3.where | r4.where))) return;
+    }
+
+    FEDLORA_INLINE bool quiet(const Meeting &m) const {
+        return !any((oblique(m.cx, m.cy, m.g11) | oblique(m.cx + 1, m.cy + 1, m.g22)) |
+                    (oblique(m.cx, m.cy + 1, m.g12) | oblique(m.cx + 1, m.cy, m.g21)));
+    }
+
+    // (x1, y1) and (x2, y2), then (x1, y2) and (x2, y1), whose products follow from those before the first two.
+    FEDLORA_INLINE void plan_first(Meeting &m) {
+        m.r1 = plan(m.cx, m.cy, m.g11);
+        m.r2 = plan(m.cx + 1, m.cy + 1, m.g22);
+    }
+
+    FEDLORA_INLINE void plan_second(Meeting &m) {
+        const P h12 = (m.g12 - m.r1.first * m.gy) + m.r2.second * (m.gx - m.r1.first * m.g21);
+        const P h21 = (m.g21 + m.r1.second * m.gx) - m.r2.first * (m.gy + m.r1.second * m.g12);
+        m.r3 = plan(m.cx, m.cy + 1, h12);
+        m.r4 = plan(m.cx + 1, m.cy, h21);
+    }
+
+    FEDLORA_INLINE void turn(const Meeting &m) {
+        P *x1 = column(m.cx), *x2 = column(m.cx + 1), *y1 = column(m.cy), *y2 = column(m.cy + 1);
+        if (!any((m.r1.where | m.r2.where) | (m.r3.where | m.r4.where))) return;
+        const Rotation r1 = m.r1, r2 = m.r2, r3 = m.r3, r4 = m.r4;
 #pragma GCC unroll 2
         for (int i = 0; i < length_; ++i) {
             P a = x1[i], b = x2[i], c = y1[i], d = y2[i];
@@ -237,6 +300,76 @@ class JacobiSvd {
             y1[i] = c;
             y2[i] = d;
         }
+    }
+
+    void meet(int cx, int cy) {
+        Meeting m(cx, cy);
+        measure(m);
+        if (quiet(m)) return;
+        plan_first(m);
+        plan_second(m);
+        turn(m);
+    }
+
+    void meet(int cx, int cy, int dx, int dy) {
+        Meeting m(cx, cy), n(dx, dy);
+        measure(m);
+        measure(n);
+        if (quiet(m) && quiet(n)) return;
+        plan_first(m);
+        plan_first(n);
+        plan_second(m);
+        plan_second(n);
+        turn(m);
+        turn(n);
+    }
+
+    // All pairs of the four columns from c on: (1, 2) and (3, 4), then as in a meeting.
+    void rotate_four(int c) {
+        Meeting m(c, c + 2);
+        measure(m);
+        const Rotation r5 = plan(c, c + 1, m.gx), r6 = plan(c + 2, c + 3, m.gy);
+        const P g1 = m.g11 - r5.first * m.g21, g2 = m.g12 - r5.first * m.g22;
+        const P g3 = m.g21 + r5.second * m.g11, g4 = m.g22 + r5.second * m.g12;
+        m.g11 = g1 - r6.first * g2;
+        m.g12 = g2 + r6.second * g1;
+        m.g21 = g3 - r6.first * g4;
+        m.g22 = g4 + r6.second * g3;
+        m.gx = select(r5.where, broadcast<W>(T(0)), m.gx);
+        m.gy = select(r6.where, broadcast<W>(T(0)), m.gy);
+        plan_first(m);
+        plan_second(m);
+        const Rotation r1 = m.r1, r2 = m.r2, r3 = m.r3, r4 = m.r4;
+        if (!any((r1.where | r2.where) | (r3.where | r4.where) | (r5.where | r6.where))) return;
+        P *x1 = column(c), *x2 = column(c + 1), *y1 = column(c + 2), *y2 = column(c + 3);
+        for (int i = 0; i < length_; ++i) {
+            P p = x1[i], q = x2[i], r = y1[i], s = y2[i];
+            apply(r5, p, q);
+            apply(r6, r, s);
+            apply(r1, p, r);
+            apply(r2, q, s);
+            apply(r3, p, s);
+            apply(r4, q, r);
+            x1[i] = p;
+            x2[i] = q;
+            y1[i] = r;
+            y2[i] = s;
+        }
+    }
+
+    // Columns c and d change places in the lanes where d comes first.
+    void exchange(int c, int d) {
+        const M swap = greater(place_[c], place_[d]);
+        if (!any(swap)) return;
+        const auto apart = [&](P &x, P &y) {
+            const P old = x;
+            x = select(swap, y, x);
+            y = select(swap, old, y);
+        };
+        P *x = column(c), *y = column(d);
+        for (int i = 0; i < length_; ++i) apart(x[i], y[i]);
+        apart(value_[c], value_[d]);
+        apart(place_[c], place_[d]);
     }
 
     const int rows_, cols_, even_, length_;
@@ -280,61 +413,34 @@ void complete(const View<T> &u, int rows, int rank, int cols) {
     }
 }
 
-// Matrices first .. first + count - 1 of the group into the lanes; the other lanes stay zero.
-template <class T, int W>
-void load(JacobiSvd<T, W> &solver, const Shape &shape, const SvdGroup &group, int64_t first, int count) {
-    const View<const T> C(group.C, first, shape.wide);
-    for (int i = 0; i < shape.rows; ++i)
-        for (int c = 0; c < shape.cols; ++c) {
-            const T *from = &C(i, c);
-            T *to = solver.at(i, c);
-            for (int l = 0; l < count; ++l) to[l] = from[l * group.C.batch_stride];
-        }
-}
-
-// `length` elements of column c of X (from = 0) or of J (from = rows), each lane's to its own place.
-template <class T, int W>
-void store_column(JacobiSvd<T, W> &solver, int from, int c, int length, const View<T> &to, int64_t batch_stride, int count) {
-    for (int l = 0; l < count; ++l) {
-        const T *source = solver.at(from, c) + l;
-        T *target = to.data + l * batch_stride + solver.place(l, c) * to.col;
-        for (int i = 0; i < length; ++i) target[i * to.row] = source[i * solver.lanes];
-    }
-}
-
 template <class T>
 void fill(const View<T> &to, int rows, int cols, T value) {
     for (int i = 0; i < rows; ++i)
         for (int c = 0; c < cols; ++c) to(i, c) = value;
 }
 
-// What is left of one matrix once its vectors are stored: S, the codes, and the vectors that the iteration cannot give.
+// What is left of one matrix once its vectors and values are stored: the codes, and the vectors that the iteration cannot give.
 template <class T, int W>
-void store_rest(JacobiSvd<T, W> &solver, int l, const Shape &shape, const SvdGroup &group, int64_t index) {
-    const View<T> left(shape.wide ? group.Vh : group.U, index, shape.wide);
-    const View<T> right(shape.wide ? group.U : group.Vh, index, !shape.wide);
+void settle(JacobiSvd<T, W> &solver, int l, const Shape &shape, const SvdGroup &group, int64_t index) {
     const View<T> S(group.S, index, false);
     int32_t &info = View<int32_t>(group.info, index, false)(0, 0);
     int32_t &notes = View<int32_t>(group.notes, index, false)(0, 0);
+    info = notes = 0;
+    const bool overflow = __builtin_isinf(S(0, 0)), full = solver.value(l, shape.cols - 1) > 0;
+    if (full && solver.converged(l) && !overflow) return;
+    const View<T> left(shape.wide ? group.Vh : group.U, index, shape.wide);
     if (!solver.finite(l)) {
         const T nan = (T)__builtin_nan("");
         fill(left, shape.rows, shape.cols, nan);
-        fill(right, shape.cols, shape.cols, nan);
+        fill(View<T>(shape.wide ? group.U : group.Vh, index, !shape.wide), shape.cols, shape.cols, nan);
         fill(S, 1, shape.cols, nan);
         info = FEDLORA_INFO_NONFINITE;
-        notes = 0;
         return;
-    }
-    int rank = 0;
-    bool overflow = false;
-    for (int c = 0; c < shape.cols; ++c) {
-        const T value = solver.unscale(solver.value(l, c), l);
-        rank += solver.value(l, c) > 0;
-        overflow |= __builtin_isinf(value) != 0;
-        S(0, solver.place(l, c)) = value;
     }
     info = (overflow ? FEDLORA_INFO_OVERFLOW : 0) | (solver.converged(l) ? 0 : FEDLORA_INFO_NOT_CONVERGED);
     notes = solver.zero(l) ? FEDLORA_NOTE_ZERO : 0;
+    int rank = 0;
+    while (rank < shape.cols && solver.value(l, rank) > 0) ++rank;
     if (rank < shape.cols) complete(left, shape.rows, rank, shape.cols);
 }
 
@@ -346,23 +452,22 @@ void solve(const SvdGroup &group, int64_t first, int max_sweeps, void *scratch) 
     const int64_t left = group.C.batch - first;
     const int count = left < solver.lanes ? (int)left : solver.lanes;
     solver.clear();
-    load(solver, shape, group, first, count);
+    solver.left().load(View<const T>(group.C, first, shape.wide), group.C.batch_stride, count);
     solver.scale();
     solver.iterate(max_sweeps > 0 ? max_sweeps : kDefaultSweeps);
     solver.finish();
+    solver.sort();
 
     const fedlora_block &of_x = shape.wide ? group.Vh : group.U, &of_j = shape.wide ? group.U : group.Vh;
-    const View<T> x(of_x, first, shape.wide), j(of_j, first, !shape.wide);
-    for (int c = 0; c < shape.cols; ++c) {
-        store_column(solver, 0, c, shape.rows, x, of_x.batch_stride, count);
-        store_column(solver, shape.rows, c, shape.cols, j, of_j.batch_stride, count);
-    }
-    for (int l = 0; l < count; ++l) store_rest(solver, l, shape, group, first + l);
+    solver.left().store(View<T>(of_x, first, shape.wide), of_x.batch_stride, count);
+    solver.right().store(View<T>(of_j, first, !shape.wide), of_j.batch_stride, count);
+    solver.values().store(View<T>(group.S, first, true), group.S.batch_stride, count);
+    for (int l = 0; l < count; ++l) settle(solver, l, shape, group, first + l);
 }
 
 // Two packs side by side hide the latency of square roots and divisions where columns are short; where they are long,
 // the working set had better stay small. A function of shape and dtype alone.
-inline bool doubled(const fedlora_block &C) { return C.rows * C.cols <= 16 * 16; }
+inline bool doubled(const fedlora_block &C) { return C.rows * C.cols <= 10 * 10; }
 
 template <int W>
 constexpr int64_t lanes_of(int64_t dtype) {

@@ -8,6 +8,8 @@ namespace fedlora {
 namespace {
 #include "simd.hpp"
 #include "svd_view.hpp"
+#include "transpose.hpp"
+#include "interleave.hpp"
 #include "small_svd.hpp"
 }  // namespace
 

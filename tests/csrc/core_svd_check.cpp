@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -38,6 +39,8 @@ struct Problem {
         if (batch > 3) C[3 * p * q] = std::numeric_limits<T>::quiet_NaN();
         if (batch > 4)
             for (int i = 0; i < p * q; ++i) C[4 * p * q + i] *= std::numeric_limits<T>::min();
+        if (batch > 5)  // mostly zeros, which keep their sign only if nobody adds to them
+            for (int i = 0; i < p * q; ++i) C[5 * p * q + i] = i % (k + 1) ? T(-0.0) : -C[5 * p * q + i];
     }
 
     T entry(int b, int i, int j) const { return C[b * p * q + i * group.C.row_stride + j * group.C.col_stride]; }
@@ -66,6 +69,23 @@ struct Problem {
             // At the edge of the range the values themselves are rounded to subnormals.
             if (b != 4 && !(std::sqrt(residual) <= limit * std::sqrt(size))) fail(isa, b, "residual");
         }
+    }
+
+    // Matrix b by itself.
+    fedlora::SvdGroup alone(int b) const {
+        fedlora::SvdGroup one = group;
+        for (fedlora_block *block : {&one.C, &one.U, &one.S, &one.Vh, &one.info, &one.notes}) {
+            block->data += b * block->batch_stride * (block->dtype == FEDLORA_FLOAT64 ? 8 : 4);
+            block->batch = 1;
+        }
+        return one;
+    }
+
+    bool same(const Problem &other, int b) const {
+        return !std::memcmp(&U[b * p * k], &other.U[b * p * k], p * k * sizeof(T)) &&
+               !std::memcmp(&S[b * k], &other.S[b * k], k * sizeof(T)) &&
+               !std::memcmp(&Vh[b * k * q], &other.Vh[b * k * q], k * q * sizeof(T)) && info[b] == other.info[b] &&
+               notes[b] == other.notes[b];
     }
 
     void fail(const char *isa, int b, const char *what) const {
@@ -97,6 +117,11 @@ void check_variants(int p, int q, int batch, bool transposed) {
         for (int64_t first = 0; first < batch; first += variant->matrices_per_task(problem.group.C))
             variant->run(problem.group, first, 0, scratch.get());
         problem.check(variant->isa);
+        Problem<T> single(p, q, batch, transposed);
+        for (int b = 0; b < batch; ++b) {
+            variant->run(single.alone(b), 0, 0, scratch.get());
+            if (!single.same(problem, b)) problem.fail(variant->isa, b, "differs from the same matrix alone");
+        }
     }
 }
 
