@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedlora_kernels.backends.contract import U64, Info, Note
+from fedlora_kernels.backends.contract import U64, Note
 from fedlora_kernels.errors import InputError, MismatchError
+from fedlora_kernels.linalg import update_gram, weighted_sum
 from fedlora_kernels.methods.contract import Census, Group, Memory, Method, Outcome, Pair, Previous, Survey, register
-from fedlora_kernels.methods.factors import cast, chunked, chunks, require_equal_ranks
+from fedlora_kernels.methods.factors import FAR, GRAM_ERROR, chunked, chunks, require_equal_ranks, rounded
 from fedlora_kernels.methods.layers import layers_of
 from fedlora_kernels.methods.robust import NOISE
 from fedlora_kernels.methods.tree import LINKAGES, choose_cuts, merge_tree
@@ -98,8 +100,7 @@ class FedTree(Method):
         if self.metric == "product":
             return None
         require_equal_ranks(group, self.name)
-        parts = [_compared(group.part(*bounds), self.metric) for bounds in chunks(group)]
-        return Survey({self.metric: torch.cat(parts).cpu().numpy()})
+        return Survey({self.metric: _compared(group, self.metric).numpy()})
 
     def decide(self, stats: Mapping[str, np.ndarray], census: Census) -> TreePlan:
         """Cluster and cut, or recall what was settled, and take in the shares that clients report.
@@ -164,18 +165,45 @@ class FedTree(Method):
 
 
 def _compared(group: Group, metric: str) -> Tensor:
-    """Squared distances, or inner products, of the folded B of all clients, (N, K, K) float64."""
+    """Squared distances, or inner products, of the folded B of all clients, (N, K, K) float64 on the host."""
+    if 0 in group.ranks:
+        return torch.cat([_from_differences(group.part(*bounds), metric) for bounds in chunks(group)])
+    inner = _inner_products(group)
+    if metric == "cosine":
+        return inner
+    size = inner.diagonal(dim1=1, dim2=2)
+    sums = size[:, :, None] + size[:, None, :]
+    squares = sums - 2.0 * inner
+    far = squares > FAR * 4 * GRAM_ERROR * sums
+    far.diagonal(dim1=1, dim2=2)[:] = True
+    squares.diagonal(dim1=1, dim2=2)[:] = 0.0
+    # where inner products cancel, or are not finite
+    for i in (~(far & torch.isfinite(squares)).flatten(1).all(1)).nonzero()[:, 0].tolist():
+        squares[i] = _from_differences(group.part(i, i + 1), metric)[0]
+    return squares
+
+
+def _inner_products(group: Group) -> Tensor:
+    """Inner products of the folded B, (N, K, K): those of updates ``B_k 1`` of one column."""
+    columns = [block.reshape(group.batch, -1, 1) for block in group.B]
+    one = torch.ones(group.batch, 1, 1, device=group.device)
+    options: dict[str, Any] = {"weights": group.scale, "check": False, "backend": group.backend}
+    gram: Tensor = update_gram(columns, [one] * len(columns), **options).cpu()
+    return gram
+
+
+def _from_differences(group: Group, metric: str) -> Tensor:
+    """The same without cancellation, of a few modules: in float64, and squared distances from differences."""
     scale = group.scale.to(group.device)[:, :, None]
     r = max(group.ranks)  # a block of no columns, of a client that `decide` refuses by name, counts as zero
     blocks = [pad(block.to(torch.float64), (0, r - block.shape[-1])) for block in group.B]
     B = torch.stack([block.flatten(1) for block in blocks], 1) * scale
     if metric == "cosine":
-        return B @ B.mT
-    # without mm: from differences, as the inner products of near clients cancel
+        return (B @ B.mT).cpu()
     distance = torch.cdist(B, B, compute_mode="donot_use_mm_for_euclid_dist")
     norm = torch.linalg.vector_norm(B, dim=2)
     apart = distance > SAME * (norm[:, :, None] + norm[:, None, :])
-    return torch.where(apart | ~torch.isfinite(distance), distance.square(), 0.0)
+    return torch.where(apart | ~torch.isfinite(distance), distance.square(), 0.0).cpu()
 
 
 def _product_squares(gram: np.ndarray | None) -> np.ndarray:
@@ -228,18 +256,16 @@ def _combined(group: Group, plan: TreePlan, kept: Mapping[str, Mapping[str, Tens
     count = torch.zeros(group.batch, int(cuts.max()), dtype=torch.float64).scatter_add_(1, labels, there)
     total = count.sum(1, keepdim=True)
     share = there / total.clamp(min=1.0)
-    B = _means(group.B, share * group.scale, labels, count)
-    A = _means(group.A, share, labels, count)
+    B = _means(group.B, share * group.scale, labels, count, group.backend)
+    A = _means(group.A, share, labels, count, group.backend)
     real = torch.arange(count.shape[1]) < cuts[:, None]
     _restore(group.modules, B.cluster, A.cluster, (count == 0) & real, kept, "cluster")
     _restore(group.modules, B.outside, A.outside, (count == total) & real & (cuts > 1)[:, None], kept, "outside")
-    rounded = {}
-    lost = torch.zeros(group.batch, dtype=torch.bool)
-    for name, mean in zip(FACTORS, (B.cluster, A.cluster, B.outside, A.outside), strict=True):
-        rounded[name], beyond, _ = cast(mean, group.dtype)
-        lost |= beyond
-    finite = _all(torch.isfinite, *B, *A)
-    zero = _all(lambda x: x == 0.0, B.cluster) | _all(lambda x: x == 0.0, A.cluster)
+    made = [rounded(group, mean.flatten(1, 2)) for mean in (B.cluster, A.cluster, B.outside, A.outside)]
+    info = functools.reduce(torch.bitwise_or, (sums.info.cpu() for sums in made))
+    zero = (made[0].notes | made[1].notes).cpu() & int(Note.ZERO)
+    C = count.shape[1]
+    means = {name: sums.sum.unflatten(1, (C, -1)) for name, sums in zip(FACTORS, made, strict=True)}
     unknown = torch.full((group.batch,), math.nan, dtype=torch.float64)
     lam = torch.from_numpy(plan.lam[[plan.row[module] for module in group.modules]][:, plan.present])
     personal = [_mixed(B, A, labels[:, k], lam[:, k], cuts, group.dtype) for k in range(len(group.B))]
@@ -249,28 +275,25 @@ def _combined(group: Group, plan: TreePlan, kept: Mapping[str, Mapping[str, Tens
         rank=None,
         error=unknown,
         error_bound=unknown,
-        notes=(zero * int(Note.ZERO)).to(torch.int32),
-        info=((~finite) * int(Info.NONFINITE) + lost * int(Info.OVERFLOW)).to(torch.int32),
+        notes=zero,
+        info=info,
         personal=tuple(personal),
-        state=tuple(_state_of(rounded, i, c) for i, c in enumerate(cuts.tolist())),
+        state=tuple(_state_of(means, i, c) for i, c in enumerate(cuts.tolist())),
     )
 
 
-def _means(blocks: Sequence[Tensor], share: Tensor, labels: Tensor, count: Tensor) -> _Means:
+def _means(blocks: Sequence[Tensor], share: Tensor, labels: Tensor, count: Tensor, backend: str) -> _Means:
     """Means of ``blocks``, K times (N, p, q), within each cluster and outside of it; 0 where nobody is.
 
     ``share`` (N, K) is 1 / (number of present clients), the scale times it, or 0; ``count`` (N, C) float64 are the present members.
     Sums run in client order; those outside are sums of the other clusters' sums, never the whole less one.
     """
-    device = blocks[0].device
-    N, C = count.shape
-    every = torch.arange(N, device=device)
-    share, labels = share.to(device), labels.to(device)
-    sums = torch.zeros(N, C, *blocks[0].shape[1:], dtype=torch.float64, device=device)
-    for k, block in enumerate(blocks):
-        sums[every, labels[:, k]] += block.to(torch.float64) * share[:, k, None, None]
+    device, clusters = blocks[0].device, range(count.shape[1])
+    options: dict[str, Any] = {"dtype": torch.float64, "check": False, "backend": backend}
+    of_cluster = [weighted_sum(list(blocks), weights=share * (labels == c), **options).sum for c in clusters]
+    sums = torch.stack(of_cluster, 1)
     others = torch.zeros_like(sums)
-    for order in (range(C), reversed(range(C))):
+    for order in (clusters, reversed(clusters)) if len(clusters) > 1 else ():
         running = torch.zeros_like(sums[:, 0])
         for c in order:
             others[:, c] += running
@@ -320,9 +343,3 @@ def _state_of(means: Mapping[str, Tensor], i: int, clusters: int) -> dict[str, T
     """The means of module i; those outside only where there is more than one cluster."""
     names: Iterable[str] = means if clusters > 1 else ("cluster_B", "cluster_A")
     return {name: means[name][i, :clusters] for name in names}
-
-
-def _all(holds: Callable[[Tensor], Tensor], *tensors: Tensor) -> Tensor:
-    """(N,) bool on the host: whether all elements of a module satisfy ``holds``."""
-    each = torch.stack([holds(x).flatten(1).all(1) for x in tensors])
-    return each.all(0).cpu()
