@@ -213,6 +213,32 @@ FEDLORA_API int fedlora_product_svd(const fedlora_block *B, const fedlora_block 
                                     int64_t output, double *seconds, void *workspace, int64_t workspace_bytes, int64_t threads,
                                     void *stream);
 
+/* Widest stack that fedlora_stacked_qr serves on the CPU. */
+enum { FEDLORA_STACKED_QR_MAX = 1024 };
+
+/* Bytes of scratch that fedlora_stacked_qr needs for these groups with so many threads. */
+FEDLORA_API int fedlora_stacked_qr_workspace(const fedlora_block *X, const int64_t *counts, const fedlora_block *weights,
+                                             const fedlora_block *Q, const fedlora_block *R, const fedlora_block *rank,
+                                             const fedlora_block *info, const fedlora_block *notes, int64_t groups,
+                                             int64_t threads, int64_t *bytes);
+
+/* X = Q R of X = [w_1 X_1 | ... | w_K X_K] for every matrix of every group, R in row-echelon form with positive leading entries.
+ *
+ *   X         blocks of all groups one after the other, counts[g] of group g: m x q_k, any float dtype, read only
+ *   weights   one descriptor per group, batch x counts[g] float64 (batch 1), finite and not zero
+ *   Q         m x k, as R, with k = min(m, width); a null table: Q is not wanted
+ *   R         k x width, width the sum of all q_k; float64 if a block of the group is, else float32
+ *   rank      1 x 1, int32; rows of R and columns of Q are zero from there on
+ *   info      1 x 1, int32                                    notes     1 x 1, int32
+ *
+ * A column is dependent if what is left of it is at most 16 width u of its length, within a factor 2, u = 2^-53. A matrix with NaN
+ * or Inf answers NaN.
+ */
+FEDLORA_API int fedlora_stacked_qr(const fedlora_block *X, const int64_t *counts, const fedlora_block *weights,
+                                   const fedlora_block *Q, const fedlora_block *R, const fedlora_block *rank,
+                                   const fedlora_block *info, const fedlora_block *notes, int64_t groups, void *workspace,
+                                   int64_t workspace_bytes, int64_t threads, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

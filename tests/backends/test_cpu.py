@@ -20,7 +20,10 @@ def test_available_names_the_instruction_set():
     ok, reason = cpu.BACKEND.available()
     assert ok
     assert any(isa in reason for isa in ("x86-64-v4", "x86-64-v3", "portable"))
-    assert (cpu.BACKEND.name, cpu.BACKEND.bitwise) == ("cpu", {"core_svd", "mixed_sum", "product_svd", "weighted_sum"})
+    assert (cpu.BACKEND.name, cpu.BACKEND.bitwise) == (
+        "cpu",
+        {"core_svd", "mixed_sum", "product_svd", "stacked_qr", "weighted_sum"},
+    )
 
 
 @needs_library
@@ -39,7 +42,8 @@ def test_available_names_the_instruction_set():
         ("product_svd", torch.float32, torch.device("meta"), {"m": 2, "n": 2, "R": 1}, "meta"),
         ("update_gram", torch.bfloat16, CPU, {"m": 2, "n": 2, "R": 1}, None),
         ("update_gram", torch.int32, CPU, {"m": 2, "n": 2, "R": 1}, "int32"),
-        ("stacked_qr", torch.float32, CPU, {"m": 2, "R": 1}, "stacked_qr"),
+        ("stacked_qr", torch.float32, CPU, {"m": 50000, "R": 1024}, None),
+        ("stacked_qr", torch.float16, CPU, {"m": 2, "R": 1025}, "1025"),
         ("align_factors", torch.bfloat16, CPU, {"m": 5000, "n": 4096, "r": 32, "N": 5}, None),
         ("align_factors", torch.float64, CPU, {"m": 50, "n": 40, "r": 513, "N": 5}, "513"),
         ("align_factors", torch.float32, torch.device("meta"), {"m": 2, "n": 2, "r": 1, "N": 1}, "meta"),

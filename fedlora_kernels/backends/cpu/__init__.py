@@ -13,24 +13,27 @@ from fedlora_kernels.backends.contract import (
     Factors,
     Mixed,
     RawProduct,
+    RawQR,
     RawRotation,
     RawSum,
     RawSVD,
     RuleSpec,
+    Stack,
 )
-from fedlora_kernels.backends.cpu import gram, procrustes, product, sums, svd
+from fedlora_kernels.backends.cpu import gram, procrustes, product, qr, sums, svd
 from fedlora_kernels.backends.cpu.library import HEADERS, LIBRARY, Library
 
 __all__ = ["BACKEND", "CpuBackend"]
 
-_SIDES: Mapping[str, tuple[str, ...]] = {
-    "core_svd": ("p", "q"),
-    "procrustes_rotation": ("r",),
-    "align_factors": ("r",),
-    "weighted_sum": (),
-    "mixed_sum": (),
-    "product_svd": (),
-    "update_gram": (),
+_LARGEST: Mapping[str, Mapping[str, int]] = {
+    "core_svd": {"p": svd.LARGEST, "q": svd.LARGEST},
+    "procrustes_rotation": {"r": svd.LARGEST},
+    "align_factors": {"r": svd.LARGEST},
+    "stacked_qr": {"R": qr.WIDEST},
+    "weighted_sum": {},
+    "mixed_sum": {},
+    "product_svd": {},
+    "update_gram": {},
 }
 """The sizes of an operation that have an upper bound."""
 
@@ -44,7 +47,7 @@ class CpuBackend:
     """
 
     name = "cpu"
-    bitwise = frozenset({"core_svd", "mixed_sum", "product_svd", "weighted_sum"})
+    bitwise = frozenset({"core_svd", "mixed_sum", "product_svd", "stacked_qr", "weighted_sum"})
 
     def __init__(self, library: Path = LIBRARY, headers: Sequence[Path] = HEADERS) -> None:
         self.library = Library(library, headers)
@@ -54,21 +57,25 @@ class CpuBackend:
         return self.library.available()
 
     def serves(self, op: str, dtype: torch.dtype, device: torch.device, sizes: Mapping[str, int]) -> tuple[bool, str]:
-        """`core_svd`, `procrustes_rotation` and `align_factors` up to 512 x 512, all else of any size; on the CPU."""
-        if op not in _SIDES:
+        """Of any size, but `core_svd`, `procrustes_rotation`, `align_factors` up to 512, `stacked_qr` up to R = 1024; on the CPU."""
+        if op not in _LARGEST:
             return False, f"the cpu library has no {op}"
         if device.type != "cpu":
             return False, f"the tensors are on {device}"
         if dtype not in svd.WORKING_DTYPE:
             return False, f"no kernel for {dtype}"
-        largest = max((sizes.get(side, 0) for side in _SIDES[op]), default=0)
-        if largest > svd.LARGEST:
-            return False, f"a dimension of {largest} is above {svd.LARGEST}"
+        for side, largest in _LARGEST[op].items():
+            if sizes.get(side, 0) > largest:
+                return False, f"a dimension of {sizes[side]} is above {largest}"
         return self.available()
 
     def core_svd(self, groups: Sequence[Tensor], *, max_sweeps: int = 0) -> list[RawSVD]:
         """SVD of each matrix; see `backends.cpu.svd.core_svd`."""
         return svd.core_svd(self.library, groups, max_sweeps=max_sweeps)
+
+    def stacked_qr(self, groups: Sequence[Stack], want_q: bool) -> list[RawQR]:
+        """Thin QR of each stacked matrix; see `Backend.stacked_qr`."""
+        return qr.stacked_qr(self.library, groups, want_q)
 
     def weighted_sum(self, groups: Sequence[Blocks], dtype: torch.dtype) -> list[RawSum]:
         """Weighted sum of the blocks of each group; see `Backend.weighted_sum`."""

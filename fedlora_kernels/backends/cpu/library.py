@@ -163,6 +163,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fedlora_orient": [_TABLE, _TABLE, _COUNT, *_END],
     "fedlora_cross_products_workspace": [_TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
     "fedlora_cross_products": [_TABLE, _COUNTS, *[_TABLE] * 3, _COUNT, *_SCRATCH, *_END],
+    "fedlora_stacked_qr_workspace": [_TABLE, _COUNTS, *[_TABLE] * 6, _COUNT, _COUNT, _COUNTS],
+    "fedlora_stacked_qr": [_TABLE, _COUNTS, *[_TABLE] * 6, _COUNT, *_SCRATCH, *_END],
     "fedlora_cholesky_workspace": [_TABLE, _COUNT, _COUNT, _COUNTS],
     "fedlora_cholesky": [*[_TABLE] * 3, _COUNT, *_SCRATCH, *_END],
     "fedlora_product_svd_workspace": [*[_TABLE] * 2, _COUNTS, *[_TABLE] * 2, _COUNT, _COUNT, _COUNTS],

@@ -1,0 +1,54 @@
+"""QR of stacked blocks by the native library: Grams where they are certified, else Householder reflections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fedlora_kernels.backends.contract import RawQR, Stack
+from fedlora_kernels.backends.cpu.library import Library, counts, rows, table
+from fedlora_kernels.backends.cpu.threads import thread_count
+
+__all__ = ["WIDEST", "stacked_qr"]
+
+WIDEST = 1024
+"""Columns of the widest stack that the library serves."""
+
+
+def stacked_qr(library: Library, groups: Sequence[Stack], want_q: bool) -> list[RawQR]:
+    """Thin row-echelon QR of every stacked matrix; see `Backend.stacked_qr`.
+
+    Raises:
+        BackendError: the library is absent, or does not serve the tensors.
+        InputError: FEDLORA_NUM_THREADS is no number of threads.
+    """
+    op = "stacked_qr"
+    library.functions(op)
+    results = [_empty(group, want_q) for group in groups]
+    ranks = [result.rank.int() for result in results]
+    blocks = table([block for group in groups for block in group.blocks])
+    numbers = counts([len(group.blocks) for group in groups])
+    weights = table([group.weights[None] for group in groups])
+    Q = table([result.Q for result in results if result.Q is not None]) if want_q else None
+    small = [[result.R for result in results]]
+    small += [[rows(t) for t in ts] for ts in (ranks, [r.info for r in results], [r.notes for r in results])]
+    tables = [blocks, numbers, weights, Q, *map(table, small)]
+    threads = thread_count()
+    memory, *scratch = library.workspace(op, "fedlora_stacked_qr_workspace", *tables, len(groups), threads)
+    library.call(op, "fedlora_stacked_qr", *tables, len(groups), *scratch, threads, None)
+    del memory
+    return [result._replace(rank=rank.long()) for result, rank in zip(results, ranks, strict=True)]
+
+
+def _empty(group: Stack, want_q: bool) -> RawQR:
+    N, m, R = group.batch, group.m, group.width
+    k = min(m, R)
+    dtype = torch.float64 if any(block.dtype == torch.float64 for block in group.blocks) else torch.float32
+    return RawQR(
+        Q=torch.empty(N, m, k, dtype=dtype) if want_q else None,
+        R=torch.empty(N, k, R, dtype=dtype),
+        rank=torch.empty(N, dtype=torch.int64),
+        info=torch.empty(N, dtype=torch.int32),
+        notes=torch.empty(N, dtype=torch.int32),
+    )
