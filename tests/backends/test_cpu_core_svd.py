@@ -301,6 +301,12 @@ def test_a_large_batch():
     assert_svd(C, svd(C))
 
 
+def test_outputs_on_huge_pages():
+    C = normal(5000, 16, 12)
+    whole = svd(C)
+    assert same_bits(whole, [torch.cat(parts) for parts in zip(*(svd(part) for part in C.split(1000)), strict=True)])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("p", "q"), [(2, 2), (3, 2), (3, 3), (4, 4)])
 def test_short_columns_come_to_rest(p, q, dtype):

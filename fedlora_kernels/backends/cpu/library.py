@@ -101,14 +101,17 @@ def abi_stamp(header: Path) -> int:
 
 
 def table(groups: Sequence[Tensor]) -> ctypes.Array[Block]:
-    """Descriptors of tensors (N, p, q) of any strides."""
-    blocks = (Block * max(len(groups), 1))()
-    for i, t in enumerate(groups):
-        batch_stride, row_stride, col_stride = t.stride()
-        blocks[i] = Block(
-            t.data_ptr(), t.shape[1], t.shape[2], row_stride, col_stride, _DTYPE_CODE[t.dtype], t.shape[0], batch_stride
-        )
-    return blocks
+    """Descriptors of tensors (N, p, q) of any strides; (N, k) and (N,) are matrices of one row."""
+    return (Block * max(len(groups), 1))(*[_block(t) for t in groups])
+
+
+def _block(t: Tensor) -> Block:
+    shape, stride = t.shape, t.stride()
+    code, missing = _DTYPE_CODE[t.dtype], 3 - len(shape)
+    if missing == 0:
+        return Block(t.data_ptr(), shape[1], shape[2], stride[1], stride[2], code, shape[0], stride[0])
+    cols, col_stride = (shape[1], stride[1]) if missing == 1 else (1, 1)
+    return Block(t.data_ptr(), 1, cols, cols, col_stride, code, shape[0], stride[0])
 
 
 def rows(t: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import RawSVD
-from fedlora_kernels.backends.cpu.library import Library, rows, table
+from fedlora_kernels.backends.cpu.library import Library, table
 from fedlora_kernels.backends.cpu.threads import thread_count
 from fedlora_kernels.backends.torch.svd import svd as torch_svd
 from fedlora_kernels.errors import BackendError
@@ -41,11 +41,11 @@ def core_svd(library: Library, groups: Sequence[Tensor], *, max_sweeps: int = 0)
         InputError: FEDLORA_NUM_THREADS is no number of threads.
     """
     library.functions("core_svd")
+    if not groups:
+        return []
     inputs = [_working_copy(group) for group in groups]
     results = [_empty(group) for group in inputs]
-    tables = [table(inputs)]
-    for field in ("U", "S", "Vh", "info", "notes"):
-        tables.append(table([rows(getattr(result, field)) for result in results]))
+    tables = [table(inputs), *(table(tensors) for tensors in zip(*results, strict=True))]
     threads = thread_count()
     memory, *scratch = library.workspace("core_svd", "fedlora_core_svd_workspace", tables[0], len(inputs), threads)
     library.call("core_svd", "fedlora_core_svd", *tables, len(inputs), max_sweeps, *scratch, threads, None)
