@@ -166,6 +166,7 @@ void Gram::run(int64_t i, int64_t chunk, double *scratch, double *leaving) const
     const Part part = part_of(*this, chunk);
     const int64_t begin = part.chunk * kChunk, end = smaller(begin + kChunk, count ? X[0].rows : 0);
     double *const left = scratch, *const right = part.diagonal() ? left : left + part.left.size() * kGap;
+    const int64_t near = chunks() == part.chunks ? count : 0;  // a square of several needs only some of the columns
     int64_t tiles = 0;
     for_tiles(part, [&](int64_t, int64_t, int64_t) { ++tiles; });
     if (begin == end) std::memset(leaving, 0, sizeof(double) * (size_t)this->leaving());
@@ -173,7 +174,7 @@ void Gram::run(int64_t i, int64_t chunk, double *scratch, double *leaving) const
         const int64_t rows = smaller(kDepth, end - first);
         pack(*this, i, first, rows, part.left, left);
         if (!part.diagonal()) pack(*this, i, first, rows, part.right, right);
-        Ahead ahead(X, count, i, first + rows, smaller(kDepth, end - first - rows), tiles);
+        Ahead ahead(X, near, i, first + rows, smaller(kDepth, end - first - rows), tiles);
         double *tile = leaving;
         for_tiles(part, [&](int64_t a, int64_t b, int64_t width) {
             const double *const P = left + (a - part.left.begin) * kGap, *const Q = right + (b - part.right.begin) * kGap;
