@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fedlora.h"
+#include "mixed_sum.h"
 
 namespace {
 
@@ -189,6 +190,42 @@ int check_mixed(int p, const std::vector<int> &ranks, int q, int batch, bool by_
     return wrong;
 }
 
+// Blocks scaled by column, chunk by chunk; block 1 has no part in the sum and is not read.
+int check_scaled(int p, int q, bool by_columns) {
+    const int ranks[] = {5, 3, 300};
+    std::vector<Matrix> blocks;
+    std::vector<std::vector<double>> mixing;
+    std::vector<fedlora_block> X, M;
+    std::vector<double> factors(308);
+    for (size_t j = 0; j < factors.size(); ++j) factors[j] = std::ldexp(1.0, (int)(j % 5) - 2);
+    for (int k = 0; k < 3; ++k) {
+        blocks.emplace_back(p, ranks[k], 1, by_columns, k);
+        mixing.emplace_back((size_t)ranks[k] * q);
+        for (size_t i = 0; i < mixing[k].size(); ++i) mixing[k][i] = k == 1 ? 0.0 : number(i + k);
+    }
+    for (float &x : blocks[1].data) x = NAN;
+    for (int k = 0; k < 3; ++k) X.push_back(blocks[k].block()), M.push_back(doubles(mixing[k], ranks[k], q, 1));
+    Matrix sum(p, q, 1, by_columns, 0);
+    const fedlora::MixedSum mixed = {X.data(), M.data(), 3, doubles(factors, 1, 308, 1), sum.block()};
+    if (mixed.status() || fedlora::MixedSum{X.data(), M.data(), 3, doubles(factors, 1, 307, 1), sum.block()}.status() != FEDLORA_BAD_SHAPE)
+        return 1;
+    double *const scratch = aligned((size_t)mixed.scratch());
+    std::memset(scratch, 0xff, (size_t)mixed.scratch() * 8);
+    fedlora::Partial partial;
+    for (int64_t chunk = 0; chunk < mixed.chunks(); ++chunk) mixed.run(0, chunk, scratch, partial);
+    std::free(scratch);
+    int wrong = 0;
+    for (int i = 0; i < p; ++i)
+        for (int j = 0; j < q; ++j) {
+            double total = 0;
+            for (int k = 0, at = 0; k < 3; at += ranks[k], ++k)
+                for (int d = 0; k != 1 && d < ranks[k]; ++d)
+                    total += blocks[k].data[blocks[k].at(0, i, d)] * factors[at + d] * mixing[k][(size_t)d * q + j];
+            wrong += sum.data[sum.at(0, i, j)] != (float)total;
+        }
+    return wrong;
+}
+
 int check_cross(int p, const std::vector<int> &ranks, int q, int batch, bool by_columns, bool target_by_columns, int threads) {
     std::vector<Matrix> blocks;
     std::vector<std::vector<double>> products;
@@ -261,6 +298,9 @@ int check_panels() {
                     failures += check_mixed(p, r, q, 2, by_columns, 1 + q % 3) != 0;
                     failures += check_cross(p, r, q, 2, by_columns, q % 2 == 0, 1 + q % 3) != 0;
                 }
+    for (const int p : {1, 130, 2050})
+        for (const int q : {1, 9, 25})
+            for (const bool by_columns : {false, true}) failures += check_scaled(p, q, by_columns) != 0;
     failures += check_mixed(5, {3}, 4, 0, false, 2) != 0;
     failures += check_cross(5, {3}, 4, 0, false, true, 2) != 0;
     std::printf("panels:");
