@@ -65,10 +65,11 @@ def _build() -> _Parser:
     texts = {
         "aggregate": "combine the adapters of several clients into one",
         "inspect": "ranks, spectra, norms and cosines of adapters, and what looks wrong",
+        "validate": "every kernel of every backend here on generated cases: worst error and limit",
         "env": "versions, backends, why each is on or off, a one-second self-test",
         "demo": "federated LoRA on real text with a small model, end to end",
     }
-    add = {"aggregate": _aggregate, "inspect": _inspect, "demo": _demo}
+    add = {"aggregate": _aggregate, "inspect": _inspect, "validate": _validate, "demo": _demo}
     for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         command.add_argument("--verbose", action="store_true", help="log every step; a failure shows its traceback")
@@ -191,6 +192,27 @@ def _reading(group: argparse._ActionsContainer) -> None:
         help="whose rank holds where they differ; config refuses it, tensor warns; default: config",
     )
     group.add_argument("--adapter-name", metavar="NAME", help="which adapter of a file that holds several")
+
+
+def _validate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", default="all", metavar="NAME", help="default: all that can run here")
+    parser.add_argument(
+        "--op",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="operations, such as core_svd; default: all",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--quick", action="store_true", help="a sample of the cases, half a minute (the default)")
+    form.add_argument("--full", action="store_true", help="every generator on every shape, some ten minutes")
+    parser.add_argument("--seed", type=_count, default=0, metavar="N", help="of all generators; default: 0")
+    _json(parser)
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE.json", help="everything found, with versions and machine")
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:

@@ -66,6 +66,7 @@ def _run(arguments: Sequence[str]) -> int:
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "aggregate": _aggregate,
         "inspect": _inspect,
+        "validate": _validate,
         "env": _env,
         "demo": _demo,
     }
@@ -110,6 +111,21 @@ def _inspect(options: argparse.Namespace) -> int:
     if not options.quiet:
         show(inspect_tables(report))
     return 0
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from fedlora_kernels.reporting.json import check_target, write_json
+    from fedlora_kernels.reporting.terminal import ProgressBar, show
+    from fedlora_kernels.reporting.validation import validation_tables
+    from fedlora_kernels.validate import run
+
+    target = options.json and check_target(options.json, "--json")
+    with ProgressBar(quiet=False, steps=True) as progress:
+        report = run(backend=options.backend, ops=options.op, full=options.full, seed=options.seed, progress=progress)
+    if target:
+        write_json(target, report)
+    show(validation_tables(report))
+    return 0 if report["passed"] else 1
 
 
 def _env(_options: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from fedlora_kernels._version import __version__
 from fedlora_kernels.backends.cpu.threads import thread_count
 from fedlora_kernels.errors import BackendError, FedLoRAError, InputError
 
-__all__ = ["survey"]
+__all__ = ["machine", "survey"]
 
 SCHEMA = 1
 """Version of this report."""
@@ -47,17 +47,25 @@ def survey() -> dict[str, Any]:
     rows = [_backend(name, on, reason) for name, (on, reason) in backends.status().items()]
     return {
         "schema": SCHEMA,
-        "tool": {"name": "fedlora_kernels", "version": __version__},
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        **machine(),
         "compilers": {name: shutil.which(name) for name in COMPILERS},
-        "processor": processor(),
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "backends": rows,
         "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("FEDLORA_")},
         "problems": problems,
         "healthy": not problems and all(row["passed"] for row in rows if row["on"]),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Return what figures must carry with them: versions, processor, GPUs, and the load when it is asked."""
+    return {
+        "tool": {"name": "fedlora_kernels", "version": __version__},
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "processor": processor(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
 
@@ -80,12 +88,12 @@ def processor() -> dict[str, Any]:
     """Return the processor's name, its SIMD level, the cores this process may use and torch's threads."""
     fields = _cpuinfo()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    machine = platform.machine()
-    simd = "NEON" if {"asimd", "neon"} & flags or machine in ("aarch64", "arm64") else machine
-    if machine in ("x86_64", "AMD64"):
+    architecture = platform.machine()
+    simd = "NEON" if {"asimd", "neon"} & flags or architecture in ("aarch64", "arm64") else architecture
+    if architecture in ("x86_64", "AMD64"):
         simd = next((level for level, needed in _X86_LEVELS if flags.issuperset(needed)), "x86-64")
     return {
-        "name": fields.get("model name") or platform.processor() or machine,
+        "name": fields.get("model name") or platform.processor() or architecture,
         "simd": simd,
         "torch_simd": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

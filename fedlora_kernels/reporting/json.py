@@ -15,17 +15,17 @@ from fedlora_kernels.errors import InputError
 __all__ = ["check_target", "plain", "write_json"]
 
 
-def check_target(path: str | os.PathLike[str]) -> Path:
-    """Return ``path`` if a report can be written there. InputError otherwise; nothing is created."""
+def check_target(path: str | os.PathLike[str], flag: str = "--report") -> Path:
+    """Return ``path``, given by that flag, if a report can be written there. InputError otherwise; nothing is created."""
     target = Path(path)
     if target.suffix.lower() != ".json":
-        raise InputError(f"--report {target}: only FILE.json is in this version; give a name that ends in .json")
+        raise InputError(f"{flag} {target}: only FILE.json is in this version; give a name that ends in .json")
     if target.is_dir():
-        raise InputError(f"--report {target}: a folder is there; give the name of a file")
+        raise InputError(f"{flag} {target}: a folder is there; give the name of a file")
     if not target.parent.is_dir():
-        raise InputError(f"--report {target}: there is no folder {target.parent}; create it first")
+        raise InputError(f"{flag} {target}: there is no folder {target.parent}; create it first")
     if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--report {target}: the folder {target.parent} cannot be written; choose another one")
+        raise InputError(f"{flag} {target}: the folder {target.parent} cannot be written; choose another one")
     return target
 
 

@@ -48,16 +48,18 @@ def show(renderable: RenderableType) -> None:
 
 
 class ProgressBar:
-    """A bar on stderr if that is a terminal, else nothing. Call it with (stage, done, total), in bytes."""
+    """A bar on stderr if that is a terminal, else nothing. Call it with (stage, done, total), in bytes or in ``steps``."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool, steps: bool = False) -> None:
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         if not quiet and sys.stderr.isatty():
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich import progress
 
-            columns = (TextColumn("{task.description:>8}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=console(error=True), transient=True)
+            amount = progress.MofNCompleteColumn() if steps else progress.DownloadColumn()
+            stage, left = progress.TextColumn("{task.description:>8}"), progress.TimeRemainingColumn()
+            columns = (stage, progress.BarColumn(), amount, left)
+            self._bar = progress.Progress(*columns, console=console(error=True), transient=True)
 
     def __enter__(self) -> ProgressBar:
         if self._bar:
@@ -71,7 +73,7 @@ class ProgressBar:
             self._bar.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` bytes of ``stage`` are through."""
+        """Show that ``done`` of ``total`` bytes or steps of ``stage`` are through."""
         if self._bar is None:
             return
         if stage not in self._tasks:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedlora_kernels.testing.factors import LoRAProblem
 
-__all__ = ["Exact", "exact_svd"]
+__all__ = ["Exact", "exact_polar", "exact_residual", "exact_skew", "exact_svd", "exact_values", "householder_svd"]
 
 Array = npt.NDArray[Any]
 
@@ -43,6 +43,42 @@ def exact_svd(problem: LoRAProblem) -> Exact:
     U, s, V = _jacobi(W if tall else W.T)
     U, V = (U, V) if tall else (V, U)
     return Exact(_narrow(W), _narrow(U), _narrow(s), _narrow(V), float((W * W).sum()))
+
+
+def householder_svd(problem: LoRAProblem) -> Exact:
+    """SVD of the dense update by LAPACK in float64: for sizes beyond `exact_svd`, where the factors cancel little."""
+    W = problem.update()
+    U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+    return Exact(W, U, s, Vh.mT, float(W.square().sum()))
+
+
+def exact_values(X: Tensor) -> Tensor:
+    """Singular values (q,) of a tall matrix (p, q), to full relative accuracy where its columns are merely badly scaled."""
+    return _narrow(_jacobi(_wide(X))[1])
+
+
+def exact_skew(X: Tensor, kept: int | None = None) -> float:
+    """``max |X^T X - D|`` in extended precision, D the identity on the first ``kept`` columns (None: on all) and zero beyond.
+
+    For judging float64: equal numbers add up with one-sided rounding, and a float64 Gram is then itself 90 units off.
+    """
+    G = _wide(X).T @ _wide(X)
+    D = np.eye(len(G))
+    D[len(G) if kept is None else kept :] = 0
+    return float(np.abs(G - D).max(initial=0))
+
+
+def exact_residual(X: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``X - left right`` in extended precision, rounded once."""
+    return _narrow(_wide(X) - _wide(left) @ _wide(right))
+
+
+def exact_polar(X: Tensor, Y: Tensor, *, special: bool) -> tuple[Tensor, bool]:
+    """Orthogonal polar factor of ``X^T Y`` of full rank (of determinant 1 if ``special``), and whether that cost a direction."""
+    U, _, V = _jacobi(_wide(X).T @ _wide(Y))
+    Q = U @ V.T
+    reflected = special and bool(np.linalg.det(Q.astype(np.float64)) < 0)
+    return _narrow(Q - 2 * reflected * np.outer(U[:, -1], V[:, -1])), reflected
 
 
 def _wide(X: Tensor) -> Array:

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["CLASSICS", "SPECTRA", "generator", "orthonormal", "prescribed", "spectrum"]
+__all__ = ["CLASSICS", "SPECTRA", "Matrix", "generator", "orthonormal", "prescribed", "spectrum"]
+
+Matrix = Callable[[int, int, int, torch.dtype], Tensor]
+"""A generator ``(m, n, seed, dtype) -> (m, n)``: the same numbers for the same seed."""
 
 SPECTRA = ("even", "geometric", "cluster0", "cluster1", "logrand", "rand", "fourfold", "half_rank")
 """Names of `spectrum`."""

@@ -35,11 +35,13 @@ def tolerance(
             ``P4`` excess of the truncation error; ``P5`` relative distance from a threshold below which ranks may differ;
             ``P6`` sine of the angle to the exact subspace, times ``(s_p - s_{p+1}) / s_1``; ``P7`` relative error of the
             energy; ``core`` residual and orthogonality of a core SVD; ``lapack`` the same where LAPACK answers in the type in
-            which it computes; ``gram`` an update Gram, relative to the norms; ``qr``
-            column-wise backward error and orthogonality of a stacked QR; ``rotation`` orthogonality of a rotation;
-            ``rotated`` error of a rotated product, relative to ``|B|_F |A|_F``.
+            which it computes; ``scaled`` relative error of a singular value where columns are scaled away from condition
+            ``rho``; ``gram`` an update Gram, relative to the norms; ``qr`` column-wise backward error and orthogonality of a
+            stacked QR; ``rotation`` orthogonality of a rotation; ``rotated`` error of a rotated product, relative to
+            ``|B|_F |A|_F``.
         dtype: of the output that the metric looks at.
-        rho: cancellation of the value in question: rho_i for P1, rho_p for P2, rho_1 for P3, P5, P6 and P7.
+        rho: cancellation of the value in question: rho_i for P1, rho_p for P2, rho_1 for P3, P5, P6 and P7; the condition for
+            ``scaled``.
         passes: 1 for Grams alone, 2 after orthogonalisation.
         energy_ratio: ``energy_abs / energy``.
         underflow: what a vector lost because the output type has no smaller numbers, relative to the vector.
@@ -47,8 +49,9 @@ def tolerance(
     """
     u = roundoff(dtype) + underflow
     sigma = U64 * (256 + 4 * rho * rho) if passes == 1 else U64 * (128 + 4 * rho)
-    # Factors determine their product only to u64 rho_1, and neither side of a float64 residual is free of rounding.
-    representation = U64 * (64 + 4 * rho) if dtype == torch.float64 else 0.0
+    # Factors determine their product only to u64 rho_1, and neither side of a float64 residual is free of rounding. Householder QR
+    # leaves up to 18 u64 of each column; a vector sees all of that error, a singular value (P1) one number of it.
+    representation = U64 * (64 + (4 if passes == 1 else 16) * rho) if dtype == torch.float64 else 0.0
     energy = 256 * U64 * energy_ratio if passes == 1 else U64 * (256 + 16 * rho)
     limits = {
         "P1": sigma,
@@ -60,6 +63,7 @@ def tolerance(
         "P7": energy,
         "core": 4 * math.sqrt(size) * u,
         "lapack": 100 * u,
+        "scaled": 30 * u * rho,
         "gram": 64 * U64,
         "qr": 64 * U64 if dtype == torch.float64 else 4 * u,
         "rotation": 16 * U64,
