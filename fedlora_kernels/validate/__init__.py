@@ -1,6 +1,6 @@
-"""Every kernel of every backend here on generated cases, judged against independent answers within the limits of docs/numerics.md.
+"""Every kernel of every backend here on generated cases, judged by independent means (docs/numerics.md, Limits that tests hold).
 
-Limits that tests hold. `run` makes a report of plain values; nothing in it is timed but the run itself.
+`run` makes a report of plain values; nothing in it is timed but the run itself.
 """
 
 from __future__ import annotations
