@@ -55,7 +55,7 @@ def check_product(
     ``width`` is the stacked rank R, ``lapack`` says that the core SVD was a library's, whose residual is larger than ours.
     Metrics that have no meaning for the result, such as an angle without a gap, are left out.
     """
-    given = _given(result, output, lapack)
+    given = _given(result, output, width if lapack else 0)
     checks = [_structure(result, given)]
     if given.p and exact.energy > 0:
         checks += _values(given, exact) + _vectors(given, exact)
@@ -64,7 +64,7 @@ def check_product(
     return sorted(checks)
 
 
-def _given(result: Any, output: str, lapack: bool) -> _Given:
+def _given(result: Any, output: str, lapack: int) -> _Given:
     p = int(result.rank)
     S = result.S[:p].double()
     left = {"usv": torch.ones_like(S), "left": S, "balanced": S.sqrt()}[output]
@@ -87,7 +87,7 @@ def _given(result: Any, output: str, lapack: bool) -> _Given:
         dtype=result.left.dtype,
         dense=dense,
         underflow=_underflow(result, left, right) if p else 0.0,
-        core=tolerance("lapack") if lapack and result.left.dtype == torch.float64 else 0.0,
+        core=tolerance("lapack", size=lapack) if lapack and result.left.dtype == torch.float64 else 0.0,
     )
 
 

@@ -45,7 +45,7 @@ def tolerance(
         passes: 1 for Grams alone, 2 after orthogonalisation.
         energy_ratio: ``energy_abs / energy``.
         underflow: what a vector lost because the output type has no smaller numbers, relative to the vector.
-        size: the R of ``core``.
+        size: the R of ``core`` and ``lapack``.
     """
     u = roundoff(dtype) + underflow
     sigma = U64 * (256 + 4 * rho * rho) if passes == 1 else U64 * (128 + 4 * rho)
@@ -62,7 +62,7 @@ def tolerance(
         "P6": 32 * u + representation,
         "P7": energy,
         "core": 4 * math.sqrt(size) * u,
-        "lapack": 100 * u,
+        "lapack": max(100, 32 * math.sqrt(size)) * u,
         "scaled": 30 * u * rho,
         "gram": 64 * U64,
         "qr": 64 * U64 if dtype == torch.float64 else 4 * u,

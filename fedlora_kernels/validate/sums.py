@@ -90,7 +90,7 @@ def mixed_sum_calls(form: Form) -> Iterator[Call]:
     for number, (name, (p, ranks, q)) in enumerate((FULL_MIXED if form.full else MIXED).items()):
         generator = torch.Generator().manual_seed(form.seed + number)
         wide = [_normal(generator, 2, p, r) for r in ranks]
-        mixers = [_normal(generator, 2, r, q) for r in ranks]
+        mixers = [_normal(generator, 2, r, q) / sum(ranks) for r in ranks]  # within the range of float16
         store = list(STORAGES)[number % len(STORAGES)]
         for dtype in DTYPES:
             blocks = [STORAGES[store](block.to(dtype)) for block in wide]

@@ -32,6 +32,19 @@ def test_frames(backend, name):
     judge(backend, name, SHAPES[number % len(SHAPES)], DTYPES[number // 2 % len(DTYPES)], bool(number // 3 % 2))
 
 
+@backends
+def test_subnormal_float64(backend):
+    """2^1024, which lifts them to 1, is no number."""
+    judge(backend, "correlation classic: subnormal", (37, 5), torch.float64, False)
+    judge(backend, "correlation classic: subnormal", (37, 13), torch.float64, True)
+
+
+@backends
+def test_small_singular_values_keep_the_rotation_orthogonal(backend):
+    judge(backend, "kappa 1e9", (131, 64), torch.float64, False)
+    judge(backend, "kappa 1e12", (131, 64), torch.float64, True)
+
+
 @pytest.mark.full
 @backends
 @pytest.mark.parametrize("name", FRAMES)

@@ -192,8 +192,12 @@ def _refined(Q: Tensor, M: Tensor, values: Tensor, Vh: Tensor) -> Tensor:
 
 
 def _orthonormalised(Q: Tensor) -> Tensor:
-    # one Newton-Schulz step: LAPACK's singular vectors miss orthogonality by a multiple of u that grows with r
-    return Q @ (1.5 * torch.eye(Q.shape[0], dtype=Q.dtype, device=Q.device) - 0.5 * Q.T @ Q)
+    # Newton-Schulz: LAPACK's singular vectors miss orthogonality by a multiple of u that grows with r, and the refinement by the
+    # square of its step, which one step leaves visible where singular values are small
+    one = torch.eye(Q.shape[0], dtype=Q.dtype, device=Q.device)
+    for _ in range(2):
+        Q = Q @ (1.5 * one - 0.5 * Q.T @ Q)
+    return Q
 
 
 def _gap(s: Tensor, threshold: float, special: bool, reflected: bool) -> tuple[bool, float]:

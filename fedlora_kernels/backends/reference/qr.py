@@ -38,7 +38,7 @@ def _group_qr(stack: Stack, want_q: bool) -> RawQR:
             notes.append(0)
             continue
         full_Q, full_R, r = _weighted_qr(X, _column_weights(stack, i).to(X.device))
-        R[i] = full_R + 0.0  # the rounding to float32 may leave -0
+        R[i] = full_R.to(dtype) + 0.0  # rounding to float32 may leave -0
         if Q is not None:
             Q[i] = full_Q
         rank.append(r)

@@ -187,7 +187,8 @@ def _cross_product(source: Tensor, target: Tensor) -> Cross:
     M = torch.zeros(N, r, r, dtype=torch.float64, device=source.device)
     squares = torch.zeros(2, N, dtype=torch.float64, device=M.device)
     largest_X, largest_Y = _largest(source), _largest(target)
-    e_X, e_Y = exponent(largest_X), exponent(largest_Y)
+    # within the powers of two that are numbers themselves: subnormal matrices stay below 1
+    e_X, e_Y = (exponent(largest).clamp(-1022, 1022) for largest in (largest_X, largest_Y))
     for wave in slices(N, 16 * r * min(rows, 512), _TILE):
         X, Y = source[wave], target[wave]
         for part in slices(rows, 16 * r * X.shape[0], _TILE):
@@ -214,8 +215,10 @@ def _polar(
     for i in torch.nonzero((k > 0) & (k < r)).flatten().tolist():
         Q[i] = _completed(U[i], Vh[i], int(k[i]), special)
     Q = _refined(Q, M, torch.where(s > threshold[:, None], s * last, 0.0), Vh)
-    # one Newton-Schulz step: LAPACK's singular vectors miss orthogonality by a multiple of u that grows with r
-    Q = Q @ (1.5 * one - 0.5 * Q.mT @ Q)
+    # Newton-Schulz: LAPACK's singular vectors miss orthogonality by a multiple of u that grows with r, and the refinement by the
+    # square of its step, which one step leaves visible where singular values are small
+    for _ in range(2):
+        Q = Q @ (1.5 * one - 0.5 * Q.mT @ Q)
     return torch.where((k == 0)[:, None, None], one, Q)
 
 
