@@ -1,16 +1,17 @@
-// fedlora_cross_products: X_k^T Y of many blocks with one matrix, in one pass over the blocks.
+// fedlora_cross_products: X_k^T Y of many blocks with one matrix.
 //
-// A strip of Y is widened once into the first-level cache and multiplied there with the strips of all blocks. Matrices
-// are cut into chunks of rows that do not depend on the threads; each leaves its products in the workspace, and they are
-// added up in order.
+// Strips of both are widened into the first-level cache and multiplied there: where columns lie together in memory, as inner products along
+// them, else as a panel. Matrices are cut into chunks of rows that do not depend on the threads; each leaves its product in
+// the workspace, and they are added up in order.
+#include "cross.h"
+
 #include <omp.h>
 
 #include <cfloat>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 
-#include "../include/fedlora.h"
+#include "dots.h"
 #include "panel.h"
 #include "partial.h"
 
@@ -19,124 +20,206 @@ namespace {
 #include "element.hpp"
 #include "strips.hpp"
 
-struct Problem {
-    const fedlora_block *X, *products;
-    int64_t count;
-    fedlora_block Y, squares;
-};
+int64_t in_lines(int64_t count) { return (count + 7) / 8 * 8; }
 
-// What one chunk leaves, in numbers of float64: squared norms of the blocks and of Y, then the products with padded rows.
-int64_t squares_of(int64_t count) { return padded(count + 1); }
-
-int64_t leavings_of(const fedlora_block *X, int64_t count, const fedlora_block &Y) {
-    int64_t total = squares_of(count);
-    for (int64_t k = 0; k < count; ++k) total += X[k].cols * padded(Y.cols);
-    return total;
-}
-
-// What one thread needs: a strip of Y and one of the widest block.
-int64_t scratch_of(const fedlora_block *X, int64_t count, const fedlora_block &Y) {
-    int64_t width = 0;
-    for (int64_t k = 0; k < count; ++k) width = larger(width, padded(X[k].cols));
-    return kStrip * (padded(Y.cols) + width);
-}
-
+// Several chains at once, added up in order at the end: one would wait for itself.
 FEDLORA_CLONES double sum_of_squares(const double *x, int64_t count) {
-    double lanes[kLanes] = {};
+    constexpr int64_t width = 4 * kLanes;
+    double lanes[width] = {};
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes)
-        for (int l = 0; l < kLanes; ++l) lanes[l] += x[i + l] * x[i + l];
+    for (; i + width <= count; i += width)
+        for (int64_t l = 0; l < width; ++l) lanes[l] += x[i + l] * x[i + l];
     for (; i < count; ++i) lanes[0] += x[i] * x[i];
     double total = 0.0;
-    for (int l = 0; l < kLanes; ++l) total += lanes[l];
+    for (int64_t l = 0; l < width; ++l) total += lanes[l];
     return total;
 }
 
-// Products += X_k^T Y of a strip whose Y is in `right`; the squared norm of the strip of X_k.
-double add(const fedlora_block &X, int64_t i, int64_t first, int64_t rows, const double *right, int64_t width, double *block,
-           double *products) {
-    if (!by_columns(X)) {
-        strip_by_rows(X, i, first, rows, block, X.cols);
-        fedlora::panel().add(products, width, block, 1, X.cols, right, width, X.cols, rows, width);
-        return sum_of_squares(block, rows * X.cols);
+// Largest magnitude; NaN and Inf do not count.
+FEDLORA_CLONES double largest_of(const double *x, int64_t stride, int64_t count) {
+    double lanes[kLanes] = {};
+    for (int64_t begin = 0; begin < count; begin += kLanes) {
+        const int64_t end = count - begin < kLanes ? count - begin : kLanes;
+        for (int64_t l = 0; l < end; ++l) {
+            const double size = std::fabs(x[(begin + l) * stride]);
+            lanes[l] = size <= DBL_MAX && size > lanes[l] ? size : lanes[l];
+        }
     }
-    const int64_t ld = padded(rows);
-    strip_by_columns(X, i, first, rows, block, ld);
-    fedlora::panel().add(products, width, block, ld, 1, right, width, X.cols, rows, width);
-    return sum_of_squares(block, X.cols * ld);
+    double largest = 0.0;
+    for (int l = 0; l < kLanes; ++l) largest = lanes[l] > largest ? lanes[l] : largest;
+    return largest;
 }
 
-void run_chunk(const Problem &p, int64_t i, int64_t chunk, double *scratch, double *leavings) {
-    const int64_t width = padded(p.Y.cols), begin = chunk * kChunk, end = smaller(begin + kChunk, p.Y.rows);
-    double *const right = scratch, *const block = right + kStrip * width;
-    std::memset(leavings, 0, sizeof(double) * (size_t)leavings_of(p.X, p.count, p.Y));
-    std::memset(right, 0, sizeof(double) * (size_t)(kStrip * width));
+FEDLORA_CLONES void times(double *x, int64_t count, double first, double second) {
+    for (int64_t i = 0; i < count; ++i) x[i] = x[i] * first * second;
+}
+
+// x 2^-exponent in two steps, so that the power itself may leave the range.
+void scale(double *x, int64_t count, int64_t exponent) {
+    const int half = (int)(exponent / 2);
+    if (exponent) times(x, count, std::ldexp(1.0, -half), std::ldexp(1.0, half - (int)exponent));
+}
+
+bool along_columns(const fedlora::Cross &pair) { return by_columns(pair.X) && by_columns(pair.Y); }
+
+
+}  // namespace
+
+namespace fedlora {
+
+bool Cross::valid() const {
+    return X.rows >= 0 && X.cols >= 0 && Y.cols >= 0 && X.batch >= 0 && X.rows == Y.rows && X.batch == Y.batch;
+}
+
+int64_t Cross::chunks() const { return larger(chunks_of(X.rows), 1); }
+
+int64_t Cross::leaving() const { return in_lines(X.cols * Y.cols + 2); }
+
+int64_t Cross::scratch() const {
+    if (along_columns(*this)) return kStrip * (X.cols + Y.cols) + kDotLanes * X.cols * Y.cols;
+    return kStrip * (padded(X.cols) + padded(Y.cols)) + X.cols * padded(Y.cols);
+}
+
+void Cross::run(int64_t i, int64_t chunk, int64_t exponent_X, int64_t exponent_Y, double *scratch, double *leaving) const {
+    const int64_t begin = chunk * kChunk, end = smaller(begin + kChunk, X.rows), q = X.cols, r = Y.cols;
+    const bool along = along_columns(*this), turned = by_columns(X);
+    const int64_t width = along ? r : padded(r), ld = kStrip;
+    double *const left = scratch, *const right = left + kStrip * (along ? q : padded(q)), *const sums = right + kStrip * width;
+    const int64_t lanes = along ? kDotLanes : 1;
+    double squares_X = 0.0, squares_Y = 0.0;
+    std::memset(sums, 0, sizeof(double) * (size_t)(q * width * lanes));
+    if (!along) std::memset(right, 0, sizeof(double) * (size_t)(kStrip * width));
     for (int64_t first = begin; first < end; first += kStrip) {
         const int64_t rows = smaller(kStrip, end - first);
-        strip_by_rows(p.Y, i, first, rows, right, width);
-        double *products = leavings + squares_of(p.count);
-        for (int64_t k = 0; k < p.count; products += p.X[k].cols * width, ++k)
-            leavings[k] += add(p.X[k], i, first, rows, right, width, block, products);
-        leavings[p.count] += sum_of_squares(right, rows * width);
+        // a strip by columns is padded with zeros, here to the full distance of columns
+        const int64_t size_X = turned ? q * ld : rows * q, size_Y = along ? r * ld : rows * width;
+        if (rows < kStrip && turned) std::memset(left, 0, sizeof(double) * (size_t)size_X);
+        if (rows < kStrip && along) std::memset(right, 0, sizeof(double) * (size_t)size_Y);
+        turned ? strip_by_columns(X, i, first, rows, left, ld) : strip_by_rows(X, i, first, rows, left, q);
+        along ? strip_by_columns(Y, i, first, rows, right, ld) : strip_by_rows(Y, i, first, rows, right, width);
+        scale(left, size_X, exponent_X);
+        scale(right, size_Y, exponent_Y);
+        squares_X += sum_of_squares(left, size_X);
+        squares_Y += sum_of_squares(right, size_Y);
+        if (along)
+            dots().add(sums, left, right, ld, q, r, padded(rows));
+        else
+            panel().add(sums, width, left, turned ? ld : 1, turned ? 1 : q, right, width, q, rows, width);
     }
+    for (int64_t row = 0; row < q; ++row)
+        for (int64_t col = 0; col < r; ++col) {
+            double total = 0.0;
+            for (int64_t l = 0; l < lanes; ++l) total += sums[(row * width + col) * lanes + l];
+            leaving[row * r + col] = total;
+        }
+    leaving[q * r] = squares_X;
+    leaving[q * r + 1] = squares_Y;
+}
+
+double Cross::add(double *leavings) const {
+    const int64_t size = X.cols * Y.cols;
+    for (int64_t c = 1; c < chunks(); ++c)
+        for (int64_t e = 0; e < size + 2; ++e) leavings[e] += leavings[c * leaving() + e];
+    return std::sqrt(leavings[size]) * std::sqrt(leavings[size + 1]);
+}
+
+int64_t exponent_of(const fedlora_block &X, int64_t i) {
+    if (X.dtype != FEDLORA_FLOAT64) return 0;
+    double largest = 0.0;
+    const bool turned = by_columns(X);
+    for (int64_t line = 0; line < (turned ? X.cols : X.rows); ++line) {
+        const double *x = (const double *)X.data + i * X.batch_stride + line * (turned ? X.col_stride : X.row_stride);
+        const double own = turned ? largest_of(x, X.row_stride, X.rows) : largest_of(x, X.col_stride, X.cols);
+        largest = own > largest ? own : largest;
+    }
+    int exponent = 0;
+    std::frexp(largest, &exponent);
+    return exponent;
+}
+
+}  // namespace fedlora
+
+namespace {
+
+using fedlora::Cross;
+
+struct Problem {
+    const fedlora_block *X, *products, *sizes, *exponents;
+    int64_t count;
+    fedlora_block Y;
+    Cross pair(int64_t k) const { return {X[k], Y}; }
+};
+
+int check(const Problem &p) {
+    if (!is_float(p.Y.dtype)) return FEDLORA_BAD_DTYPE;
+    if (p.count < 0) return FEDLORA_BAD_SHAPE;
+    const int64_t batch = p.Y.batch;
+    for (int64_t k = 0; k < p.count; ++k) {
+        const fedlora_block &M = p.products[k];
+        if (!is_float(p.X[k].dtype) || M.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
+        if (!p.pair(k).valid() || M.batch != batch || M.rows != p.X[k].cols || M.cols != p.Y.cols) return FEDLORA_BAD_SHAPE;
+        if (!scalar(p.sizes[k], FEDLORA_FLOAT64, batch) || !scalar(p.exponents[k], FEDLORA_INT32, batch)) return FEDLORA_BAD_SHAPE;
+    }
+    return FEDLORA_OK;
+}
+
+// The workspace: exponents of the blocks and of Y of every problem, what the chunks of the greatest group leave, then the scratch of
+// every thread; in bytes.
+struct Layout {
+    int64_t exponents, leavings, scratch, threads;
+    int64_t bytes() const { return exponents + leavings + scratch * threads + 64; }
+};
+
+// What all chunks of one problem leave, block after block.
+int64_t leavings_of(const Problem &p) {
+    int64_t total = 0;
+    for (int64_t k = 0; k < p.count; ++k) total += p.pair(k).leaving() * p.pair(k).chunks();
+    return total;
+}
+
+Layout layout_of(const fedlora_block *X, const int64_t *counts, const fedlora_block *Y, int64_t groups, int64_t threads) {
+    Layout layout = {0, 0, 0, threads};
+    for (int64_t g = 0; g < groups; X += counts[g], ++g) {
+        const Problem p = {X, nullptr, nullptr, nullptr, counts[g], Y[g]};
+        layout.exponents = larger(layout.exponents, in_lines((p.count + 1) * p.Y.batch) * 8);
+        layout.leavings = larger(layout.leavings, leavings_of(p) * p.Y.batch * 8);
+        for (int64_t k = 0; k < p.count; ++k) layout.scratch = larger(layout.scratch, in_lines(p.pair(k).scratch()) * 8);
+    }
+    return layout;
 }
 
 double &number(const fedlora_block &b, int64_t i, int64_t row, int64_t col) {
     return ((double *)b.data)[i * b.batch_stride + row * b.row_stride + col * b.col_stride];
 }
 
-void total(const Problem &p, int64_t i, const double *leavings, int64_t size, int64_t chunks) {
-    const auto sum = [&](int64_t at) {
-        double all = 0.0;
-        for (int64_t c = 0; c < chunks; ++c) all += leavings[c * size + at];
-        return all;
+void finish(const Problem &p, int64_t i, int64_t k, const int64_t *exponents, double *leavings) {
+    element<double>(p.sizes[k], i) = p.pair(k).add(leavings);
+    element<int32_t>(p.exponents[k], i) = (int32_t)(exponents[k] + exponents[p.count]);
+    for (int64_t row = 0; row < p.X[k].cols; ++row)
+        for (int64_t col = 0; col < p.Y.cols; ++col) number(p.products[k], i, row, col) = *leavings++;
+}
+
+void run_group(const Problem &p, int64_t *exponents, double *leavings, char *scratch, int64_t slice, int threads) {
+    const int64_t batch = p.Y.batch, chunks = Cross{p.Y, p.Y}.chunks(), pairs = p.count * batch, each = leavings_of(p), given = p.count + 1;
+    const auto place = [&](int64_t i, int64_t k) {
+        double *at = leavings + i * each;
+        for (int64_t o = 0; o < k; ++o) at += p.pair(o).leaving() * chunks;
+        return at;
     };
-    for (int64_t k = 0; k <= p.count; ++k) number(p.squares, i, 0, k) = sum(k);
-    int64_t at = squares_of(p.count);
-    for (int64_t k = 0; k < p.count; ++k)
-        for (int64_t row = 0; row < p.X[k].cols; ++row, at += padded(p.Y.cols))
-            for (int64_t col = 0; col < p.Y.cols; ++col) number(p.products[k], i, row, col) = sum(at + col);
-}
-
-int check(const Problem &p) {
-    const int64_t batch = p.Y.batch;
-    if (!is_float(p.Y.dtype) || p.squares.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
-    if (p.count < 0 || batch < 0 || p.Y.rows < 0 || p.Y.cols < 0) return FEDLORA_BAD_SHAPE;
-    if (p.squares.batch != batch || p.squares.rows != 1 || p.squares.cols != p.count + 1) return FEDLORA_BAD_SHAPE;
-    for (int64_t k = 0; k < p.count; ++k) {
-        const fedlora_block &X = p.X[k], &M = p.products[k];
-        if (!is_float(X.dtype) || M.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
-        if (X.batch != batch || M.batch != batch || X.rows != p.Y.rows || X.cols < 0 || M.rows != X.cols || M.cols != p.Y.cols)
-            return FEDLORA_BAD_SHAPE;
-    }
-    return FEDLORA_OK;
-}
-
-// The workspace: what the chunks of the greatest group leave, then the scratch of every thread; in bytes.
-struct Layout {
-    int64_t leavings, scratch, threads;
-    int64_t bytes() const { return leavings + scratch * threads + 64; }
-};
-
-Layout layout_of(const fedlora_block *X, const int64_t *counts, const fedlora_block *Y, int64_t groups, int64_t threads) {
-    Layout layout = {0, 0, threads};
-    for (int64_t g = 0; g < groups; X += counts[g], ++g) {
-        const int64_t tasks = chunks_of(Y[g].rows) * Y[g].batch;
-        layout.leavings = larger(layout.leavings, tasks * leavings_of(X, counts[g], Y[g]) * 8);
-        layout.scratch = larger(layout.scratch, scratch_of(X, counts[g], Y[g]) * 8);
-    }
-    return layout;
-}
-
-void run_group(const Problem &p, double *leavings, char *scratch, int64_t slice, int threads) {
-    const int64_t chunks = chunks_of(p.Y.rows), tasks = chunks * p.Y.batch, size = leavings_of(p.X, p.count, p.Y);
+    const int64_t tasks = pairs * chunks;
 #pragma omp parallel num_threads(tasks < threads ? (tasks > 0 ? (int)tasks : 1) : threads)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t t = 0; t < tasks; ++t)
-            run_chunk(p, t / chunks, t % chunks, (double *)(scratch + slice * omp_get_thread_num()), leavings + t * size);
+        for (int64_t t = 0; t < batch * given; ++t) exponents[t] = fedlora::exponent_of(t % given < p.count ? p.X[t % given] : p.Y, t / given);
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < tasks; ++t) {
+            const int64_t chunk = t % chunks, k = t / chunks % p.count, i = t / chunks / p.count;
+            const int64_t *own = exponents + i * given;
+            p.pair(k).run(i, chunk, own[k], own[p.count], (double *)(scratch + slice * omp_get_thread_num()),
+                          place(i, k) + chunk * p.pair(k).leaving());
+        }
 #pragma omp for
-        for (int64_t i = 0; i < p.Y.batch; ++i) total(p, i, leavings + i * chunks * size, size, chunks);
+        for (int64_t t = 0; t < pairs; ++t) finish(p, t / p.count, t % p.count, exponents + t / p.count * given, place(t / p.count, t % p.count));
     }
 }
 
@@ -152,18 +235,19 @@ int fedlora_cross_products_workspace(const fedlora_block *X, const int64_t *coun
 }
 
 int fedlora_cross_products(const fedlora_block *X, const int64_t *counts, const fedlora_block *Y, const fedlora_block *products,
-                           const fedlora_block *squares, int64_t groups, void *workspace, int64_t workspace_bytes,
-                           int64_t threads, void *) {
-    if (!X || !counts || !Y || !products || !squares || !workspace || groups < 0 || threads < 1) return FEDLORA_BAD_ARGUMENT;
+                           const fedlora_block *sizes, const fedlora_block *exponents, int64_t groups, void *workspace,
+                           int64_t workspace_bytes, int64_t threads, void *) {
+    if (!X || !counts || !Y || !products || !sizes || !exponents || !workspace || groups < 0 || threads < 1) return FEDLORA_BAD_ARGUMENT;
     int64_t at = 0;
     for (int64_t g = 0; g < groups; at += counts[g], ++g)
-        if (const int status = check({X + at, products + at, counts[g], Y[g], squares[g]})) return status;
+        if (const int status = check({X + at, products + at, sizes + at, exponents + at, counts[g], Y[g]})) return status;
     const Layout layout = layout_of(X, counts, Y, groups, threads);
     if (workspace_bytes < layout.bytes()) return FEDLORA_BAD_WORKSPACE;
-    char *const start = (char *)(((uintptr_t)workspace + 63) / 64 * 64);
+    char *const start = (char *)(((uintptr_t)workspace + 63) / 64 * 64), *const leavings = start + layout.exponents;
     at = 0;
     for (int64_t g = 0; g < groups; at += counts[g], ++g)
-        run_group({X + at, products + at, counts[g], Y[g], squares[g]}, (double *)start, start + layout.leavings, layout.scratch, (int)threads);
+        run_group({X + at, products + at, sizes + at, exponents + at, counts[g], Y[g]}, (int64_t *)start, (double *)leavings,
+                  leavings + layout.leavings, layout.scratch, (int)threads);
     return FEDLORA_OK;
 }
 

@@ -34,7 +34,7 @@ typedef struct fedlora_block {
     int64_t batch_stride;
 } fedlora_block;
 
-enum { FEDLORA_FLOAT32 = 0, FEDLORA_FLOAT64 = 1, FEDLORA_INT32 = 2, FEDLORA_BFLOAT16 = 3, FEDLORA_FLOAT16 = 4 };
+enum { FEDLORA_FLOAT32 = 0, FEDLORA_FLOAT64 = 1, FEDLORA_INT32 = 2, FEDLORA_BFLOAT16 = 3, FEDLORA_FLOAT16 = 4, FEDLORA_BOOL = 5 };
 
 /* Status of a call. */
 enum {
@@ -47,7 +47,7 @@ enum {
 
 /* Per matrix: info is trouble, notes are facts (docs/numerics.md, special inputs). */
 enum { FEDLORA_INFO_NONFINITE = 1, FEDLORA_INFO_NOT_CONVERGED = 2, FEDLORA_INFO_OVERFLOW = 4 };
-enum { FEDLORA_NOTE_ZERO = 1, FEDLORA_NOTE_RANK_DEFICIENT = 2, FEDLORA_NOTE_CAPPED = 16 };
+enum { FEDLORA_NOTE_ZERO = 1, FEDLORA_NOTE_RANK_DEFICIENT = 2, FEDLORA_NOTE_CAPPED = 16, FEDLORA_NOTE_ILL_CONDITIONED = 64 };
 
 /* Largest dimension that fedlora_core_svd serves on the CPU. */
 enum { FEDLORA_CORE_SVD_MAX = 512 };
@@ -139,18 +139,69 @@ FEDLORA_API int fedlora_orient(const fedlora_block *X, const fedlora_block *sign
 FEDLORA_API int fedlora_cross_products_workspace(const fedlora_block *X, const int64_t *counts, const fedlora_block *Y,
                                                  int64_t groups, int64_t threads, int64_t *bytes);
 
-/* products_k = X_k^T Y for every matrix of every group, in float64.
+/* products_k = X_k^T Y 2^-exponent for every matrix of every group, in float64.
  *
  *   X         blocks of all groups one after the other, counts[g] of group g: p x q_k, any float dtype, read only
  *   Y         one per group: p x q, any float dtype, read only
  *   products  one for every block: q_k x q, float64
- *   squares   one per group: 1 x (counts[g] + 1) float64, squared Frobenius norms of the blocks, then of Y
- *
- * Numbers are not scaled: float64 inputs may leave the range.
+ *   sizes     one for every block: 1 x 1 float64, |X_k| |Y| 2^-exponent, NaN or Inf where one of them is not finite
+ *   exponents one for every block: 1 x 1, int32; 0 unless X_k or Y is float64, whose squares may leave the range
  */
 FEDLORA_API int fedlora_cross_products(const fedlora_block *X, const int64_t *counts, const fedlora_block *Y,
-                                       const fedlora_block *products, const fedlora_block *squares, int64_t groups,
-                                       void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
+                                       const fedlora_block *products, const fedlora_block *sizes, const fedlora_block *exponents,
+                                       int64_t groups, void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
+
+/* Bytes of scratch that fedlora_polar needs for the groups M[0..groups) with so many threads. */
+FEDLORA_API int fedlora_polar_workspace(const fedlora_block *M, int64_t groups, int64_t threads, int64_t *bytes);
+
+/* Rotations from correlations M 2^exponent = X^T Y: with M = U diag(s) V^T, Q = U V^T (docs/numerics.md, Procrustes).
+ *
+ *   M         r x r float64, read only
+ *   size      1 x 1 float64, |X| |Y| 2^-exponent; NaN or Inf marks data that are not finite
+ *   exponent  1 x 1, int32
+ *   unit      one number per group, the unit roundoff of what X and Y are stored in
+ *   rotations six per group: Q, r x r float64; singular values of M 2^exponent, 1 x r float64, falling; unique, 1 x 1 bool;
+ *             condition, 1 x 1 float64; info and notes, 1 x 1 int32
+ *
+ * special keeps Q in SO(r). blend in [0, 1] answers the polar factor of (1 - blend) 1 + blend Q instead.
+ */
+FEDLORA_API int fedlora_polar(const fedlora_block *M, const fedlora_block *size, const fedlora_block *exponent, const double *unit,
+                              const fedlora_block *rotations, int64_t groups, int64_t special, double blend, void *workspace,
+                              int64_t workspace_bytes, int64_t threads, void *stream);
+
+/* Bytes of scratch that fedlora_turned needs for these groups with so many threads. */
+FEDLORA_API int fedlora_turned_workspace(const fedlora_block *X, const fedlora_block *Q, const fedlora_block *out, int64_t groups,
+                                         int64_t threads, int64_t *bytes);
+
+/* out = X Q for every matrix of every group; X itself, bit for bit, where Q is the identity.
+ *
+ *   X    p x r, any float dtype, read only    Q    r x r float64, read only    out  p x r, as X
+ *
+ * float64 is multiplied in float64, all else in float32 by Q rounded to it, in the order of the columns of X, with fused
+ * multiply-add where the instruction set has it.
+ */
+FEDLORA_API int fedlora_turned(const fedlora_block *X, const fedlora_block *Q, const fedlora_block *out, int64_t groups, void *workspace,
+                               int64_t workspace_bytes, int64_t threads, void *stream);
+
+/* Bytes of scratch that fedlora_align_factors needs for these groups with so many threads. */
+FEDLORA_API int fedlora_align_factors_workspace(const fedlora_block *B, const fedlora_block *A, const fedlora_block *B_ref,
+                                                const fedlora_block *A_ref, double alpha, double beta, const fedlora_block *BQ,
+                                                const fedlora_block *QA, const fedlora_block *rotations, int64_t groups, int64_t threads,
+                                                int64_t *bytes);
+
+/* Rotation of alpha A A_ref^T + beta B^T B_ref, and the pair turned by it, for every pair of every group.
+ *
+ *   B, BQ      m x r, any float dtype, the same for both     B_ref  m x r, any float dtype; not looked at, and may be null, for beta = 0
+ *   A, QA      r x n, any float dtype, the same for both     A_ref  r x n, any float dtype; not looked at, and may be null, for alpha = 0
+ *   rotations  six per group, as for fedlora_polar
+ *
+ * BQ = B Q and QA = Q^T A as fedlora_turned answers them. A pair or reference with NaN or Inf answers NaN. special, blend as for
+ * fedlora_polar.
+ */
+FEDLORA_API int fedlora_align_factors(const fedlora_block *B, const fedlora_block *A, const fedlora_block *B_ref, const fedlora_block *A_ref,
+                                      double alpha, double beta, const fedlora_block *BQ, const fedlora_block *QA,
+                                      const fedlora_block *rotations, int64_t groups, int64_t special, double blend, void *workspace,
+                                      int64_t workspace_bytes, int64_t threads, void *stream);
 
 /* Bytes of scratch that fedlora_cholesky needs for the groups G[0..groups) with so many threads. */
 FEDLORA_API int fedlora_cholesky_workspace(const fedlora_block *G, int64_t groups, int64_t threads, int64_t *bytes);

@@ -146,6 +146,7 @@ int check_grams();
 int check_direct_svds();
 int check_product_svds();
 int check_stacked_qr();
+int check_alignment();
 
 int main() {
     const int shapes[][2] = {{1, 1}, {1, 7}, {7, 1}, {2, 2}, {3, 2}, {4, 4}, {5, 8}, {13, 11}, {17, 16}, {31, 32}, {32, 32}};
@@ -175,6 +176,7 @@ int main() {
     failures += check_direct_svds();
     failures += check_product_svds();
     failures += check_stacked_qr();
+    failures += check_alignment();
     std::printf("variants:");
     for (const fedlora::SvdVariant *variant : variants(1, 1)) std::printf(" %s", variant->isa);
     std::printf("; failures: %d\n", failures);

@@ -229,8 +229,10 @@ int check_scaled(int p, int q, bool by_columns) {
 int check_cross(int p, const std::vector<int> &ranks, int q, int batch, bool by_columns, bool target_by_columns, int threads) {
     std::vector<Matrix> blocks;
     std::vector<std::vector<double>> products;
-    std::vector<fedlora_block> X, M;
-    X.reserve(ranks.size() + 1), M.reserve(ranks.size() + 1);  // tables are not null
+    std::vector<std::vector<double>> sizes(ranks.size(), std::vector<double>(batch, NAN));
+    std::vector<std::vector<int32_t>> exponents(ranks.size(), std::vector<int32_t>(batch, -1));
+    std::vector<fedlora_block> X, M, norms, powers;
+    for (auto *table : {&X, &M, &norms, &powers}) table->reserve(ranks.size() + 1);  // tables are not null
     for (const int r : ranks) {
         blocks.emplace_back(p, r, batch, by_columns, r);
         products.emplace_back((size_t)r * q * batch, NAN);
@@ -238,29 +240,32 @@ int check_cross(int p, const std::vector<int> &ranks, int q, int batch, bool by_
     for (size_t k = 0; k < ranks.size(); ++k) {
         X.push_back(blocks[k].block());
         M.push_back(doubles(products[k], ranks[k], q, batch));
+        norms.push_back(doubles(sizes[k], 1, 1, batch));
+        powers.push_back({(int64_t)exponents[k].data(), 1, 1, 1, 1, FEDLORA_INT32, batch, 1});
     }
     const Matrix target(p, q, batch, target_by_columns, 1);
     const int64_t count = (int64_t)ranks.size();
-    std::vector<double> squares((size_t)batch * (count + 1), NAN);
-    const fedlora_block Y = target.block(), norms = doubles(squares, 1, (int)count + 1, batch);
+    const fedlora_block Y = target.block();
     int64_t bytes = 0;
     if (fedlora_cross_products_workspace(X.data(), &count, &Y, 1, threads, &bytes)) return 1;
     std::vector<char> workspace(bytes);
-    if (fedlora_cross_products(X.data(), &count, &Y, M.data(), &norms, 1, workspace.data(), bytes, threads, nullptr)) return 1;
-    if (fedlora_cross_products(X.data(), &count, &Y, M.data(), &norms, 1, workspace.data(), bytes - 1, threads, nullptr) != FEDLORA_BAD_WORKSPACE) return 1;
+    if (fedlora_cross_products(X.data(), &count, &Y, M.data(), norms.data(), powers.data(), 1, workspace.data(), bytes, threads, nullptr)) return 1;
+    if (fedlora_cross_products(X.data(), &count, &Y, M.data(), norms.data(), powers.data(), 1, workspace.data(), bytes - 1, threads, nullptr) !=
+        FEDLORA_BAD_WORKSPACE)
+        return 1;
     int wrong = 0;
     for (int b = 0; b < batch; ++b)
-        for (size_t k = 0; k <= ranks.size(); ++k) {
-            const Matrix &x = k < ranks.size() ? blocks[k] : target;
-            double square = 0;
-            for (int i = 0; i < p; ++i)
-                for (int d = 0; d < x.cols; ++d) square += (double)x.data[x.at(b, i, d)] * x.data[x.at(b, i, d)];
-            wrong += squares[(size_t)b * (count + 1) + k] != square;
-            for (int d = 0; k < ranks.size() && d < x.cols; ++d)
+        for (size_t k = 0; k < ranks.size(); ++k) {
+            double squares[2] = {0, 0};
+            for (const Matrix *x : {(const Matrix *)&blocks[k], &target})
+                for (int i = 0; i < p; ++i)
+                    for (int d = 0; d < x->cols; ++d) squares[x == &target] += (double)x->data[x->at(b, i, d)] * x->data[x->at(b, i, d)];
+            wrong += sizes[k][b] != std::sqrt(squares[0]) * std::sqrt(squares[1]) || exponents[k][b] != 0;
+            for (int d = 0; d < ranks[k]; ++d)
                 for (int j = 0; j < q; ++j) {
                     double total = 0;
-                    for (int i = 0; i < p; ++i) total += (double)x.data[x.at(b, i, d)] * target.data[target.at(b, i, j)];
-                    wrong += products[k][((size_t)b * x.cols + d) * q + j] != total;
+                    for (int i = 0; i < p; ++i) total += (double)blocks[k].data[blocks[k].at(b, i, d)] * target.data[target.at(b, i, j)];
+                    wrong += products[k][((size_t)b * ranks[k] + d) * q + j] != total;
                 }
         }
     return wrong;

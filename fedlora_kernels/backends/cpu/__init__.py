@@ -28,6 +28,7 @@ __all__ = ["BACKEND", "CpuBackend"]
 _LARGEST: Mapping[str, Mapping[str, int]] = {
     "core_svd": {"p": svd.LARGEST, "q": svd.LARGEST},
     "procrustes_rotation": {"r": svd.LARGEST},
+    "rotate_factors": {},
     "align_factors": {"r": svd.LARGEST},
     "stacked_qr": {"R": qr.WIDEST},
     "weighted_sum": {},
@@ -42,12 +43,22 @@ class CpuBackend:
     """SIMD kernels, one small matrix per vector lane; results do not depend on batch, slot or threads, bit for bit.
 
     Where `product_svd` needs a second pass or the dense route, that is LAPACK's, whose bits may depend on the number of threads.
-    Procrustes and `update_gram` are the torch backend's with kernels of the library for the steps that have one: no promise of
-    bits there.
+    `update_gram` is the torch backend's with kernels of the library for the steps that have one: no promise of bits there.
     """
 
     name = "cpu"
-    bitwise = frozenset({"core_svd", "mixed_sum", "product_svd", "stacked_qr", "weighted_sum"})
+    bitwise = frozenset(
+        {
+            "align_factors",
+            "core_svd",
+            "mixed_sum",
+            "procrustes_rotation",
+            "product_svd",
+            "rotate_factors",
+            "stacked_qr",
+            "weighted_sum",
+        }
+    )
 
     def __init__(self, library: Path = LIBRARY, headers: Sequence[Path] = HEADERS) -> None:
         self.library = Library(library, headers)
@@ -100,6 +111,12 @@ class CpuBackend:
     ) -> list[RawRotation]:
         """Rotation of every source onto its target; see `Backend.procrustes_rotation`."""
         return procrustes.procrustes_rotation(self.library, source, target, special, blend)
+
+    def rotate_factors(
+        self, B: Sequence[Tensor], A: Sequence[Tensor], Q: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """``(B Q, Q^T A)``; see `Backend.rotate_factors`."""
+        return procrustes.rotate_factors(self.library, B, A, Q)
 
     def align_factors(
         self,

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from fedlora_kernels.errors import BackendError
 
-__all__ = ["HEADERS", "LIBRARY", "Library", "abi_stamp", "counts", "rows", "table"]
+__all__ = ["HEADERS", "LIBRARY", "Library", "abi_stamp", "counts", "numbers", "rows", "table"]
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 LIBRARY = _PACKAGE / "_lib" / "libfedlora_cpu.so"
 HEADERS = tuple(root / "include" / "fedlora.h" for root in (_PACKAGE / "_csrc", _PACKAGE.parent / "csrc"))
 _REBUILD = "rebuild it with `pip install --force-reinstall fedlora-kernels`, in a checkout `python setup.py build_ext --inplace`"
 
-_DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.int32: 2, torch.bfloat16: 3, torch.float16: 4}
+_DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.int32: 2, torch.bfloat16: 3, torch.float16: 4, torch.bool: 5}
 _STATUS_TEXT = {
     1: "descriptors do not fit each other, or a size is not served",
     2: "a dtype that the op does not take",
@@ -126,6 +126,11 @@ def counts(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * max(len(numbers), 1))(*numbers)
 
 
+def numbers(values: Sequence[float]) -> ctypes.Array[ctypes.c_double]:
+    """An array of float64."""
+    return (ctypes.c_double * max(len(values), 1))(*values)
+
+
 def _open(path: Path, headers: Sequence[Path]) -> ctypes.CDLL:
     """The library with its argument types declared; BackendError where it is missing, broken or of another ABI."""
     if not path.is_file():
@@ -151,6 +156,8 @@ def _open(path: Path, headers: Sequence[Path]) -> ctypes.CDLL:
 
 _TABLE, _COUNT, _NUMBER, _ADDRESS = ctypes.POINTER(Block), ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _COUNTS = ctypes.POINTER(_COUNT)
+_NUMBER = ctypes.c_double
+_NUMBERS = ctypes.POINTER(_NUMBER)
 _SCRATCH = [_ADDRESS, _COUNT]
 _END = [_COUNT, _ADDRESS]  # threads, stream
 
@@ -165,7 +172,23 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fedlora_gram": [_TABLE, _COUNTS, _TABLE, _TABLE, _COUNT, *_SCRATCH, *_END],
     "fedlora_orient": [_TABLE, _TABLE, _COUNT, *_END],
     "fedlora_cross_products_workspace": [_TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
-    "fedlora_cross_products": [_TABLE, _COUNTS, *[_TABLE] * 3, _COUNT, *_SCRATCH, *_END],
+    "fedlora_cross_products": [_TABLE, _COUNTS, *[_TABLE] * 4, _COUNT, *_SCRATCH, *_END],
+    "fedlora_polar_workspace": [_TABLE, _COUNT, _COUNT, _COUNTS],
+    "fedlora_polar": [*[_TABLE] * 3, _NUMBERS, _TABLE, _COUNT, _COUNT, _NUMBER, *_SCRATCH, *_END],
+    "fedlora_turned_workspace": [*[_TABLE] * 3, _COUNT, _COUNT, _COUNTS],
+    "fedlora_turned": [*[_TABLE] * 3, _COUNT, *_SCRATCH, *_END],
+    "fedlora_align_factors_workspace": [*[_TABLE] * 4, _NUMBER, _NUMBER, *[_TABLE] * 3, _COUNT, _COUNT, _COUNTS],
+    "fedlora_align_factors": [
+        *[_TABLE] * 4,
+        _NUMBER,
+        _NUMBER,
+        *[_TABLE] * 3,
+        _COUNT,
+        _COUNT,
+        _NUMBER,
+        *_SCRATCH,
+        *_END,
+    ],
     "fedlora_stacked_qr_workspace": [_TABLE, _COUNTS, *[_TABLE] * 6, _COUNT, _COUNT, _COUNTS],
     "fedlora_stacked_qr": [_TABLE, _COUNTS, *[_TABLE] * 6, _COUNT, *_SCRATCH, *_END],
     "fedlora_cholesky_workspace": [_TABLE, _COUNT, _COUNT, _COUNTS],

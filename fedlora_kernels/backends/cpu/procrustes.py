@@ -1,29 +1,61 @@
-"""Procrustes rotations: the torch backend's, with cross products and SVDs of the native library."""
+"""Procrustes rotations by the native library (docs/numerics.md, Procrustes)."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import RawRotation
-from fedlora_kernels.backends.cpu.library import Library, counts, rows, table
-from fedlora_kernels.backends.cpu.svd import svd
+from fedlora_kernels.backends.cpu.library import Library, counts, numbers, rows, table
 from fedlora_kernels.backends.cpu.threads import thread_count
-from fedlora_kernels.backends.torch import procrustes
 
-__all__ = ["align_factors", "procrustes_rotation"]
+__all__ = ["align_factors", "procrustes_rotation", "rotate_factors"]
+
+
+class _Correlation(NamedTuple):
+    """``X^T Y 2^-exponent`` (N, r, r), ``|X|_F |Y|_F 2^-exponent`` (N,), float64; exponent (N,) int32."""
+
+    M: Tensor
+    size: Tensor
+    exponent: Tensor
 
 
 def procrustes_rotation(
     library: Library, source: Sequence[Tensor], target: Sequence[Tensor], special: bool, blend: float
 ) -> list[RawRotation]:
     """Rotation of every source onto its target; see `Backend.procrustes_rotation`."""
-    return procrustes.procrustes_rotation(source, target, special, blend, **_kernels(library))
+    op = "procrustes_rotation"
+    library.functions(op)
+    correlations = _correlations(library, source, target)
+    rotations = [_empty(len(M), M.shape[-1]) for M, _, _ in correlations]
+    fields = [table([rows(field) for field in column]) for column in zip(*correlations, strict=True)] or [table([])] * 3
+    units = numbers([max(_unit(X), _unit(Y)) for X, Y in zip(source, target, strict=True)])
+    threads, count = thread_count(), len(rotations)
+    memory, *scratch = library.workspace(op, "fedlora_polar_workspace", fields[0], count, threads)
+    answers = table([rows(field) for rotation in rotations for field in rotation])
+    library.call(op, "fedlora_polar", *fields, units, answers, count, int(special), blend, *scratch, threads, None)
+    del memory
+    return rotations
+
+
+def rotate_factors(
+    library: Library, B: Sequence[Tensor], A: Sequence[Tensor], Q: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """``(B Q, Q^T A)``, bit for bit B and A where Q is the identity; see `Backend.rotate_factors`."""
+    op = "rotate_factors"
+    library.functions(op)
+    factors = [factor for b, a in zip(B, A, strict=True) for factor in (b, a.mT)]
+    turns = [q for q in Q for _ in range(2)]
+    turned = [_like(factor) for factor in factors]
+    tables, threads = (table(factors), table(turns), table(turned)), thread_count()
+    memory, *scratch = library.workspace(op, "fedlora_turned_workspace", *tables, len(factors), threads)
+    library.call(op, "fedlora_turned", *tables, len(factors), *scratch, threads, None)
+    del memory
+    return [(left, right.mT) for left, right in zip(turned[::2], turned[1::2], strict=True)]
 
 
 def align_factors(
@@ -37,40 +69,66 @@ def align_factors(
     blend: float,
 ) -> list[tuple[Tensor, Tensor, RawRotation]]:
     """Every pair rotated towards its reference; see `Backend.align_factors`."""
-    return procrustes.align_factors(B, A, reference_B, reference_A, side, special, blend, **_kernels(library))
-
-
-def _kernels(library: Library) -> dict[str, Any]:
-    return {"svd": partial(svd, library), "cross": partial(_cross_products, library)}
-
-
-def _cross_products(library: Library, source: Sequence[Tensor], target: Sequence[Tensor]) -> list[procrustes.Cross]:
-    """``X^T Y`` of every source and its target, each read once; sources with one target in a row read it once."""
-    pairs = list(zip(source, target, strict=True))
-    if any(x.dtype == torch.float64 for pair in pairs for x in pair):  # squares of float64 may leave its range
-        return procrustes.cross_products(source, target)
-    op = "procrustes_rotation"
-    runs = [list(run) for _, run in itertools.groupby(pairs, key=lambda pair: _place(pair[1]))]
-    products = [torch.empty(len(X), X.shape[-1], Y.shape[-1], dtype=torch.float64) for X, Y in pairs]
-    squares = [torch.empty(len(run[0][1]), len(run) + 1, dtype=torch.float64) for run in runs]
-    blocks, targets = table([X for X, _ in pairs]), table([run[0][1] for run in runs])
-    numbers, threads = counts([len(run) for run in runs]), thread_count()
-    memory, *scratch = library.workspace(
-        op, "fedlora_cross_products_workspace", blocks, numbers, targets, len(runs), threads
-    )
-    tables = table(products), table([rows(square) for square in squares])
-    library.call(op, "fedlora_cross_products", blocks, numbers, targets, *tables, len(runs), *scratch, threads, None)
+    op = "align_factors"
+    library.functions(op)
+    alpha, beta = (0.0 if part is None else w for part, w in zip((reference_A, reference_B), side, strict=True))
+    rotations = [_empty(*a.shape[:2]) for a in A]
+    left, right = [_like(b) for b in B], [_like(a.mT).mT for a in A]
+    tables = [table(part or []) for part in (B, A, reference_B if beta else None, reference_A if alpha else None)]
+    answers = [table(left), table(right), table([rows(field) for rotation in rotations for field in rotation])]
+    arguments, threads = (*tables, alpha, beta, *answers, len(B)), thread_count()
+    memory, *scratch = library.workspace(op, "fedlora_align_factors_workspace", *arguments, threads)
+    library.call(op, "fedlora_align_factors", *arguments, int(special), blend, *scratch, threads, None)
     del memory
-    rest = iter(products)
-    return [cross for square in squares for cross in _crosses(itertools.islice(rest, square.shape[1] - 1), square)]
+    return list(zip(left, right, rotations, strict=True))
 
 
-def _crosses(products: Iterable[Tensor], squares: Tensor) -> list[procrustes.Cross]:
-    """Products that were not scaled; ``squares`` (N, K + 1) of their sources and of the target are finite where those are."""
-    norms, finite = squares.sqrt(), torch.isfinite(squares)
-    sizes, both = norms[:, :-1] * norms[:, -1:], finite[:, :-1] & finite[:, -1:]
-    exponent = torch.zeros(len(squares), dtype=torch.int64)
-    return [procrustes.Cross(M, sizes[:, k], exponent, both[:, k]) for k, M in enumerate(products)]
+def _correlations(library: Library, source: Sequence[Tensor], target: Sequence[Tensor]) -> list[_Correlation]:
+    """Every source with its target; sources with one target in a row stand together."""
+    op = "procrustes_rotation"
+    pairs = list(zip(source, target, strict=True))
+    runs = [list(run) for _, run in itertools.groupby(pairs, key=lambda pair: _place(pair[1]))]
+    out = [
+        _Correlation(
+            torch.empty(len(X), X.shape[-1], Y.shape[-1], dtype=torch.float64),
+            torch.empty(len(X), dtype=torch.float64),
+            torch.empty(len(X), dtype=torch.int32),
+        )
+        for X, Y in pairs
+    ]
+    blocks, targets = table([X for X, _ in pairs]), table([run[0][1] for run in runs])
+    sizes, threads = counts([len(run) for run in runs]), thread_count()
+    memory, *scratch = library.workspace(
+        op, "fedlora_cross_products_workspace", blocks, sizes, targets, len(runs), threads
+    )
+    answers = [table([rows(getattr(each, field)) for each in out]) for field in _Correlation._fields]
+    library.call(op, "fedlora_cross_products", blocks, sizes, targets, *answers, len(runs), *scratch, threads, None)
+    del memory
+    return out
+
+
+def _empty(N: int, r: int) -> RawRotation:
+    """Room for N rotations."""
+    return RawRotation(
+        Q=torch.empty(N, r, r, dtype=torch.float64),
+        singular_values=torch.empty(N, r, dtype=torch.float64),
+        unique=torch.empty(N, dtype=torch.bool),
+        condition=torch.empty(N, dtype=torch.float64),
+        info=torch.empty(N, dtype=torch.int32),
+        notes=torch.empty(N, dtype=torch.int32),
+    )
+
+
+def _like(factor: Tensor) -> Tensor:
+    """Room for a factor (N, rows, r) turned, by columns in memory if it is."""
+    N, rows, r = factor.shape
+    by_columns = factor.stride(-1) > factor.stride(-2)
+    return torch.empty(N, r, rows, dtype=factor.dtype).mT if by_columns else torch.empty(N, rows, r, dtype=factor.dtype)
+
+
+def _unit(t: Tensor) -> float:
+    """Unit roundoff of what the numbers are stored in."""
+    return torch.finfo(t.dtype).eps / 2
 
 
 def _place(t: Tensor) -> tuple[Any, ...]:

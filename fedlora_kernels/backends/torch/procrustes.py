@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,21 +12,10 @@ from fedlora_kernels.backends.contract import U64, Info, Note, RawRotation
 from fedlora_kernels.backends.torch.chunks import exponent, load, scale_pow2, slices
 from fedlora_kernels.backends.torch.svd import svd
 
-__all__ = [
-    "Cross",
-    "CrossProducts",
-    "SmallSVD",
-    "align_factors",
-    "cross_products",
-    "procrustes_rotation",
-    "rotate_factors",
-]
-
-SmallSVD = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
-"""``U, S, Vh, info`` of finite float64 matrices (N, r, r)."""
+__all__ = ["align_factors", "procrustes_rotation", "rotate_factors"]
 
 
-class Cross(NamedTuple):
+class _Cross(NamedTuple):
     """``X^T Y 2^-e`` (N, r, r) and ``|X|_F |Y|_F 2^-e`` (N,), float64; e (N,) int64; whether X and Y are finite (N,)."""
 
     M: Tensor
@@ -34,9 +23,6 @@ class Cross(NamedTuple):
     exponent: Tensor
     finite: Tensor
 
-
-CrossProducts = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Cross]]
-"""Products of every source (N, rows, r) with its target."""
 
 SINGULAR_BLEND = 1e-6
 """Singular values of a blend that count as zero: eigenvalues -1 met halfway."""
@@ -50,31 +36,19 @@ def procrustes_rotation(
     target: Sequence[Tensor],
     special: bool,
     blend: float,
-    *,
-    svd: SmallSVD = svd,
-    cross: CrossProducts | None = None,
 ) -> list[RawRotation]:
-    """Rotation of every source onto its target; see `Backend.procrustes_rotation`.
-
-    ``cross`` multiplies sources by targets, by default `cross_products`; ``svd`` decomposes the products. Groups of one rank are
-    decomposed together.
-    """
-    products = (cross or cross_products)(source, target)
+    """Rotation of every source onto its target; see `Backend.procrustes_rotation`. Groups of one rank are decomposed together."""
+    products = [_cross_product(X, Y) for X, Y in zip(source, target, strict=True)]
     kinds = [(product.M.shape[-1], _unit(X, Y)) for product, X, Y in zip(products, source, target, strict=True)]
     out: dict[int, RawRotation] = {}
     for kind in dict.fromkeys(kinds):
         members = [g for g, own in enumerate(kinds) if own == kind]
-        whole = Cross(*(torch.cat(fields) for fields in zip(*(products[g] for g in members), strict=True)))
-        rotation = _rotation([(whole, 1.0)], whole.finite, kind[1], special, blend, svd)
+        whole = _Cross(*(torch.cat(fields) for fields in zip(*(products[g] for g in members), strict=True)))
+        rotation = _rotation([(whole, 1.0)], whole.finite, kind[1], special, blend)
         counts = [len(products[g].M) for g in members]
         pieces = zip(*(torch.split(field, counts) for field in rotation), strict=True)
         out.update(zip(members, map(RawRotation._make, pieces), strict=True))
     return [out[g] for g in range(len(products))]
-
-
-def cross_products(source: Sequence[Tensor], target: Sequence[Tensor]) -> list[Cross]:
-    """``X^T Y`` of every source (N, rows, r) and its target, scaled by powers of two so that float64 holds it."""
-    return [_cross_product(X, Y) for X, Y in zip(source, target, strict=True)]
 
 
 def rotate_factors(B: Sequence[Tensor], A: Sequence[Tensor], Q: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -90,14 +64,8 @@ def align_factors(
     side: tuple[float, float],
     special: bool,
     blend: float,
-    *,
-    svd: SmallSVD = svd,
-    cross: CrossProducts | None = None,
 ) -> list[tuple[Tensor, Tensor, RawRotation]]:
-    """Every pair rotated towards its reference; see `Backend.align_factors`. Trouble in either factor marks the pair.
-
-    ``svd`` and ``cross`` are those of `procrustes_rotation`.
-    """
+    """Every pair rotated towards its reference; see `Backend.align_factors`. Trouble in either factor marks the pair."""
     out = []
     for g, (b, a) in enumerate(zip(B, A, strict=True)):
         terms = []
@@ -106,12 +74,12 @@ def align_factors(
         if reference_B is not None and side[1] != 0:
             terms.append((b, reference_B[g], side[1]))
         sources, targets, weights = zip(*terms, strict=True)
-        products = (cross or cross_products)(sources, targets)
+        products = list(map(_cross_product, sources, targets))
         finite = _finite(b) & _finite(a)
         for product in products:
             finite = finite & product.finite
         unit = max(map(_unit, sources, targets))
-        rotation = _rotation(list(zip(products, weights, strict=True)), finite, unit, special, blend, svd)
+        rotation = _rotation(list(zip(products, weights, strict=True)), finite, unit, special, blend)
         left, right = _rotated(b, rotation.Q), _rotated(a.mT, rotation.Q).mT
         for factor in (left, right):
             factor.masked_fill_(~finite[:, None, None], torch.nan)
@@ -127,7 +95,7 @@ def _unit(X: Tensor, Y: Tensor) -> float:
 
 
 def _rotation(
-    terms: list[tuple[Cross, float]], finite: Tensor, unit: float, special: bool, blend: float, svd: SmallSVD
+    terms: list[tuple[_Cross, float]], finite: Tensor, unit: float, special: bool, blend: float
 ) -> RawRotation:
     """Rotation for the weighted sum of products ``terms``; ``unit`` is the unit roundoff of what they were made of."""
     N, r, _ = terms[0][0].M.shape
@@ -162,7 +130,7 @@ def _rotation(
     )
 
 
-def _correlation(terms: list[tuple[Cross, float]], finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _correlation(terms: list[tuple[_Cross, float]], finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """M with its largest element in [1, 2), ``sum |weight| |X|_F |Y|_F`` on that scale, and the exponent taken out.
 
     Taking the exponents out makes the rotation independent of powers of two to the bit, and keeps float64 in range.
@@ -181,7 +149,7 @@ def _correlation(terms: list[tuple[Cross, float]], finite: Tensor) -> tuple[Tens
     return scale_pow2(M, -e_M), scale_pow2(size, -e_M), e + e_M
 
 
-def _cross_product(source: Tensor, target: Tensor) -> Cross:
+def _cross_product(source: Tensor, target: Tensor) -> _Cross:
     """The product of the matrices scaled to a largest element in [1, 2), and the exponent taken out."""
     N, rows, r = source.shape
     M = torch.zeros(N, r, r, dtype=torch.float64, device=source.device)
@@ -197,7 +165,7 @@ def _cross_product(source: Tensor, target: Tensor) -> Cross:
             squares[0, wave] += x.square().sum((-2, -1))
             squares[1, wave] += y.square().sum((-2, -1))
     finite = torch.isfinite(largest_X) & torch.isfinite(largest_Y)
-    return Cross(M, squares[0].sqrt() * squares[1].sqrt(), e_X + e_Y, finite)
+    return _Cross(M, squares[0].sqrt() * squares[1].sqrt(), e_X + e_Y, finite)
 
 
 def _polar(
