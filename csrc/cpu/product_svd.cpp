@@ -98,7 +98,7 @@ struct Module {
         : R(g.R), ld(padded(R) | fedlora::kPad), k(smaller(R, smaller(g.rows(kB), g.rows(kA)))), next_((uintptr_t)memory) {
         for (int side = 0; side < 2; ++side) {
             G[side] = take<double>(R * ld);
-            L[side] = take<double>(fedlora::factor_size(R));
+            L[side] = take<double>(fedlora::factor_stride(R) * R);
             W[side] = take<double>(R * ld);
             balance[side] = take<double>(R);
             scale[side] = take<double>(R);
@@ -149,7 +149,7 @@ struct Wave {
     }
 
     void prepare(int64_t at, int side) const;  // which columns are scaled on reading, and how
-    void weigh(int64_t at) const;              // balanced Grams and their factors
+    void weigh(int64_t at, double *scratch) const;  // balanced Grams and their factors
     void fill_lane(int64_t at) const;
     void decompose_lanes(int64_t begin, double *scratch) const;
     void decompose(int64_t at, double *scratch) const;
@@ -194,7 +194,7 @@ void Wave::prepare(int64_t at, int side) const {
     }
 }
 
-void Wave::weigh(int64_t at) const {
+void Wave::weigh(int64_t at, double *scratch) const {
     const Module m = module(at);
     Facts &f = *m.facts;
     f.bad = f.info = f.svd_info = 0;
@@ -232,7 +232,7 @@ void Wave::weigh(int64_t at) const {
     inner_product(m.G[kB], m.G[kA], m.ld, f.live, f.energy, f.energy_abs);
     f.floor = 4 * (double)f.live * kRoundoff * f.norm;
     for (int side = 0; side < 2; ++side)
-        f.rank[side] = fedlora::pivoted_cholesky(m.G[side], m.ld, 1, f.live, (double)f.live, m.L[side]);
+        f.rank[side] = fedlora::pivoted_cholesky(m.G[side], m.ld, 1, f.live, (double)f.live, m.L[side], scratch);
 }
 
 // C = L_x^T L_y by columns.
@@ -476,12 +476,12 @@ void run_wave(const Wave &w, const Team &team, double *scratch, double *leavings
     form_grams(w, team, scratch, leavings, places);
     clock.stop(kGrams);
     if (w.g.small()) {
-        team.each(n, [&](int64_t t) { w.weigh(t), w.fill_lane(t); });
+        team.each(n, [&](int64_t t) { w.weigh(t, scratch), w.fill_lane(t); });
         const int64_t lanes = lanes_of(w.g);
         team.each((n + lanes - 1) / lanes, [&](int64_t t) { w.decompose_lanes(t * lanes, scratch); });
         team.each(n, [&](int64_t t) { w.judge(w.module(t)), w.expand(t); });
     } else {
-        team.each(n, [&](int64_t t) { w.weigh(t), w.decompose(t, scratch), w.expand(t); });
+        team.each(n, [&](int64_t t) { w.weigh(t, scratch), w.decompose(t, scratch), w.expand(t); });
     }
     clock.stop(kCores);
     team.each(n * left, [&](int64_t t) { w.write(t / left, kB, t % left, scratch); });
@@ -584,9 +584,10 @@ Plan plan_of(const Groups &groups, int64_t threads) {
     int64_t tasks = 1;
     for (const Group &g : groups.all) {
         const int64_t grams = 8 * larger(gram_of(g, kB).scratch(), gram_of(g, kA).scratch());
+        const int64_t cores = larger(8 * fedlora::factor_scratch(g.R), svd_scratch(g));
         plan.waves += waves_of(g);
         plan.wave = larger(plan.wave, matrices_of(g) * Module::bytes(g));
-        plan.scratch = larger(plan.scratch, aligned(larger(larger(grams, svd_scratch(g)), larger(mixed_scratch(g, kB), mixed_scratch(g, kA)))));
+        plan.scratch = larger(plan.scratch, aligned(larger(larger(grams, cores), larger(mixed_scratch(g, kB), mixed_scratch(g, kA)))));
         plan.leaving = larger(plan.leaving, aligned(8 * larger(gram_of(g, kB).leaving(), gram_of(g, kA).leaving())));
         tasks += g.batch() * (g.chunks(kB) + g.chunks(kA));
     }

@@ -92,6 +92,7 @@ FEDLORA_CLONES void transpose(const double *L, int64_t stride, int64_t n, int64_
 FEDLORA_CLONES double largest_of(const double *C, int64_t ld, int64_t rows, int64_t cols) {
     double largest = 0;
     for (int64_t c = 0; c < cols; ++c)
+#pragma omp simd reduction(max : largest)
         for (int64_t i = 0; i < rows; ++i) {
             const double size = std::fabs(C[c * ld + i]);
             largest = size > largest ? size : largest;
