@@ -1,8 +1,6 @@
 // fedlora_core_svd: checks the descriptors, picks the instruction set, shares the tasks out over threads.
 #include <omp.h>
 
-#include <initializer_list>
-
 #include "pages.hpp"
 #include "svd.h"
 
@@ -118,9 +116,10 @@ int fedlora_core_svd(const fedlora_block *C, const fedlora_block *U, const fedlo
     if (slice == 0) return FEDLORA_OK;
     if (!workspace || workspace_bytes < slice * threads + kAlignment) return FEDLORA_BAD_WORKSPACE;
     const uintptr_t address = ((uintptr_t)workspace + kAlignment - 1) / kAlignment * kAlignment;
-    for (int64_t g = 0; g < groups; ++g)
-        for (const fedlora_block *vectors : {&U[g], &Vh[g]})
-            fedlora::prefer_huge_pages(*vectors, vectors->dtype == FEDLORA_FLOAT32 ? 4 : 8);
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t element = C[g].dtype == FEDLORA_FLOAT32 ? 4 : 8;
+        fedlora::prefer_huge_pages({{U[g], element}, {S[g], element}, {Vh[g], element}});
+    }
 
 #pragma omp parallel num_threads(useful_threads(C, groups, threads))
     {
