@@ -10,7 +10,8 @@ struct BidiagonalSvd {
     int64_t (*scratch_bytes)(int n);
     // All values, falling. False: they do not come to rest.
     bool (*values)(int n, const double *q, const double *e, double *s, void *scratch);
-    // After values: the first p columns of U and V, column c at U + c * ldu. False: clustered values.
+    // After values: the first p columns of U and V by rows, row k at U + k * ldu, padded with something to a multiple of 16
+    // columns. False: clustered values.
     bool (*vectors_float)(int n, int p, float *U, int64_t ldu, float *V, int64_t ldv, void *scratch);
     bool (*vectors_double)(int n, int p, double *U, int64_t ldu, double *V, int64_t ldv, void *scratch);
 };

@@ -40,6 +40,17 @@ FEDLORA_INLINE V multiply_add(V a, V b, V c) {
 #endif
 }
 
+// c - a b, likewise.
+FEDLORA_INLINE V subtract_product(V a, V b, V c) {
+#if FEDLORA_VECTOR_BYTES == 64 && defined(__AVX512F__)
+    return (V)_mm512_fnmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif FEDLORA_VECTOR_BYTES == 32 && defined(__FMA__)
+    return (V)_mm256_fnmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+    return c - a * b;
+#endif
+}
+
 // a b - product, for the rounded product.
 FEDLORA_INLINE V lost(V a, V b, V product) {
 #if (FEDLORA_VECTOR_BYTES == 64 && defined(__AVX512F__)) || (FEDLORA_VECTOR_BYTES == 32 && defined(__FMA__))
@@ -66,9 +77,9 @@ FEDLORA_INLINE Mask<double, W> operator&(const Mask<double, W> &a, const Mask<do
 }
 
 template <int W>
-FEDLORA_INLINE Reals<W> negative(const Reals<W> &a) {
+FEDLORA_INLINE Reals<W> subtract_product(double a, const Reals<W> &b, const Reals<W> &c) {
     Reals<W> r;
-    FEDLORA_EACH r.v[w] = -a.v[w];
+    FEDLORA_EACH r.v[w] = subtract_product(V{} + a, b.v[w], c.v[w]);
     return r;
 }
 
@@ -94,11 +105,11 @@ struct Plain {
 
     // a - c b
     static FEDLORA_INLINE Plain difference(const Plain &a, const Square &c, const Plain &b) {
-        return {multiply_add(broadcast<W>(-c.high), b.high, a.high)};
+        return {subtract_product(c.high, b.high, a.high)};
     }
     // y r - c p
     static FEDLORA_INLINE Plain difference(const Plain &y, const Plain &r, const Square &c, const Plain &p) {
-        return {multiply_add(y.high, r.high, broadcast<W>(-c.high) * p.high)};
+        return {subtract_product(c.high, p.high, y.high * r.high)};
     }
     FEDLORA_INLINE void scale(const Reals<W> &f) { high = high * f; }
 };
@@ -198,9 +209,9 @@ struct Counted {
     FEDLORA_INLINE void step(const N &y, const Square &e, const Square &q) {
         const N before = chain.value;
         chain.half_step(e);
-        other_slope = multiply_add(broadcast<W>(-e.high), other_slope, slope);
+        other_slope = subtract_product(e.high, other_slope, slope);
         chain.whole_step(y, q);
-        slope = multiply_add(y.high, other_slope, multiply_add(broadcast<W>(-q.high), slope, chain.other.high));
+        slope = multiply_add(y.high, other_slope, subtract_product(q.high, slope, chain.other.high));
         typedef uint64_t Bits __attribute__((vector_size(FEDLORA_VECTOR_BYTES)));
         FEDLORA_EACH changes.v[w] += (I)((Bits)((I)before.high.v[w] ^ (I)chain.value.high.v[w]) >> 63);
     }
@@ -247,7 +258,8 @@ class Bidiagonal {
         return true;
     }
 
-    // After values: the first p vectors of both sides. False where values lie too close together.
+    // After values: the first p vectors of both sides by rows, row k at U + k ldu, and something up to a whole number of
+    // kNarrow vectors. False where values lie too close together.
     template <class T>
     bool vectors(int p, T *U, int64_t ldu, T *V, int64_t ldv) {
         const double roundoff = Lane<T>::roundoff;
@@ -258,10 +270,10 @@ class Bidiagonal {
             const bool found = (gap * roundoff > n_ * 0x1p-52 && solve<Plain<kNarrow>>(first, count, gap, roundoff)) ||
                                (gap > 0x1p-44 && solve<Doubled<kNarrow>>(first, count, gap, roundoff));
             if (!found) return false;
-            for (int l = 0; l < count; ++l)
-                for (int k = 0; k < n_; ++k) {
-                    U[(first + l) * ldu + k] = (T)(lane(from_start_.u[k], l) * u_sign_[k]);
-                    V[(first + l) * ldv + k] = (T)(lane(from_start_.v[k], l) * v_sign_[k]);
+            for (int k = 0; k < n_; ++k)
+                for (int l = 0; l < R::lanes; ++l) {
+                    U[k * ldu + first + l] = (T)(lane(from_start_.u[k], l) * u_sign_[k]);
+                    V[k * ldv + first + l] = (T)(lane(from_start_.v[k], l) * v_sign_[k]);
                 }
         }
         return true;
@@ -373,7 +385,7 @@ class Bidiagonal {
     bool refine(int first) {
         constexpr int W = kWide;
         typedef Reals<W> R;
-        const R zero = broadcast<W>(0.0), half = broadcast<W>(0.5), one = broadcast<W>(1.0);
+        const R zero = broadcast<W>(0.0), half = broadcast<W>(0.5), one = broadcast<W>(1.0), nothing = broadcast<W>(0x1p-110);
         R low = read<W>(low_ + first), high = read<W>(high_ + first), above_low = read<W>(above_low_ + first),
           above_high = read<W>(above_high_ + first), index, last = zero, running = one;
         for (int l = 0; l < R::lanes; ++l) ((double *)&index)[l] = first + l < n_ ? first + l : n_ - 1;
@@ -392,14 +404,16 @@ class Bidiagonal {
             // do not get smaller.
             const R small = broadcast<W>(0x1p-47) * x, cube = move * move * move;
             const auto tiny = greater(small, move), inside = greater(target, low) & greater(high, target);
-            const auto newton = greater(broadcast<W>(1.5), above_low - above_high) & (tiny | inside);
+            // Steps that hardly shrink follow many values far away.
+            const R free = select(greater(last, zero) & greater(move, broadcast<W>(0.625) * last), zero, one);
+            const auto newton = greater(broadcast<W>(1.5), above_low - above_high) & (tiny | (inside & greater(free, zero)));
             const auto quick = greater(last, move + move) & greater(broadcast<W>(0x1p-58) * x * last * last, cube);
             const auto stalled = tiny & greater(small, last) & greater(move + move, last);
             const auto settled = quick | stalled | greater(small * broadcast<W>(0x1p-4), move);
             const R wide = (low + high) * half;
             const auto graded = greater(broadcast<W>(0x1p-12), high) & greater(high, broadcast<W>(16.0) * low);
-            const R middle = select(graded, sqrt(max(low, broadcast<W>(0x1p-120)) * high), wide);
-            const auto closed = greater(broadcast<W>(0x1p-51) * high, high - low);
+            const R middle = select(graded, sqrt(max(low, nothing) * high), wide);
+            const auto closed = greater(broadcast<W>(0x1p-51) * high, high - low) | greater(nothing + nothing, high);
             const R next = select(newton, target, middle);
             last = select(newton, move, zero);
             x = select(active, next, x);
@@ -529,7 +543,8 @@ class Bidiagonal {
             lane(end_v, l) = head * power_of_two<double>(-head_power) / (tail * power_of_two<double>(-tail_power));
             lane(end_u, l) = lane(end_v, l) / s;
         }
-        R v_square = broadcast<kNarrow>(0.0), u_square = v_square;
+        // Two levels of sums: a norm that is off makes its vector longer or shorter.
+        R v_square = broadcast<kNarrow>(0.0), u_square = v_square, v_part = v_square, u_part = v_square;
         for (int k = 0; k < n_; ++k) {
             const double a = factor_[k], q = q_[k];
             FEDLORA_NARROW {
@@ -541,8 +556,13 @@ class Bidiagonal {
                                    from_start_.u[k].v[w] * head * (1 / q) * sigma.v[w]);
                 from_start_.v[k].v[w] = v;
                 from_start_.u[k].v[w] = u;
-                v_square.v[w] = multiply_add(v, v, v_square.v[w]);
-                u_square.v[w] = multiply_add(u, u, u_square.v[w]);
+                v_part.v[w] = multiply_add(v, v, v_part.v[w]);
+                u_part.v[w] = multiply_add(u, u, u_part.v[w]);
+            }
+            if (k % 16 == 15 || k + 1 == n_) {
+                v_square = v_square + v_part;
+                u_square = u_square + u_part;
+                v_part = u_part = broadcast<kNarrow>(0.0);
             }
         }
         const R one = broadcast<kNarrow>(1.0), v_factor = one / sqrt(v_square), u_factor = one / sqrt(u_square);

@@ -135,3 +135,36 @@ T reflection(T *x, int k, int vectors, T &tau) {
     tau = T(1) / (size * (size + sign * alpha));
     return -sign * size;
 }
+
+// Eight rows of eight become columns.
+template <class T>
+FEDLORA_INLINE void transpose(Eight<T> *rows) {
+    using I = typename EightOf<T>::I;
+    const auto swap = [rows](int distance, const I &low, const I &high) {
+        for (int i = 0; i < 8; ++i)
+            if (!(i & distance)) {
+                const Eight<T> a = rows[i], b = rows[i + distance];
+                rows[i] = __builtin_shuffle(a, b, low);
+                rows[i + distance] = __builtin_shuffle(a, b, high);
+            }
+    };
+    swap(1, I{0, 8, 2, 10, 4, 12, 6, 14}, I{1, 9, 3, 11, 5, 13, 7, 15});
+    swap(2, I{0, 1, 8, 9, 4, 5, 12, 13}, I{2, 3, 10, 11, 6, 7, 14, 15});
+    swap(4, I{0, 1, 2, 3, 8, 9, 10, 11}, I{4, 5, 6, 7, 12, 13, 14, 15});
+}
+
+// to[c * to_gap + i] = from[i * from_gap + c].
+template <class T>
+void transpose(const T *from, int64_t from_gap, T *to, int64_t to_gap, int rows, int cols) {
+    for (int i = 0; i < rows; i += 8)
+        for (int c = 0; c < cols; c += 8)
+            if (i + 8 <= rows && c + 8 <= cols) {
+                Eight<T> tile[8];
+                for (int k = 0; k < 8; ++k) __builtin_memcpy(&tile[k], from + (i + k) * from_gap + c, sizeof tile[k]);
+                transpose<T>(tile);
+                for (int k = 0; k < 8; ++k) __builtin_memcpy(to + (c + k) * to_gap + i, &tile[k], sizeof tile[k]);
+            } else {
+                for (int cc = c; cc < c + 8 && cc < cols; ++cc)
+                    for (int ii = i; ii < i + 8 && ii < rows; ++ii) to[cc * to_gap + ii] = from[ii * from_gap + cc];
+            }
+}

@@ -3,30 +3,38 @@
 // Included once per instruction set after columns.hpp, with FEDLORA_BIDIAGONAL the variant of the bidiagonal SVD. Errors are
 // small beside the largest singular value, not beside each.
 
+template <class T>
+FEDLORA_INLINE T square_of(const Vec<T> *v, int start, int vectors) {
+    Vec<T> sum = {}, other = {};
+    int i = start;
+    for (; i + 1 < vectors; i += 2) {
+        sum += v[i] * v[i];
+        other += v[i + 1] * v[i + 1];
+    }
+    if (i < vectors) sum += v[i] * v[i];
+    return total<T>(sum + other);
+}
+
 // x, rows k and on, is mapped onto its first element: x becomes v with v_k = 1 and zeros above, the answer is that element;
 // tau is 0 where there is nothing to map.
 template <class T>
 T unit_reflection(T *x, int k, int vectors, T &tau) {
     const T alpha = x[k];
     for (int i = k / kLanes<T> * kLanes<T>; i < k; ++i) x[i] = 0;
-    Vec<T> *v = (Vec<T> *)x, sum = {}, other = {};
-    int i = k / kLanes<T>;
-    for (; i + 1 < vectors; i += 2) {
-        sum += v[i] * v[i];
-        other += v[i + 1] * v[i + 1];
-    }
-    if (i < vectors) sum += v[i] * v[i];
-    const T square = total<T>(sum + other);
+    Vec<T> *v = (Vec<T> *)x;
+    const int start = k / kLanes<T>;
+    const T square = square_of<T>(v, start, vectors);
     tau = 0;
     if (!(square > Lane<T>::smallest)) {
-        for (int c = k / kLanes<T>; c < vectors; ++c) v[c] = Vec<T>{};
+        for (int i = start; i < vectors; ++i) v[i] = Vec<T>{};
         x[k] = 1;
         return 0;
     }
     const T size = Native<T>::sqrt(Vec<T>{} + square)[0], beta = alpha < 0 ? size : -size, factor = 1 / (alpha - beta);
-    for (int c = k / kLanes<T>; c < vectors; ++c) v[c] *= factor;
+    for (int i = start; i < vectors; ++i) v[i] *= factor;
     x[k] = 1;
-    tau = (beta - alpha) / beta;
+    // From the rounded v: what tau and v lack together would make every vector longer or shorter.
+    tau = 2 / square_of<T>(v, start, vectors);
     return beta;
 }
 
@@ -115,10 +123,10 @@ class Bidiagonalisation {
         *(Eight<T> *)(room_.row_v + c) = r;
         for (int j = 0; c + j <= k; ++j) room_.row_z[c + j] = 0;
         for (int i = start; i < vectors_; ++i) {
-            Vec<T> here = sum[i];
+            Vec<T> here = a.vectors(0)[i] * r[0];
 #pragma GCC unroll 8
-            for (int j = 0; j < kBlock; ++j) here += a.vectors(j)[i] * r[j];
-            sum[i] = here;
+            for (int j = 1; j < kBlock; ++j) here += a.vectors(j)[i] * r[j];
+            sum[i] += here;
         }
     }
 
@@ -126,42 +134,90 @@ class Bidiagonalisation {
     const int cols_, vectors_, row_vectors_;
 };
 
-// Eight columns w <- (1 - s a a^T) (1 - t b b^T) w, from vector `start` on.
+// W <- H_0 H_1 ... W for reflections in the columns of H, H_k from row k + shift on, and W by rows: no sum crosses lanes. So many
+// reflections at a time, 1 - H C H^T with triangular C, and so many vectors of each row.
 template <class T>
-FEDLORA_INLINE void reflect_twice(const Vec<T> *a, const Vec<T> *b, T s, T t, const Columns<T> &w, int start, int vectors) {
-    Vec<T> along_a[kBlock] = {}, along_b[kBlock] = {}, cross = {};
-    for (int i = start; i < vectors; ++i) {
-        const Vec<T> ai = a[i], bi = b[i];
-        cross += ai * bi;
-#pragma GCC unroll 8
-        for (int j = 0; j < kBlock; ++j) {
-            along_a[j] += ai * w.vectors(j)[i];
-            along_b[j] += bi * w.vectors(j)[i];
-        }
-    }
-    const Eight<T> fb = totals<T>(along_b) * t, fa = (totals<T>(along_a) - fb * total<T>(cross)) * s;
-    for (int i = start; i < vectors; ++i) {
-        const Vec<T> ai = a[i], bi = b[i];
-#pragma GCC unroll 8
-        for (int j = 0; j < kBlock; ++j) w.vectors(j)[i] -= ai * fa[j] + bi * fb[j];
-    }
-}
+class Reflections {
+  public:
+    Reflections(const Columns<T> &H, const T *tau, int count, int shift, int rows)
+        : H_(H), tau_(tau), count_(count), shift_(shift), rows_(rows) {}
 
-// W <- H_0 H_1 ... W for reflections in the columns of H, H_k from row k + shift on, `count` columns of W, a multiple of eight.
-template <class T>
-void apply_reflections(const Columns<T> &H, const T *tau, int reflections, int shift, const Columns<T> &W, int count, int rows) {
-    const int vectors = vectors_of<T>(rows);
-    for (int c = 0; c < count; c += kBlock) {
-        const Columns<T> w{W[c], W.stride};
-        int k = reflections - 1;
-        if (reflections % 2 != 0) {
-            reflect<T, kBlock, false>(H.vectors(k), tau[k], w, (k + shift) / kLanes<T>, vectors);
-            --k;
+    // `across` vectors of each row.
+    void apply(T *W, int64_t gap, int across) const {
+        const int odd = count_ % kDeep;
+        for (int first = 0; first < across; first += kAcross) {
+            Vec<T> *w = (Vec<T> *)W + first;
+            const int step = (int)(gap / kLanes<T>);
+            const bool whole = first + kAcross <= across;
+            for (int k = count_ - 1; k >= count_ - odd; --k)
+                whole ? reflect<1, kAcross>(k, w, step) : last<1>(k, w, step, across - first);
+            for (int k = count_ - odd - kDeep; k >= 0; k -= kDeep)
+                whole ? reflect<kDeep, kAcross>(k, w, step) : last<kDeep>(k, w, step, across - first);
         }
-        for (; k > 0; k -= 2)
-            reflect_twice<T>(H.vectors(k - 1), H.vectors(k), tau[k - 1], tau[k], w, (k - 1 + shift) / kLanes<T>, vectors);
     }
-}
+
+  private:
+    static constexpr int kStrip = 16;
+    static constexpr int kDeep = FEDLORA_VECTOR_BYTES == 64 ? 4 : 2;
+    static constexpr int kAcross = FEDLORA_VECTOR_BYTES == 64 ? 4 : 2;
+
+    template <int D>
+    void last(int k, Vec<T> *w, int step, int across) const {
+        for (int i = 0; i < across; ++i) reflect<D, 1>(k, w + i, step);
+    }
+
+    template <int D, int A>
+    FEDLORA_INLINE void reflect(int k, Vec<T> *w, int step) const {
+        const T *h[D];
+        for (int d = 0; d < D; ++d) h[d] = H_[k + d];
+        const int begin = k + shift_;
+        // Sums of short sums: the errors of a long one add up where all elements are alike.
+        Vec<T> along[D][A] = {};
+        for (int strip = begin; strip < rows_; strip += kStrip) {
+            const int end = strip + kStrip < rows_ ? strip + kStrip : rows_;
+            Vec<T> part[D][A] = {};
+            for (int i = strip; i < end; ++i) {
+                const Vec<T> *row = w + (int64_t)i * step;
+#pragma GCC unroll 4
+                for (int d = 0; d < D; ++d)
+#pragma GCC unroll 4
+                    for (int a = 0; a < A; ++a) part[d][a] += row[a] * h[d][i];
+            }
+#pragma GCC unroll 4
+            for (int d = 0; d < D; ++d)
+#pragma GCC unroll 4
+                for (int a = 0; a < A; ++a) along[d][a] += part[d][a];
+        }
+        // The last reflection comes first.
+        for (int d = D - 1; d >= 0; --d) {
+            for (int e = d + 1; e < D; ++e) {
+                const T cross = product(h[d], h[e], begin + e);
+                for (int a = 0; a < A; ++a) along[d][a] -= along[e][a] * cross;
+            }
+            for (int a = 0; a < A; ++a) along[d][a] *= tau_[k + d];
+        }
+        for (int i = begin; i < rows_; ++i) {
+            Vec<T> *row = w + (int64_t)i * step;
+#pragma GCC unroll 4
+            for (int a = 0; a < A; ++a) {
+                Vec<T> x = row[a];
+#pragma GCC unroll 4
+                for (int d = 0; d < D; ++d) x -= along[d][a] * h[d][i];
+                row[a] = x;
+            }
+        }
+    }
+
+    T product(const T *x, const T *y, int begin) const {
+        Vec<T> sum = {};
+        for (int i = begin / kLanes<T>; i < vectors_of<T>(rows_); ++i) sum += ((const Vec<T> *)x)[i] * ((const Vec<T> *)y)[i];
+        return total<T>(sum);
+    }
+
+    const Columns<T> H_;
+    const T *const tau_;
+    const int count_, shift_, rows_;
+};
 
 template <class T>
 class Direct {
@@ -170,37 +226,41 @@ class Direct {
         : rows_(rows), cols_(cols), even_((cols + kBlock - 1) / kBlock * kBlock), next_((uintptr_t)scratch),
           room_{columns(rows, even_), columns(cols, cols), row(cols), row(cols), row(cols + kBlock),
                 row(cols + kBlock), row(rows), row(rows), row(rows), (double *)take(cols * 8), (double *)take(cols * 8)},
+          U_(columns(even_ + kTogether, rows)), V_(columns(even_ + kTogether, cols)),
           rest_(take(FEDLORA_BIDIAGONAL().scratch_bytes(cols))) {}
 
     static int64_t scratch_bytes(int rows, int cols) { return Direct(rows, cols, nullptr).next_; }
 
     // For the caller to fill before values: rows x cols, zero beyond, up to whole strides and eights of columns.
     const Columns<T> &matrix() const { return room_.A; }
+    int columns_taken() const { return even_; }
 
     bool values(double *s) {
         Bidiagonalisation<T>(room_, rows_, cols_).reduce();
         return FEDLORA_BIDIAGONAL().values(cols_, room_.q, room_.e, s, rest_);
     }
 
-    // The first p columns of U and V; p up to a multiple of eight are written.
-    bool vectors(int p, const Columns<T> &U, const Columns<T> &V) {
-        const int count = (p + kBlock - 1) / kBlock * kBlock;
-        for (int c = 0; c < count; ++c) {
-            for (int i = 0; i < vectors_of<T>(rows_); ++i) U.vectors(c)[i] = Vec<T>{};
-            for (int i = 0; i < vectors_of<T>(cols_); ++i) V.vectors(c)[i] = Vec<T>{};
-        }
-        if (!of_bidiagonal(p, U, V)) return false;
-        apply_reflections(room_.A, room_.left, cols_, 0, U, count, rows_);
-        apply_reflections(room_.R, room_.right, cols_ - 1, 1, V, count, cols_);
+    // The first p columns of U and V.
+    bool vectors(int p, T *U, int64_t ldu, T *V, int64_t ldv) {
+        const int across = (p + kTogether - 1) / kTogether * kTogether / kLanes<T>;
+        if (!of_bidiagonal(p, U_.data, V_.data)) return false;
+        for (int i = cols_; i < rows_; ++i)
+            for (int a = 0; a < across; ++a) U_.vectors(i)[a] = Vec<T>{};
+        Reflections<T>(room_.A, room_.left, cols_, 0, rows_).apply(U_.data, U_.stride, across);
+        Reflections<T>(room_.R, room_.right, cols_ - 1, 1, cols_).apply(V_.data, V_.stride, across);
+        transpose(U_.data, U_.stride, U, ldu, rows_, p);
+        transpose(V_.data, V_.stride, V, ldv, cols_, p);
         return true;
     }
 
   private:
-    bool of_bidiagonal(int p, const Columns<float> &U, const Columns<float> &V) {
-        return FEDLORA_BIDIAGONAL().vectors_float(cols_, p, U.data, U.stride, V.data, V.stride, rest_);
+    static constexpr int kTogether = 16;  // columns that a bidiagonal SVD may write at once
+
+    bool of_bidiagonal(int p, float *U, float *V) {
+        return FEDLORA_BIDIAGONAL().vectors_float(cols_, p, U, U_.stride, V, V_.stride, rest_);
     }
-    bool of_bidiagonal(int p, const Columns<double> &U, const Columns<double> &V) {
-        return FEDLORA_BIDIAGONAL().vectors_double(cols_, p, U.data, U.stride, V.data, V.stride, rest_);
+    bool of_bidiagonal(int p, double *U, double *V) {
+        return FEDLORA_BIDIAGONAL().vectors_double(cols_, p, U, U_.stride, V, V_.stride, rest_);
     }
 
     char *take(int64_t bytes) {
@@ -217,24 +277,20 @@ class Direct {
     const int rows_, cols_, even_;
     uintptr_t next_;
     const typename Bidiagonalisation<T>::Room room_;
+    const Columns<T> U_, V_;  // by rows
     void *const rest_;
 };
 
-// The two calls of the table: sizes, room for vectors and the factorisation, in this order.
+// The scratch of the table: the sizes, then the factorisation.
 struct DirectScratch {
     int64_t rows, cols;
     char unused[48];
 
-    int even() const { return (int)(cols + kBlock - 1) / kBlock * kBlock; }
-    Columns<double> U() { return {(double *)(this + 1), Columns<double>::padded((int)rows)}; }
-    Columns<double> V() { return {U()[even()], Columns<double>::padded((int)cols)}; }
-    Direct<double> direct() { return Direct<double>((int)rows, (int)cols, V()[even()]); }
+    Direct<double> direct() { return Direct<double>((int)rows, (int)cols, this + 1); }
 };
 
 int64_t direct_bytes(int64_t rows, int64_t cols) {
-    DirectScratch sizes{rows, cols, {}};
-    const int64_t vectors = (int64_t)sizes.even() * (sizes.U().stride + sizes.V().stride) * 8;
-    return (int64_t)sizeof sizes + vectors + Direct<double>::scratch_bytes((int)rows, (int)cols);
+    return (int64_t)sizeof(DirectScratch) + Direct<double>::scratch_bytes((int)rows, (int)cols);
 }
 
 bool direct_values(const double *C, int64_t ld, int64_t rows, int64_t cols, double *s, void *scratch) {
@@ -243,17 +299,13 @@ bool direct_values(const double *C, int64_t ld, int64_t rows, int64_t cols, doub
     here.cols = cols;
     Direct<double> direct = here.direct();
     const Columns<double> &A = direct.matrix();
-    for (int c = 0; c < here.even(); ++c)
-        for (int i = 0; i < A.stride; ++i) A[c][i] = c < cols && i < rows ? C[c * ld + i] : 0;
+    for (int c = 0; c < direct.columns_taken(); ++c) {
+        for (int i = 0; i < A.stride; ++i) A[c][i] = 0;
+        if (c < cols) __builtin_memcpy(A[c], C + c * ld, rows * sizeof(double));
+    }
     return direct.values(s);
 }
 
 bool direct_vectors(int64_t p, double *U, int64_t ldu, double *V, int64_t ldv, void *scratch) {
-    DirectScratch &here = *(DirectScratch *)scratch;
-    if (!here.direct().vectors((int)p, here.U(), here.V())) return false;
-    for (int c = 0; c < p; ++c) {
-        for (int i = 0; i < here.rows; ++i) U[c * ldu + i] = here.U()[c][i];
-        for (int i = 0; i < here.cols; ++i) V[c * ldv + i] = here.V()[c][i];
-    }
-    return true;
+    return ((DirectScratch *)scratch)->direct().vectors((int)p, U, ldu, V, ldv);
 }

@@ -410,11 +410,15 @@ class LargeSvd {
             const T value = value_[place_[c]] * power_of_two<T>(exponent / 2) * power_of_two<T>(exponent - exponent / 2);
             overflow |= __builtin_isinf(value) != 0;
             S(0, c) = value;
-            const T sign = wide_ ? sign_of(V_[c], cols_) : sign_of(W_[c], rows_);
-            sign_[c] = sign;
+            sign_[c] = wide_ ? sign_of(V_, c, cols_) : sign_of(W_, c, rows_);
         }
-        tiled(rows_, cols_, [&](int i, int c) { left(i, c) = W_[c][i] * sign_[c]; });
-        tiled(cols_, cols_, [&](int i, int c) { right(i, c) = V_[c][i] * sign_[c]; });
+        for (int c = 0; c < cols_; ++c) {
+            const T sign = sign_[c];
+            for (int i = 0; i < vectors_of<T>(rows_); ++i) W_.vectors(c)[i] *= sign;
+            for (int i = 0; i < vectors_of<T>(cols_); ++i) V_.vectors(c)[i] *= sign;
+        }
+        store(W_, left, rows_);
+        store(V_, right, cols_);
         info = (overflow ? FEDLORA_INFO_OVERFLOW : 0) | (converged ? 0 : FEDLORA_INFO_NOT_CONVERGED);
     }
 
@@ -437,6 +441,22 @@ class LargeSvd {
             for (int i = 0; i < M.stride; ++i) M[c][i] = 0;
     }
 
+    // What lies beyond an element (rows - 1, cols - 1).
+    void clear_ends(const Columns<T> &M, int rows) {
+        for (int c = 0; c < even_; ++c)
+            for (int i = c < cols_ ? rows / kLanes<T> * kLanes<T> : 0; i < M.stride; ++i) M[c][i] = 0;
+    }
+
+    // By the shorter way where rows or columns are contiguous.
+    void store(const Columns<T> &M, const View<T> &to, int rows) const {
+        if (to.col == 1) return transpose(M.data, M.stride, to.data, to.row, cols_, rows);
+        if (to.row == 1) {
+            for (int c = 0; c < cols_; ++c) __builtin_memcpy(to.data + c * to.col, M[c], rows * sizeof(T));
+            return;
+        }
+        tiled(rows, cols_, [&](int i, int c) { to(i, c) = M[c][i]; });
+    }
+
     // Each element once, in tiles: rows and columns may both lie far apart.
     template <class Visit>
     static void tiled(int rows, int cols, const Visit &visit) {
@@ -448,16 +468,22 @@ class LargeSvd {
     }
 
     bool load(const View<const T> &C, T &largest) {
-        T probe = 0;
-        clear(X_);
-        tiled(rows_, cols_, [&](int i, int c) { X_[c][i] = C(i, c); });
+        clear_ends(X_, rows_);
+        if (C.col == 1)
+            transpose(C.data, C.row, X_.data, X_.stride, rows_, cols_);
+        else if (C.row == 1)
+            for (int c = 0; c < cols_; ++c) __builtin_memcpy(X_[c], C.data + c * C.col, rows_ * sizeof(T));
+        else
+            tiled(rows_, cols_, [&](int i, int c) { X_[c][i] = C(i, c); });
+        Pack<T, 1> most = broadcast<1>(T(0)), probe = most;
         for (int c = 0; c < cols_; ++c)
-            for (int i = 0; i < rows_; ++i) {
-                const T x = X_[c][i], size = x < 0 ? -x : x;
-                probe += x - x;
-                largest = size > largest ? size : largest;
+            for (int i = 0; i < vectors_of<T>(rows_); ++i) {
+                const Pack<T, 1> x{{X_.vectors(c)[i]}};
+                probe = probe + (x - x);
+                most = max(abs(x), most);
             }
-        return probe == 0;
+        for (int l = 0; l < kLanes<T>; ++l) largest = most.v[0][l] > largest ? most.v[0][l] : largest;
+        return total<T>(probe.v[0]) == 0;
     }
 
     void scale(T one, T other) {
@@ -471,7 +497,9 @@ class LargeSvd {
         Direct<T> direct(rows_, cols_, direct_);
         for (int c = 0; c < even_; ++c)
             for (int i = 0; i < X_.stride; ++i) direct.matrix()[c][i] = X_[c][i];
-        if (!direct.values(direct_values_) || !direct.vectors(cols_, W_, V_)) return false;
+        clear_ends(W_, rows_);
+        clear_ends(V_, cols_);
+        if (!direct.values(direct_values_) || !direct.vectors(cols_, W_.data, W_.stride, V_.data, V_.stride)) return false;
         for (int c = 0; c < cols_; ++c) {
             value_[c] = (T)direct_values_[c];
             place_[c] = c;
@@ -537,12 +565,24 @@ class LargeSvd {
             for (int i = 0; i < cols_; ++i) V_[c][i] = Y_[c][i];
     }
 
-    static T sign_of(const T *u, int n) {
+    // That of the first element that is nearly the largest.
+    static T sign_of(const Columns<T> &M, int c, int n) {
+        Pack<T, 1> most = broadcast<1>(T(0));
+        for (int i = 0; i < vectors_of<T>(n); ++i) most = max(abs(Pack<T, 1>{{M.vectors(c)[i]}}), most);
         T largest = 0;
-        for (int i = 0; i < n; ++i) largest = (u[i] < 0 ? -u[i] : u[i]) > largest ? (u[i] < 0 ? -u[i] : u[i]) : largest;
-        int first = 0;
-        while (first + 1 < n && (u[first] < 0 ? -u[first] : u[first]) < largest * kNearly<T>) ++first;
+        for (int l = 0; l < kLanes<T>; ++l) largest = most.v[0][l] > largest ? most.v[0][l] : largest;
+        const Pack<T, 1> bound = broadcast<1>(largest * kNearly<T>);
+        int i = 0;
+        while (i + 1 < vectors_of<T>(n) && !reaches(abs(Pack<T, 1>{{M.vectors(c)[i]}}), bound)) ++i;
+        const T *u = M[c];
+        int first = i * kLanes<T>;
+        while (first + 1 < n && (u[first] < 0 ? -u[first] : u[first]) < bound.v[0][0]) ++first;
         return u[first] < 0 ? T(-1) : T(1);
+    }
+    // Whether any element is not below the bound.
+    static bool reaches(const Pack<T, 1> &x, const Pack<T, 1> &bound) {
+        const Pack<T, 1> one = broadcast<1>(T(1)), zero = broadcast<1>(T(0));
+        return any(greater(select(greater(bound, x), zero, one), zero));
     }
 
     void fill(const View<T> &to, int rows, T diagonal, T rest) const {

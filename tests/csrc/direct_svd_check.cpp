@@ -73,8 +73,9 @@ void check_fallbacks(const fedlora::BidiagonalSvd &bidiagonal) {
     for (const int n : {33, 40, 64, 128}) {
         const int64_t bytes = (bidiagonal.scratch_bytes(n) + 63) / 64 * 64;
         std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, bytes), std::free);
-        std::vector<double> q(n), e(n), s(n), U(n * n), V(n * n);
-        std::vector<float> Uf(n * n), Vf(n * n);
+        const int ld = (n + 15) / 16 * 16;
+        std::vector<double> q(n), e(n), s(n), U(n * ld), V(n * ld);
+        std::vector<float> Uf(n * ld), Vf(n * ld);
         for (int trial = 0; trial < 40; ++trial) {
             for (int k = 0; k < n; ++k) {
                 double right = 0, below = 0;
@@ -84,13 +85,13 @@ void check_fallbacks(const fedlora::BidiagonalSvd &bidiagonal) {
                 e[k] = trial % 3 ? -std::sqrt(right) : std::sqrt(right);
             }
             refused += !bidiagonal.values(n, q.data(), e.data(), s.data(), scratch.get()) ||
-                       !bidiagonal.vectors_double(n, n, U.data(), n, V.data(), n, scratch.get()) ||
-                       !bidiagonal.vectors_float(n, n, Uf.data(), n, Vf.data(), n, scratch.get());
+                       !bidiagonal.vectors_double(n, n, U.data(), ld, V.data(), ld, scratch.get()) ||
+                       !bidiagonal.vectors_float(n, n, Uf.data(), ld, Vf.data(), ld, scratch.get());
         }
         // Values that are all the same have no answer.
         for (int k = 0; k < n; ++k) q[k] = 1, e[k] = 0;
         if (bidiagonal.values(n, q.data(), e.data(), s.data(), scratch.get()) &&
-            bidiagonal.vectors_double(n, n, U.data(), n, V.data(), n, scratch.get()))
+            bidiagonal.vectors_double(n, n, U.data(), ld, V.data(), ld, scratch.get()))
             ++failures;
     }
     std::printf("bidiagonals refused: %d\n", refused);
