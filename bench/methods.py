@@ -3,9 +3,16 @@
 Shapes are those of TinyLlama's seven projections, over 32 layers. Ours is `aggregate` with ``out=``: reading, checking,
 combining, writing, reading back. The loop reads the same files with safetensors into dictionaries, works in plain torch
 float32, at the better of one and all threads, and writes one file; where a loop is too slow for all modules it is timed on a
-few of each shape, and the rest is in proportion (`modules timed`). The floor of both is reading the bytes of all clients and
-writing those of the answer, durably, with nothing between: into one buffer again and again, so it needs no fresh memory. The
-loop's file is not made durable. `work_ratio` leaves files out: the loop's work against `seconds.compute` of our report. All
+few of each shape, and the rest is in proportion (`modules timed`). It writes as many files as ours, none of them durably.
+
+The floor is what no program can do without: every byte of the clients read once and every byte of the answer written once and
+made durable, nothing between. It reads into one buffer of 1 MiB, which stays in the caches and needs no fresh memory, and
+writes from another; the space of each file is taken at once, and the files are synced one after another. Its reading, with
+the files in the page cache, is a tenth of a second at most; the rest is the disc, which no method shares out otherwise, and
+wobbles as the disc does. So all figures are medians of runs that take turns, `floor_read_s` and `durable_s` say what of the
+floor was reading and what was waiting for the disc, and `cpu_s`, `theirs_cpu_s` are processor time, which does not wobble.
+
+`work_ratio` leaves files out: the loop's work against `seconds.compute` of our report. All
 methods are also timed with the exact distance from the weighted sum (``measure``), which the loops do not give. Accuracy: the
 largest relative distance of a module's product from the loop's own answer in float64.
 
@@ -51,6 +58,8 @@ EQUAL = (16,) * 8
 MIXED = (4, 4, 8, 8, 16, 16, 32, 32)
 MIXED_METHODS = ("zero_pad", "hetlora", "prelort", "flora", "florist", "flexlora", "raflora", "geometric_median")
 FROZEN_METHODS = ("ffa", "rolora", "fedsvd")
+PIECE = 1 << 20
+RUNS = 5
 SLOW = 20.0
 """A loop that takes more seconds than this, in proportion, is run once."""
 MEANS = ("fedit", "zero_pad", "hetlora", "ffa", "rolora", "fedsa", "prelort", "fedtree")
@@ -168,39 +177,48 @@ class Case:
             torch.set_num_threads(count)
             parts.append(self._theirs())
         torch.set_num_threads(most)
-        return min(parts, key=lambda part: sum(part.values()))
+        return min(parts, key=lambda part: part["read"] + part["work"] + part["write"])
 
     def _theirs(self) -> dict[str, float]:
         clients: list[Pairs] = []
         made: Made = {}
+        begin = time.process_time()
         reading = seconds(lambda: clients.extend(read(self.paths, list(self.sizes))))
         working = seconds(lambda: made.update(self.loop(clients, self.weights, self.before, self.names)))
-        writing = seconds(lambda: write(self.place / "theirs", made))
-        share = self._share()
-        return {"read": reading, "work": working / share, "write": writing / share}
+        files = len(self.paths) if self.per_client else 1
+        writing = seconds(lambda: [write(self.place / f"theirs_{k}", made) for k in range(files)])
+        cpu, share = time.process_time() - begin, self._share()
+        return {"read": reading, "work": working / share, "write": writing / share, "cpu": cpu / share}
 
-    def floor(self) -> float:
-        """Seconds of reading the bytes of all clients into memory and writing, durably, as many as ours wrote.
-
-        One buffer takes all files in turn, as no run that keeps what it reads can do: nothing is faster.
-        """
+    def floor(self) -> dict[str, float]:
+        """Seconds of reading every byte of the clients once, of writing every byte of the answer once, and of making it durable."""
         sizes = [target.stat().st_size for target in sorted((self.place / "ours").rglob("*.safetensors"))]
-        buffer = bytearray(max((path / "adapter_model.safetensors").stat().st_size for path in self.paths))
-        wanted = memoryview(bytes(max(sizes)))
+        buffer, wanted = bytearray(PIECE), memoryview(bytes(PIECE))
 
-        def both() -> None:
+        def read() -> None:
             for path in self.paths:
                 with open(path / "adapter_model.safetensors", "rb", buffering=0) as file:
                     while file.readinto(buffer):
                         pass
-            for size in sizes:
-                with open(self.place / "copy", "wb", buffering=0) as file:
+
+        def write() -> None:
+            for number, size in enumerate(sizes):
+                with open(self.place / f"copy_{number}", "wb", buffering=0) as file:
+                    os.posix_fallocate(file.fileno(), 0, size)
                     done = 0
                     while done < size:
-                        done += file.write(wanted[done:size])
-                    os.fsync(file.fileno())
+                        done += file.write(wanted[: size - done])
 
-        return seconds(both)
+        def sync() -> None:
+            for number in range(len(sizes)):
+                fd = os.open(self.place / f"copy_{number}", os.O_RDONLY)
+                os.fsync(fd)
+                os.close(fd)
+
+        parts = {"read": seconds(read), "write": seconds(write), "durable": seconds(sync)}
+        for number in range(len(sizes)):
+            (self.place / f"copy_{number}").unlink()
+        return parts
 
     def accuracy(self, result: fk.Result) -> tuple[float | None, float | None]:
         """Largest relative distance of ours and of the loop from the loop in float64; None where the loop answers something else."""
@@ -245,23 +263,36 @@ def compare(case: Case, repeats: int) -> dict[str, Any]:
     result = case.ours()
     accuracy = case.accuracy(result)
     taken: dict[str, list[float]] = {
-        name: [] for name in ("ours", "ours_work", "measured", "floor", "theirs", "theirs_work")
+        f"{name}_s": []
+        for name in (
+            *("ours", "cpu", "ours_work", "measured", "measured_cpu", "floor", "floor_read", "durable"),
+            *("theirs", "theirs_cpu", "theirs_work"),
+        )
     }
-    parts: dict[str, float] = {}
+    loop: dict[str, float] = {}
     for _ in range(repeats):
         made: list[fk.Result] = []
-        taken["ours"].append(seconds(lambda made=made: made.append(case.ours())))
-        taken["ours_work"].append(made.pop().report["seconds"]["compute"])
-        taken["measured"].append(seconds(lambda: case.ours(measure=True)))
-        taken["floor"].append(case.floor())
-        parts = case.theirs() if not taken["theirs"] or taken["theirs"][0] < SLOW else parts
-        taken["theirs"].append(sum(parts.values()))
-        taken["theirs_work"].append(parts["work"])
+        for name, cpu, measure in (("ours", "cpu", False), ("measured", "measured_cpu", True)):
+            begin = time.process_time()
+            taken[f"{name}_s"].append(seconds(lambda made=made, measure=measure: made.append(case.ours(measure))))
+            taken[f"{cpu}_s"].append(time.process_time() - begin)
+        taken["ours_work_s"].append(made[0].report["seconds"]["compute"])
+        floor = case.floor()
+        taken["floor_s"].append(sum(floor.values()))
+        taken["floor_read_s"].append(floor["read"])
+        taken["durable_s"].append(floor["durable"])
+        loop = case.theirs() if not loop or taken["theirs_s"][0] < SLOW else loop
+        taken["theirs_s"].append(loop["read"] + loop["work"] + loop["write"])
+        taken["theirs_cpu_s"].append(loop["cpu"])
+        taken["theirs_work_s"].append(loop["work"])
     median = {name: statistics.median(times) for name, times in taken.items()}
-    row: dict[str, Any] = {"method": case.name, "kind": "means" if case.name in MEANS else "decomposition"}
-    row |= {f"{name}_s": value for name, value in median.items()}
-    row |= {"ratio": median["theirs"] / median["ours"], "work_ratio": median["theirs_work"] / median["ours_work"]}
-    row |= {"times_floor": median["ours"] / median["floor"]}
+    row: dict[str, Any] = {"method": case.name, "kind": "means" if case.name in MEANS else "decomposition", **median}
+    row |= {"ratio": median["theirs_s"] / median["ours_s"]}
+    row |= {"work_ratio": median["theirs_work_s"] / median["ours_work_s"]}
+    row |= {
+        "times_floor": median["ours_s"] / median["floor_s"],
+        "measured_times": median["measured_s"] / median["ours_s"],
+    }
     row |= {
         "width": case.sizes["model.layers.0.q_proj"][0],
         "modules": len(case.sizes),
@@ -296,7 +327,7 @@ def main() -> None:
             kind = "mixed" if name in MIXED_METHODS else "frozen" if name in FROZEN_METHODS else "equal"
             place = folder / "work"
             place.mkdir()
-            row = compare(Case(name, sets[kind], sizes, place), 3) | {"ranks": kind}
+            row = compare(Case(name, sets[kind], sizes, place), RUNS) | {"ranks": kind}
             shutil.rmtree(place)
             rows.append(row)
             print({key: (f"{value:.3g}" if isinstance(value, float) else value) for key, value in row.items()})

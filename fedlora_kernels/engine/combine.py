@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.backends.contract import Info, Note
+from fedlora_kernels.backends.cpu.threads import spare_threads
 from fedlora_kernels.engine.delivery import ModuleOutput
 from fedlora_kernels.engine.faults import nonfinite_factor, nonfinite_previous
 from fedlora_kernels.engine.frozen import check_frozen
@@ -32,7 +33,9 @@ def combine(walk: Walk, plan: Any, sink: Callable[[Sequence[ModuleOutput]], None
         with walk.timed("write"):
             sink(modules)
 
-    with walk.slabs("combine", keep=False) as slabs, Drain(write) as drain:
+    # what streams is done as fast as it is read: its sums leave a processor to the reader and the writer
+    spared = int(walk.settings.method.streams and not walk.settings.measure)
+    with walk.slabs("combine", keep=False) as slabs, Drain(write) as drain, spare_threads(spared):
         for slab in slabs:
             modules: list[ModuleOutput] = []
             for block in slab:
