@@ -21,6 +21,8 @@ namespace {
 
 #include "element.hpp"
 #include "strips.hpp"
+#include "stages.hpp"
+#include "unpack.hpp"
 
 using fedlora::CholeskyQR;
 using fedlora::Gram;
@@ -30,8 +32,6 @@ using fedlora::TallQR;
 constexpr double kRoundoff = 0x1p-53;
 constexpr double kLoss = 1e-8;   // of orthogonality, the most that one pass may take
 constexpr int64_t kRows = 128;    // of a strip of Q
-constexpr int64_t kNear = 32;     // rows of it that are written at once
-constexpr int64_t kManyEach = 4;  // matrices per thread from which on nobody shares one
 
 struct Problem {
     const fedlora_block *X;
@@ -45,17 +45,6 @@ struct Problem {
     bool easy() const { return R.dtype == FEDLORA_FLOAT32 && rows() >= R.cols; }
     TallQR tall() const { return {X, count, rows(), R.cols}; }
     CholeskyQR cholesky() const { return {R.cols}; }
-};
-
-// Memory, handed out in numbers of float64 from multiples of 64 bytes on; without any, only the numbers are counted.
-struct Place {
-    double *start;
-    int64_t taken = 0;
-    double *take(int64_t numbers) {
-        double *const here = start ? start + taken : nullptr;
-        taken += padded(numbers);
-        return here;
-    }
 };
 
 // 2^e for every integer, in two factors that are numbers.
@@ -137,40 +126,6 @@ FEDLORA_CLONES bool write_row_float64(const fedlora_block &R, int64_t i, int64_t
 
 bool write_row_any(const fedlora_block &R, int64_t i, int64_t row, const double *x, const Power *powers, const double *weights) {
     return R.dtype == FEDLORA_FLOAT64 ? write_row_float64(R, i, row, x, powers, weights) : write_row_float32(R, i, row, x, powers, weights);
-}
-
-// Rows of panels, gap apart, to the rows of Q from `first` on.
-template <class T>
-inline void write_panels(const fedlora_block &Q, T *out, const double *panels, int64_t gap, int64_t column, int64_t width, int64_t rows) {
-    for (; column < Q.cols && width > 0; column += 8, width -= 8, panels += gap) {
-        const int64_t count = smaller(8, Q.cols - column);
-        T *const to = out + column * Q.col_stride;
-        if (Q.col_stride == 1 && count == 8)
-            for (int64_t row = 0; row < rows; ++row)
-#pragma GCC unroll 8
-                for (int64_t j = 0; j < 8; ++j) to[row * Q.row_stride + j] = (T)panels[8 * row + j];
-        else
-            for (int64_t j = 0; j < count; ++j)
-                for (int64_t row = 0; row < rows; ++row) to[row * Q.row_stride + j * Q.col_stride] = (T)panels[8 * row + j];
-    }
-}
-
-FEDLORA_CLONES void write_panels_float32(const fedlora_block &Q, float *out, const double *panels, int64_t gap, int64_t column, int64_t width, int64_t rows) {
-    write_panels(Q, out, panels, gap, column, width, rows);
-}
-FEDLORA_CLONES void write_panels_float64(const fedlora_block &Q, double *out, const double *panels, int64_t gap, int64_t column, int64_t width, int64_t rows) {
-    write_panels(Q, out, panels, gap, column, width, rows);
-}
-
-// Columns [column, column + width) of rows [begin, end) of Q, a few rows of all panels at a time: those lie together in Q.
-void write_rows(const fedlora_block &Q, int64_t i, int64_t begin, int64_t end, const double *panels, int64_t gap, int64_t column, int64_t width) {
-    for (int64_t first = begin; first < end; first += kNear, panels += 8 * kNear) {
-        const int64_t offset = i * Q.batch_stride + first * Q.row_stride, rows = smaller(kNear, end - first);
-        if (Q.dtype == FEDLORA_FLOAT64)
-            write_panels_float64(Q, (double *)Q.data + offset, panels, gap, column, width, rows);
-        else
-            write_panels_float32(Q, (float *)Q.data + offset, panels, gap, column, width, rows);
-    }
 }
 
 // By the Gram. Matrices that it cannot certify are marked, and nothing is written of them.
@@ -415,46 +370,14 @@ struct Hard {
     }
 };
 
-// The workspace: a slot for every matrix under way and a scratch for every thread, in numbers of float64; then, of the greatest batch,
-// the matrices that are hard.
+// The workspace: that of the stages; then, of the greatest batch, the matrices that are hard.
 struct Layout {
-    int64_t slot, scratch, batch, threads;
-    int64_t bytes() const { return 8 * (threads * (slot + scratch) + 2 * padded(batch)) + 64; }
-    int64_t *list(double *start) const { return (int64_t *)(start + threads * (slot + scratch)); }
+    Stages stages;
+    int64_t batch;
+    int64_t bytes() const { return 8 * (stages.size() + 2 * padded(batch)) + 64; }
+    int64_t *list(double *start) const { return (int64_t *)(start + stages.size()); }
     bool *hard(double *start) const { return (bool *)(list(start) + padded(batch)); }
 };
-
-template <class Job>
-int64_t slot_size(const Job &job) {
-    Place place = {nullptr};
-    job.slot(place);
-    return place.taken;
-}
-
-// All stages of all items: each by one thread alone, or, where there are few, a stage after the other by all of them.
-template <class Job>
-void work(const Job &job, const int64_t *items, int64_t count, const Layout &layout, double *start) {
-    double *const scratch = start + layout.threads * layout.slot + omp_get_thread_num() * layout.scratch;
-    if (count >= kManyEach * layout.threads || layout.threads == 1) {
-        double *const slot = start + omp_get_thread_num() * layout.slot;
-#pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < count; ++n)
-            for (int stage = 0; stage < Job::kStages; ++stage)
-                for (int64_t task = 0; task < job.tasks(stage); ++task) job.run(stage, items ? items[n] : n, task, {slot}, scratch);
-        return;
-    }
-    for (int64_t begin = 0; begin < count; begin += layout.threads) {
-        const int64_t wave = smaller(layout.threads, count - begin);
-        for (int stage = 0; stage < Job::kStages; ++stage) {
-            const int64_t tasks = job.tasks(stage);
-#pragma omp for schedule(dynamic)
-            for (int64_t t = 0; t < wave * tasks; ++t) {
-                const int64_t n = begin + t / tasks;
-                job.run(stage, items ? items[n] : n, t % tasks, {start + (n - begin) * layout.slot}, scratch);
-            }
-        }
-    }
-}
 
 void run_group(const Problem &p, const Layout &layout, double *start) {
     const int64_t batch = p.R.batch;
@@ -465,13 +388,13 @@ void run_group(const Problem &p, const Layout &layout, double *start) {
         for (int64_t i = 0; i < batch; ++i) say(p, i, 0, 0);
         return;
     }
-    if (p.easy()) work(Easy{p, hard}, nullptr, batch, layout, start);
+    if (p.easy()) work(Easy{p, hard}, nullptr, batch, layout.stages, start);
     for (int64_t i = 0; i < batch; ++i)
         if (!p.easy() || hard[i]) ++count;
 #pragma omp single
     for (int64_t i = 0, n = 0; i < batch; ++i)
         if (!p.easy() || hard[i]) list[n++] = i;
-    work(Hard{p}, list, count, layout, start);
+    work(Hard{p}, list, count, layout.stages, start);
 }
 
 int check(const Problem &p) {
@@ -509,21 +432,14 @@ struct Tables {
         return FEDLORA_OK;
     }
     Layout layout(int64_t threads) const {
-        Layout all = {0, 0, 0, threads};
+        Layout all = {{threads}, 0};
         for (int64_t g = 0, first = 0; g < groups; first += counts[g], ++g) {
             const Problem p = problem(g, first);
             if (p.R.rows == 0) continue;
-            const Hard hard = {p};
-            all.slot = larger(all.slot, slot_size(hard));
-            all.scratch = larger(all.scratch, hard.scratch_size());
             all.batch = larger(all.batch, p.R.batch);
-            if (!p.easy()) continue;
-            const Easy easy = {p, nullptr};
-            all.slot = larger(all.slot, slot_size(easy));
-            all.scratch = larger(all.scratch, easy.scratch_size());
+            all.stages.make_room(Hard{p});
+            if (p.easy()) all.stages.make_room(Easy{p, nullptr});
         }
-        all.slot = padded(all.slot);
-        all.scratch = padded(all.scratch);
         return all;
     }
 };

@@ -2,6 +2,8 @@
 // columns, and each panel is reflected onto the triangle above it, with what stands to its right.
 #include "tall_qr.h"
 
+#include <omp.h>
+
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -15,6 +17,8 @@ namespace {
 
 #include "element.hpp"
 #include "strips.hpp"
+#include "stages.hpp"
+#include "unpack.hpp"
 
 using fedlora::kBlock;
 using fedlora::kGroup;
@@ -213,3 +217,116 @@ void TallQR::apply(int64_t chain, int64_t s, const double *kept, double *square,
 }
 
 }  // namespace fedlora
+
+namespace {
+
+// Q and T as they come.
+struct Job {
+    TallQR qr;
+    fedlora_block scale, Q, R;
+    static constexpr int kStages = 3;
+
+    struct Slot {
+        double *triangles, *squares, *kept;
+    };
+
+    Slot slot(Place &place) const {
+        const int64_t chains = qr.chains();
+        return {place.take(qr.triangle() * chains), place.take(qr.triangle() * chains), place.take(qr.kept() * chains)};
+    }
+    int64_t scratch_size() const { return qr.strip() + 8 * qr.panels(); }
+    int64_t tasks(int stage) const { return stage == 1 ? 1 : qr.chains(); }
+    void run(int stage, int64_t i, int64_t task, Place place, double *scratch) const {
+        const Slot s = slot(place);
+        switch (stage) {
+            case 0: return factor(s, i, task, {scratch});
+            case 1: return merge(s, i);
+            default: return write(s, i, task, scratch);
+        }
+    }
+
+    void factor(const Slot &s, int64_t i, int64_t chain, Place place) const {
+        double *const factors = place.take(8 * qr.panels());
+        for (int64_t j = 0; j < 8 * qr.panels(); ++j) factors[j] = j < qr.R ? scale_at(scale, i, j) : 0;
+        qr.factor(i, chain, factors, s.triangles + chain * qr.triangle(), s.kept + chain * qr.kept(), place.take(qr.strip()));
+    }
+
+    void merge(const Slot &s, int64_t i) const {
+        qr.merge(s.triangles);
+        std::memset(s.squares, 0, sizeof(double) * (size_t)qr.triangle());
+        for (int64_t row = 0; row < R.rows; ++row) {
+            s.squares[TallQR::at(qr.gap(), row / 8, row) + row % 8] = 1;
+            for (int64_t j = 0; j < qr.R; ++j)
+                ((double *)R.data)[i * R.batch_stride + row * R.row_stride + j * R.col_stride] = s.triangles[TallQR::at(qr.gap(), j / 8, row) + j % 8];
+        }
+        qr.split(s.triangles, s.squares, true);
+    }
+
+    void write(const Slot &s, int64_t i, int64_t chain, double *strip) const {
+        for (int64_t part = qr.strips(chain) - 1; part >= 0; --part) {
+            qr.apply(chain, part, s.kept + chain * qr.kept(), s.squares + chain * qr.triangle(), true, strip);
+            const TallQR::Rows rows = qr.rows_of(chain, part);
+            write_rows(Q, i, rows.begin, rows.end, strip + TallQR::at(qr.strip_gap(), 0, 0), qr.strip_gap(), 0, 8 * qr.panels());
+        }
+    }
+};
+
+struct Tables {
+    const fedlora_block *X;
+    const int64_t *counts;
+    const fedlora_block *scale, *Q, *R;
+    int64_t groups;
+
+    Job job(int64_t g, int64_t first) const { return {{X + first, counts[g], Q[g].rows, R[g].cols}, scale[g], Q[g], R[g]}; }
+    int status(int64_t g, int64_t first) const {
+        if (Q[g].dtype != FEDLORA_FLOAT64 || R[g].dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
+        if (counts[g] < 1 || Q[g].batch < 0 || Q[g].rows < 1 || R[g].cols < 1) return FEDLORA_BAD_SHAPE;
+        int64_t width = 0;
+        for (int64_t k = first; k < first + counts[g]; ++k) {
+            if (!is_float(X[k].dtype)) return FEDLORA_BAD_DTYPE;
+            if (X[k].batch != Q[g].batch || X[k].rows != Q[g].rows || X[k].cols < 0) return FEDLORA_BAD_SHAPE;
+            width += X[k].cols;
+        }
+        const int64_t least = smaller(Q[g].rows, width);
+        const bool fit = R[g].cols == width && R[g].rows == least && R[g].batch == Q[g].batch && Q[g].cols == least && scale[g].rows == 1;
+        return fit ? scale_status(scale[g], width, Q[g].batch) : FEDLORA_BAD_SHAPE;
+    }
+    int status() const {
+        for (int64_t g = 0, first = 0; g < groups; first += counts[g], ++g)
+            if (const int found = status(g, first)) return found;
+        return FEDLORA_OK;
+    }
+    Stages stages(int64_t threads) const {
+        Stages all = {threads};
+        for (int64_t g = 0, first = 0; g < groups; first += counts[g], ++g) all.make_room(job(g, first));
+        return all;
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+int fedlora_tall_qr_workspace(const fedlora_block *X, const int64_t *counts, const fedlora_block *scale, const fedlora_block *Q,
+                              const fedlora_block *R, int64_t groups, int64_t threads, int64_t *bytes) {
+    if (!X || !counts || !scale || !Q || !R || !bytes || groups < 0 || threads < 1) return FEDLORA_BAD_ARGUMENT;
+    const Tables tables = {X, counts, scale, Q, R, groups};
+    if (const int status = tables.status()) return status;
+    *bytes = 8 * tables.stages(threads).size() + 64;
+    return FEDLORA_OK;
+}
+
+int fedlora_tall_qr(const fedlora_block *X, const int64_t *counts, const fedlora_block *scale, const fedlora_block *Q,
+                    const fedlora_block *R, int64_t groups, void *workspace, int64_t workspace_bytes, int64_t threads, void *) {
+    if (!X || !counts || !scale || !Q || !R || !workspace || groups < 0 || threads < 1) return FEDLORA_BAD_ARGUMENT;
+    const Tables tables = {X, counts, scale, Q, R, groups};
+    if (const int status = tables.status()) return status;
+    const Stages stages = tables.stages(threads);
+    if (workspace_bytes < 8 * stages.size() + 64) return FEDLORA_BAD_WORKSPACE;
+    double *const start = (double *)(((uintptr_t)workspace + 63) / 64 * 64);
+#pragma omp parallel num_threads((int)threads)
+    for (int64_t g = 0, first = 0; g < groups; first += counts[g], ++g) work(tables.job(g, first), nullptr, Q[g].batch, stages, start);
+    return FEDLORA_OK;
+}
+
+}  // extern "C"

@@ -290,6 +290,24 @@ FEDLORA_API int fedlora_stacked_qr(const fedlora_block *X, const int64_t *counts
                                    const fedlora_block *info, const fedlora_block *notes, int64_t groups, void *workspace,
                                    int64_t workspace_bytes, int64_t threads, void *stream);
 
+/* Bytes of scratch that fedlora_tall_qr needs for these groups with so many threads. */
+FEDLORA_API int fedlora_tall_qr_workspace(const fedlora_block *X, const int64_t *counts, const fedlora_block *scale,
+                                          const fedlora_block *Q, const fedlora_block *R, int64_t groups, int64_t threads,
+                                          int64_t *bytes);
+
+/* [X_1 | ... | X_K] diag(scale) = Q R for every matrix of every group by reflections, Q orthonormal whatever the rank, R upper
+ * triangular with a diagonal of any sign.
+ *
+ *   X         blocks of all groups one after the other, counts[g] >= 1 of group g: m x q_k, any float dtype, read only
+ *   scale     1 x width float64, width the sum of all q_k
+ *   Q         m x k float64, k = min(m, width)                R         k x width float64
+ *
+ * m and width are at least 1. Numbers are finite and scaled columns shorter than 2^500; those shorter than 2^-450 count as zero.
+ */
+FEDLORA_API int fedlora_tall_qr(const fedlora_block *X, const int64_t *counts, const fedlora_block *scale,
+                                const fedlora_block *Q, const fedlora_block *R, int64_t groups, void *workspace,
+                                int64_t workspace_bytes, int64_t threads, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -191,6 +191,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     ],
     "fedlora_stacked_qr_workspace": [_TABLE, _COUNTS, *[_TABLE] * 6, _COUNT, _COUNT, _COUNTS],
     "fedlora_stacked_qr": [_TABLE, _COUNTS, *[_TABLE] * 6, _COUNT, *_SCRATCH, *_END],
+    "fedlora_tall_qr_workspace": [_TABLE, _COUNTS, *[_TABLE] * 3, _COUNT, _COUNT, _COUNTS],
+    "fedlora_tall_qr": [_TABLE, _COUNTS, *[_TABLE] * 3, _COUNT, *_SCRATCH, *_END],
     "fedlora_cholesky_workspace": [_TABLE, _COUNT, _COUNT, _COUNTS],
     "fedlora_cholesky": [*[_TABLE] * 3, _COUNT, *_SCRATCH, *_END],
     "fedlora_product_svd_workspace": [*[_TABLE] * 2, _COUNTS, *[_TABLE] * 2, _COUNT, _COUNT, _COUNTS],

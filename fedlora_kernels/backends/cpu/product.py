@@ -13,6 +13,7 @@ from torch import Tensor
 from fedlora_kernels.backends.contract import Factors, Mixed, RawProduct, RuleSpec
 from fedlora_kernels.backends.cpu.gram import gram
 from fedlora_kernels.backends.cpu.library import Library, counts, rows, table
+from fedlora_kernels.backends.cpu.qr import tall_qr
 from fedlora_kernels.backends.cpu.sums import mix
 from fedlora_kernels.backends.cpu.svd import LARGEST, svd
 from fedlora_kernels.backends.cpu.threads import thread_count
@@ -51,17 +52,22 @@ def product_svd(
     library.functions(_OP)
     native = [i for i, group in enumerate(groups) if _one_pass(group)]
     found = dict(zip(native, _native(library, [groups[i] for i in native], rule, output, dtype, seconds), strict=True))
-    kernels = product.Kernels(
+    kernels = _kernels(library)
+    others = [group for i, group in enumerate(groups) if i not in found]
+    rest = iter(product.product_svd(others, rule, output, dtype, kernels=kernels))
+    return [found[i] if i in found else next(rest) for i in range(len(groups))]
+
+
+def _kernels(library: Library) -> product.Kernels:
+    return product.Kernels(
         gram=partial(gram, library),
         cholesky=partial(cholesky, library),
         svd=partial(svd, library),
+        qr=partial(tall_qr, library),
         write_left=partial(write_left, library),
         write_right=partial(write_right, library),
         alone=True,
     )
-    others = [group for i, group in enumerate(groups) if i not in found]
-    rest = iter(product.product_svd(others, rule, output, dtype, kernels=kernels))
-    return [found[i] if i in found else next(rest) for i in range(len(groups))]
 
 
 def _one_pass(group: Factors) -> bool:
@@ -124,21 +130,27 @@ def _native(
         raw = RawProduct(left=lefts[g], S=S[g], right=rights[g], **facts)
         for i in codes[g][-1].nonzero().flatten().tolist():
             first = dict(zip(_FIRST, values[g][len(_VALUES) :, i : i + 1], strict=True))
-            _again(group, i, balance[g], first, rule, output, raw)
+            _again(library, group, i, balance[g], first, rule, output, raw)
         raws.append(raw)
     return raws
 
 
 def _again(
-    group: Factors, i: int, balance: Tensor, first: dict[str, Tensor], rule: RuleSpec, output: str, raw: RawProduct
+    library: Library,
+    group: Factors,
+    i: int,
+    balance: Tensor,
+    first: dict[str, Tensor],
+    rule: RuleSpec,
+    output: str,
+    raw: RawProduct,
 ) -> None:
     """Matrix i by a second pass; ``first`` is what the first one leaves of its spectrum."""
     one = slice(i, i + 1)
     problem = product.load_problem(group, one)
     spectrum = Spectrum(S=raw.S[one], energy=raw.energy[one], e=problem.e, passes=1, width=group.width, **first)
-    product.second_pass(
-        problem, balance[one], spectrum, rule, product.POWERS[output], RawProduct(*(field[one] for field in raw))
-    )
+    here = RawProduct(*(field[one] for field in raw))
+    product.second_pass(problem, balance[one], spectrum, rule, product.POWERS[output], here, _kernels(library))
 
 
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fedlora_kernels.backends.contract import RawQR, Stack
 from fedlora_kernels.backends.cpu.library import Library, counts, rows, table
 from fedlora_kernels.backends.cpu.threads import thread_count
+from fedlora_kernels.backends.torch import householder
+from fedlora_kernels.backends.torch.chunks import load
 
-__all__ = ["WIDEST", "stacked_qr"]
+__all__ = ["WIDEST", "stacked_qr", "tall_qr"]
 
 WIDEST = 1024
 """Columns of the widest stack that the library serves."""
@@ -39,6 +42,24 @@ def stacked_qr(library: Library, groups: Sequence[Stack], want_q: bool) -> list[
     library.call(op, "fedlora_stacked_qr", *tables, len(groups), *scratch, threads, None)
     del memory
     return [result._replace(rank=rank.long()) for result, rank in zip(results, ranks, strict=True)]
+
+
+def tall_qr(library: Library, blocks: Sequence[Tensor], e: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``[X_1 | ... | X_K] 2^-e diag(scale) = Q R`` as `backends.torch.householder.qr`, which serves stacks above `WIDEST`."""
+    R = sum(block.shape[-1] for block in blocks)
+    if R > WIDEST:
+        return householder.qr(blocks, e, scale)
+    op = "product_svd"
+    N, m, _ = blocks[0].shape
+    if e is not None:
+        blocks = [load(blocks, slice(0, m), e)]
+    Q, triangle = (torch.empty(N, *shape, dtype=torch.float64) for shape in ((m, min(m, R)), (min(m, R), R)))
+    tables = table(blocks), counts([len(blocks)]), table([rows(scale)]), table([Q]), table([triangle])
+    threads = thread_count()
+    memory, *scratch = library.workspace(op, "fedlora_tall_qr_workspace", *tables, 1, threads)
+    library.call(op, "fedlora_tall_qr", *tables, 1, *scratch, threads, None)
+    del memory
+    return Q, triangle
 
 
 def _empty(group: Stack, want_q: bool) -> RawQR:

@@ -5,7 +5,7 @@ Both answer ``W = 2^e U diag(S) V^T`` with orthonormal U and V in float64, so th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,10 @@ from fedlora_kernels.backends.torch.certificate import Spectrum
 from fedlora_kernels.backends.torch.chunks import load, slices
 from fedlora_kernels.backends.torch.svd import svd
 
-__all__ = ["Decomposition", "Problem", "dense", "orthogonalised", "row_bound"]
+__all__ = ["QR", "Decomposition", "Problem", "dense", "orthogonalised", "qr", "row_bound"]
+
+QR = Callable[[Sequence[Tensor], Tensor | None, Tensor], tuple[Tensor, Tensor]]
+"""`qr`, or what stands for it."""
 
 
 class Problem(NamedTuple):
@@ -43,27 +46,29 @@ class Decomposition(NamedTuple):
     info: Tensor
 
 
-def orthogonalised(problem: Problem, d: Tensor, first: Spectrum) -> Decomposition:
+def qr(blocks: Sequence[Tensor], e: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``[X_1 | ... | X_K] 2^-e diag(scale) = Q R`` by reflections: Q (N, m, k) orthonormal whatever the rank; e, scale (N, R)."""
+    X = load(blocks, slice(0, blocks[0].shape[1]), e).mul_(scale[:, None, :])
+    Q, R = torch.linalg.qr(X)
+    return Q, R
+
+
+def orthogonalised(problem: Problem, d: Tensor, first: Spectrum, qr: QR = qr) -> Decomposition:
     """Second pass: QR of the factors balanced by d (1, R); floor and norms are those of the first pass."""
-    Q_B, R_B = _qr(problem.B, problem.e_left, d)
-    Q_A, R_A = _qr(problem.A, problem.e_right, problem.om / d)
+    Q_B, R_B = qr(problem.B, problem.e_left, d)
+    Q_A, R_A = qr(problem.A, problem.e_right, problem.om / d)
     C = R_B @ R_A.mT
     U, S, Vh, info = svd(C)
     spectrum = first._replace(S=S, energy=(C * C).sum((-2, -1)), passes=2)
     return Decomposition(Q_B @ U, Q_A @ Vh.mT, spectrum, info)
 
 
-def _qr(blocks: Sequence[Tensor], e: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
-    X = load(blocks, slice(0, blocks[0].shape[1]), e).mul_(scale[:, None, :])
-    Q, R = torch.linalg.qr(X)
-    return Q, R
-
-
-def dense(problem: Problem) -> Decomposition:
+def dense(problem: Problem, qr: QR = qr) -> Decomposition:
     """Dense route: W itself, then the pipeline with an identity as the other factor."""
     W, formed = _form(problem)
     wide = W.shape[-1] > W.shape[-2]
-    Q, R = torch.linalg.qr(W.mT if wide else W)
+    X = W.mT if wide else W
+    Q, R = qr([X], None, torch.ones_like(X[:, 0]))
     U, S, Vh, info = svd(R)
     U, V = Q @ U, Vh.mT
     width = problem.om.shape[-1]

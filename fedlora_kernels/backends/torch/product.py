@@ -22,7 +22,7 @@ from fedlora_kernels.backends.torch.chunks import (
     slices,
 )
 from fedlora_kernels.backends.torch.gram import gram
-from fedlora_kernels.backends.torch.householder import Decomposition, Problem, dense, orthogonalised, row_bound
+from fedlora_kernels.backends.torch.householder import QR, Decomposition, Problem, dense, orthogonalised, qr, row_bound
 from fedlora_kernels.backends.torch.svd import column_signs, svd
 
 __all__ = ["POWERS", "Kernels", "load_problem", "product_svd", "second_pass"]
@@ -37,7 +37,7 @@ POWERS: dict[str, Powers] = {"usv": (0.0, 0.0), "left": (1.0, 0.0), "balanced": 
 
 
 class Kernels(NamedTuple):
-    """The steps of one pass that a backend may do its own way; each keeps the contract of the function that it stands for.
+    """The steps that a backend may do its own way; each keeps the contract of the function that it stands for.
 
     ``alone``: one matrix at a time, so that library routines cannot know the batch.
     """
@@ -45,6 +45,7 @@ class Kernels(NamedTuple):
     gram: Callable[[Sequence[Tensor], Tensor | None], Tensor] = gram
     cholesky: Callable[[Tensor, Tensor], Tensor] = pivoted_cholesky
     svd: Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]] = svd
+    qr: QR = qr
     write_left: Callable[[Sequence[Tensor], Tensor | None, Tensor, Tensor], Tensor] = write_left
     write_right: Callable[[Sequence[Tensor], Tensor | None, Tensor, Tensor], None] = write_right
     alone: bool = False
@@ -72,7 +73,7 @@ def _product_svd(group: Factors, rule: RuleSpec, output: str, dtype: torch.dtype
     for part in slices(group.batch, bytes_each, WORKSPACE):
         stack, here = load_problem(group, part), _rows(raw, part)
         if is_dense:
-            _dense_route(stack, rule, POWERS[output], here)
+            _dense_route(stack, rule, POWERS[output], here, kernels)
         else:
             _gram_route(stack, rule, POWERS[output], here, kernels)
     return raw
@@ -157,13 +158,22 @@ def _gram_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct,
         kernels.write_right(stack.A, stack.e_right, K_A * signs[:, None, :], raw.right)
     _store(core.spectrum, certificate, core.info, powers, width, raw)
     for i in again:
-        second_pass(_only(stack, i), core.d[i : i + 1], core.spectrum.row(i), rule, powers, _rows(raw, slice(i, i + 1)))
+        here = _rows(raw, slice(i, i + 1))
+        second_pass(_only(stack, i), core.d[i : i + 1], core.spectrum.row(i), rule, powers, here, kernels)
     _mark_nonfinite(raw, core.bad)
 
 
-def second_pass(problem: Problem, d: Tensor, first: Spectrum, rule: RuleSpec, powers: Powers, raw: RawProduct) -> None:
+def second_pass(
+    problem: Problem,
+    d: Tensor,
+    first: Spectrum,
+    rule: RuleSpec,
+    powers: Powers,
+    raw: RawProduct,
+    kernels: Kernels = _TORCH,
+) -> None:
     """Do one problem again by Householder QR of its factors, balanced by d (1, R); ``first`` is what one pass knows of it."""
-    _write(orthogonalised(problem, d, first), rule, powers, raw)
+    _write(orthogonalised(problem, d, first, kernels.qr), rule, powers, raw)
     raw.notes.bitwise_or_(Note.TWO_PASS)
 
 
@@ -212,11 +222,11 @@ def _scaled(X: Tensor, spectrum: Spectrum, rank: Tensor, power: float, already: 
     return scale_pow2(X * factor[:, None, :], (spectrum.e * power).long())
 
 
-def _dense_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct) -> None:
+def _dense_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct, kernels: Kernels) -> None:
     good = torch.stack([finite(block) for block in (*stack.B, *stack.A)]).all(0)
     for i in good.nonzero().flatten().tolist():
         here = _rows(raw, slice(i, i + 1))
-        _write(dense(_only(stack, i)), rule, powers, here)
+        _write(dense(_only(stack, i), kernels.qr), rule, powers, here)
         here.notes.bitwise_or_(Note.DENSE)
     _mark_nonfinite(raw, ~good)
 
