@@ -226,7 +226,8 @@ class Direct {
         : rows_(rows), cols_(cols), even_((cols + kBlock - 1) / kBlock * kBlock), next_((uintptr_t)scratch),
           room_{columns(rows, even_), columns(cols, cols), row(cols), row(cols), row(cols + kBlock),
                 row(cols + kBlock), row(rows), row(rows), row(rows), (double *)take(cols * 8), (double *)take(cols * 8)},
-          U_(columns(even_ + kTogether, rows)), V_(columns(even_ + kTogether, cols)),
+          U_(columns(even_ + kTogether, rows)), V_(columns(even_ + kTogether, cols)), image_(row(rows)),
+          s_((double *)take(cols * 8)),
           rest_(take(FEDLORA_BIDIAGONAL().scratch_bytes(cols))) {}
 
     static int64_t scratch_bytes(int rows, int cols) { return Direct(rows, cols, nullptr).next_; }
@@ -236,8 +237,13 @@ class Direct {
     int columns_taken() const { return even_; }
 
     bool values(double *s) {
+        for (int i = 0; i < vectors_of<T>(rows_); ++i) ((Vec<T> *)image_)[i] = Vec<T>{};
+        for (int c = 0; c < cols_; ++c)
+            for (int i = 0; i < vectors_of<T>(rows_); ++i) ((Vec<T> *)image_)[i] += room_.A.vectors(c)[i] * probe(c);
         Bidiagonalisation<T>(room_, rows_, cols_).reduce();
-        return FEDLORA_BIDIAGONAL().values(cols_, room_.q, room_.e, s, rest_);
+        if (!FEDLORA_BIDIAGONAL().values(cols_, room_.q, room_.e, s, rest_)) return false;
+        for (int c = 0; c < cols_; ++c) s_[c] = s[c];
+        return true;
     }
 
     // The first p columns of U and V.
@@ -248,6 +254,7 @@ class Direct {
             for (int a = 0; a < across; ++a) U_.vectors(i)[a] = Vec<T>{};
         Reflections<T>(room_.A, room_.left, cols_, 0, rows_).apply(U_.data, U_.stride, across);
         Reflections<T>(room_.R, room_.right, cols_ - 1, 1, cols_).apply(V_.data, V_.stride, across);
+        if (!is_answer(p)) return false;
         transpose(U_.data, U_.stride, U, ldu, rows_, p);
         transpose(V_.data, V_.stride, V, ldv, cols_, p);
         return true;
@@ -255,6 +262,26 @@ class Direct {
 
   private:
     static constexpr int kTogether = 16;  // columns that a bidiagonal SVD may write at once
+
+    // Signs that look random.
+    static T probe(int c) { return (((uint32_t)c + 1) * 2654435769u) >> 31 ? T(1) : T(-1); }
+
+    // U^T X w = S V^T w for one w: what no error of the steps before would leave alone.
+    bool is_answer(int p) const {
+        double size = 0;
+        for (int c = 0; c < cols_; ++c) size += s_[c] * s_[c];
+        const double limit = 16 * Lane<T>::roundoff * __builtin_sqrt(rows_ * size);
+        for (int first = 0; first < p; first += kLanes<T>) {
+            Vec<T> left = {}, right = {};
+            for (int i = 0; i < rows_; ++i) left += U_.vectors(i)[first / kLanes<T>] * image_[i];
+            for (int i = 0; i < cols_; ++i) right += V_.vectors(i)[first / kLanes<T>] * probe(i);
+            for (int c = first; c < p && c < first + kLanes<T>; ++c) {
+                const double error = left[c - first] - s_[c] * right[c - first];
+                if (!(error <= limit && -error <= limit)) return false;
+            }
+        }
+        return true;
+    }
 
     bool of_bidiagonal(int p, float *U, float *V) {
         return FEDLORA_BIDIAGONAL().vectors_float(cols_, p, U, U_.stride, V, V_.stride, rest_);
@@ -278,6 +305,8 @@ class Direct {
     uintptr_t next_;
     const typename Bidiagonalisation<T>::Room room_;
     const Columns<T> U_, V_;  // by rows
+    T *const image_;          // X w
+    double *const s_;
     void *const rest_;
 };
 
