@@ -18,6 +18,8 @@ import torch
 from timing import machine, measure, save
 from torch import Tensor
 
+from fedlora_kernels.bench.peers import gram_eigh, looped, qr_qr_core
+
 
 def rates(device: str, seconds: float) -> list[dict[str, Any]]:
     """Copy bandwidth in bytes/s (read + write) and GEMM rates in flop/s."""
@@ -33,11 +35,6 @@ def rates(device: str, seconds: float) -> list[dict[str, Any]]:
         took = measure({"gemm": lambda a=a: a @ a}, device=device, seconds=seconds)["gemm"]
         rows.append({"what": f"gemm {dtype}", "flop_per_s": 2 * size**3 / took["median"], **took})
     return rows
-
-
-def looped(function: Callable[[Any], object], X: Any) -> Callable[[], object]:
-    """Call a function matrix by matrix, as users' loops do."""
-    return lambda: [function(x) for x in X]
 
 
 def lapack_calls(X: Tensor, few: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
@@ -81,26 +78,6 @@ def decompositions(device: str, sizes: list[int], seconds: float) -> list[dict[s
                 }
                 rows.append(row | {"runs": took[name]["runs"]})
     return rows
-
-
-def qr_qr_core(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Truncated SVD of B A through two thin QRs and a small SVD, in the dtype of the factors."""
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    return Q_B @ U, S, Vh @ Q_A.mT
-
-
-def gram_eigh(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same through float64 Grams and one symmetric eigenproblem."""
-    G_B, G_A = (B.mT.double() @ B.double()), (A.double() @ A.mT.double())
-    jitter = 1e-14 * G_B.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-    F = torch.linalg.cholesky(G_B + jitter * torch.eye(G_B.shape[-1], device=B.device, dtype=torch.float64)).mT
-    values, vectors = torch.linalg.eigh(F @ G_A @ F.mT)
-    S = values.clamp_min(0).sqrt().flip(-1)
-    inverse = torch.where(S > 1e-9 * S[..., :1], S.reciprocal(), torch.zeros_like(S))
-    right = (inverse[..., None] * (vectors.flip(-1).mT @ F)).to(A.dtype) @ A
-    return B @ (A @ right.mT), S, right
 
 
 def compositions(device: str, modules: int, seconds: float) -> list[dict[str, Any]]:

@@ -15,27 +15,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peers import qr_qr_core
 from timing import machine, measure, save
 from torch import Tensor
 
 import fedlora_kernels as fk
+from fedlora_kernels.bench.peers import dense, qr_qr_core, thin_svds
 
 Route = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 RULE = fk.Energy(0.95)
-
-
-def thin_svds(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of either stack, then of the core."""
-    U_B, S_B, Vh_B = torch.linalg.svd(B, full_matrices=False)
-    U_A, S_A, Vh_A = torch.linalg.svd(A, full_matrices=False)
-    U, S, Vh = torch.linalg.svd((S_B[:, None] * Vh_B) @ (U_A * S_A), full_matrices=False)
-    return U_B @ U, S, Vh @ Vh_A
-
-
-def dense(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD of the update itself."""
-    return torch.linalg.svd(B @ A, full_matrices=False)
 
 
 def accuracy(U: Tensor, S: Tensor, exact: Tensor, p: int) -> dict[str, float]:

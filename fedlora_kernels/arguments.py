@@ -66,10 +66,11 @@ def _build() -> _Parser:
         "aggregate": "combine the adapters of several clients into one",
         "inspect": "ranks, spectra, norms and cosines of adapters, and what looks wrong",
         "validate": "every kernel of every backend here on generated cases: worst error and limit",
+        "bench": "this machine's speed beside the libraries', with the accuracy of both and the floor",
         "env": "versions, backends, why each is on or off, a one-second self-test",
         "demo": "federated LoRA on real text with a small model, end to end",
     }
-    add = {"aggregate": _aggregate, "inspect": _inspect, "validate": _validate, "demo": _demo}
+    add = {"aggregate": _aggregate, "inspect": _inspect, "validate": _validate, "bench": _bench, "demo": _demo}
     for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         command.add_argument("--verbose", action="store_true", help="log every step; a failure shows its traceback")
@@ -211,6 +212,21 @@ def _validate(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help="such as small_svd or product_svd; default: all")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="who computes our side; default: auto")
+    parser.add_argument(
+        "--threads", type=_positive, metavar="N", help="the most to use, beside 1; default: torch's number"
+    )
+    parser.add_argument(
+        "--seconds", type=_seconds, default=0.5, metavar="S", help="at least, for each call; default: 0.5"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny problems: shows that all works, says nothing of speed"
+    )
+    _json(parser)
+
+
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE.json", help="everything found, with versions and machine")
 
@@ -231,6 +247,16 @@ def _positive(text: str) -> int:
     number = _count(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0.0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number > 0")
     return number
 
 

@@ -67,6 +67,7 @@ def _run(arguments: Sequence[str]) -> int:
         "aggregate": _aggregate,
         "inspect": _inspect,
         "validate": _validate,
+        "bench": _bench,
         "env": _env,
         "demo": _demo,
     }
@@ -125,6 +126,22 @@ def _validate(options: argparse.Namespace) -> int:
     if target:
         write_json(target, report)
     show(validation_tables(report))
+    return 0 if report["passed"] else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from fedlora_kernels.bench import run
+    from fedlora_kernels.reporting.bench import bench_tables
+    from fedlora_kernels.reporting.json import check_target, write_json
+    from fedlora_kernels.reporting.terminal import ProgressBar, show
+
+    target = options.json and check_target(options.json, "--json")
+    wanted = {name: getattr(options, name) for name in ("backend", "threads", "seconds", "quick")}
+    with ProgressBar(quiet=False, steps=True) as progress:
+        report = run(options.suites, **wanted, progress=progress)
+    if target:
+        write_json(target, report)
+    show(bench_tables(report))
     return 0 if report["passed"] else 1
 
 

@@ -18,7 +18,7 @@ FLOOR = {
     "methods": 3,
     "engine": 4, "aggregate": 4.1,
     "arguments": 4.9, "reporting": 5, "environment": 5, "inspection": 5, "request": 5,
-    "validate": 5.1,
+    "validate": 5.1, "bench": 5.1,
     "demo": 6, "cli": 7, "__main__": 8, "__init__": 8,
 }  # fmt: skip
 APART = {("linalg", "adapters"), ("adapters", "linalg")}

@@ -58,6 +58,11 @@ FEDLORA_API uint64_t fedlora_abi(void);
 /* Instruction set that the library picked on this machine, e.g. "x86-64-v4". */
 FEDLORA_API const char *fedlora_isa(void);
 
+/* Independent chains of fused multiply-adds (a product and a sum where there is no such instruction) in registers, ``steps``
+ * long on each thread, in float32 or float64; flops gets the number of operations. Timed by the caller, this is the peak rate.
+ */
+FEDLORA_API int fedlora_calibrate(int64_t dtype, int64_t steps, double *flops, int64_t threads, void *stream);
+
 /* Bytes of scratch that fedlora_core_svd needs for the groups C[0..groups) with so many threads. */
 FEDLORA_API int fedlora_core_svd_workspace(const fedlora_block *C, int64_t groups, int64_t threads, int64_t *bytes);
 

@@ -141,6 +141,7 @@ void check_entry_point(int p, int q, int batch, int threads) {
 
 int check_weighted_sum();
 int check_panels();
+int check_calibrate();
 int check_cholesky();
 int check_grams();
 int check_direct_svds();
@@ -171,6 +172,7 @@ int main() {
         }
     failures += check_weighted_sum();
     failures += check_panels();
+    failures += check_calibrate();
     failures += check_cholesky();
     failures += check_grams();
     failures += check_direct_svds();

@@ -162,6 +162,7 @@ _SCRATCH = [_ADDRESS, _COUNT]
 _END = [_COUNT, _ADDRESS]  # threads, stream
 
 _SIGNATURES: dict[str, list[Any]] = {
+    "fedlora_calibrate": [_COUNT, _COUNT, ctypes.POINTER(ctypes.c_double), *_END],
     "fedlora_core_svd_workspace": [_TABLE, _COUNT, _COUNT, _COUNTS],
     "fedlora_core_svd": [*[_TABLE] * 6, _COUNT, _COUNT, *_SCRATCH, *_END],
     "fedlora_weighted_sum_workspace": [_TABLE, _COUNT, _COUNTS],
