@@ -29,6 +29,7 @@ __all__ = [
     "in_chunks",
     "joined",
     "mean_outcome",
+    "measured_dtype",
     "norms",
     "owned",
     "padded_mean",
@@ -199,7 +200,7 @@ def mean_outcome(group: Group, weight: Tensor | None = None) -> Outcome:
         return drift(part, p[rows], *padded_mean(part, p[rows]), rounding)
 
     def pair(part: Group, rows: slice) -> tuple[Tensor, Tensor]:
-        if group.dtype in (torch.float32, torch.float64):
+        if measured_dtype(group) == group.dtype:
             return B.sum[rows], A.sum[rows]
         return tuple(total.sum for total in factor_sums(part, p[rows], torch.float32))
 
@@ -239,6 +240,11 @@ def in_chunks(gap: Gap) -> Gap:
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
 
     return whole
+
+
+def measured_dtype(group: Group) -> torch.dtype:
+    """In which dtype the distance of an answer is measured: its own, but a half's rounding is only in the bound."""
+    return torch.promote_types(group.dtype, torch.float32)
 
 
 def far_or(near: Gap, pair: Callable[[Group, slice], tuple[Tensor, Tensor]]) -> Gap:

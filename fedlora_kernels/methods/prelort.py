@@ -14,7 +14,15 @@ from torch.nn.functional import pad
 
 from fedlora_kernels.backends.contract import U64
 from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
-from fedlora_kernels.methods.factors import chunks, joined, pair_outcome, stack_error, zero_outcome
+from fedlora_kernels.methods.factors import (
+    chunks,
+    far_or,
+    joined,
+    measured_dtype,
+    pair_outcome,
+    stack_error,
+    zero_outcome,
+)
 from fedlora_kernels.methods.segments import checked_levels, ranked_parts, segments
 from fedlora_kernels.rows import random_rows
 
@@ -75,7 +83,16 @@ def _means(group: Group, left: tuple[Tensor, Tensor] | None, top: int, method: s
     weight, owned = segments(group, top, method).columns()
     B, A = _owned_means(group, weight)
     _fill(group, B, A, owned, left)
-    return pair_outcome(group, B, A, lambda rounding: _drift(group, weight, owned, B, A, rounding))
+
+    def near(part: Group, rows: slice, rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _drift(part, weight[rows], owned[rows], B[rows], A[rows], rounding)
+
+    def pair(part: Group, rows: slice) -> tuple[Tensor, Tensor]:
+        dtype = measured_dtype(part)
+        return B[rows].to(dtype), A[rows].to(dtype)
+
+    gap = far_or(near, pair)
+    return pair_outcome(group, B, A, lambda rounding: gap(group, slice(0, group.batch), rounding))
 
 
 def _live(group: Group) -> Iterator[tuple[int, int, Tensor, Tensor]]:
