@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "cross.h"
+#include "pages.hpp"
 #include "polar.h"
 #include "turned.h"
 
@@ -35,6 +36,8 @@ fedlora_block from(fedlora_block b, int64_t first, int64_t bytes) {
     b.data += first * b.batch_stride * bytes;
     return b;
 }
+
+int64_t bytes_of(int64_t dtype) { return dtype == FEDLORA_FLOAT64 ? 8 : dtype == FEDLORA_FLOAT32 ? 4 : 2; }
 
 double unit_of(int64_t dtype) {
     switch (dtype) {
@@ -108,8 +111,8 @@ class Steps {
         M_ = leavings_ + count * p.leavings();
         sizes_ = M_ + count * size;
         exponents_ = (int64_t *)(sizes_ + count);
-        powers_ = exponents_ + 4 * count;
-        finite_ = powers_ + count;
+        finite_ = exponents_ + 4 * count;
+        powers_ = (int32_t *)(finite_ + count * p.factor_chunks());
     }
 
     int64_t correlations() const { return count_ * p_.term_chunks(); }
@@ -146,7 +149,7 @@ class Steps {
         }
         std::memset(M, 0, sizeof(double) * (size_t)entries);
         sizes_[j] = 0;
-        powers_[j] = most == INT64_MIN ? 0 : most;
+        powers_[j] = most == INT64_MIN ? 0 : (int32_t)most;
         for (int t = 0; t < p_.count; ++t) {
             if (sizes[t] == 0) continue;
             const int64_t shift = std::max(powers[t] - most, (int64_t)-2000);
@@ -156,17 +159,15 @@ class Steps {
             for (int64_t e = 0; e < entries; ++e) M[e] += weight * (product[e] * first * second);
             sizes_[j] += weight * (sizes[t] * first * second);
         }
-        ((int32_t *)(powers_ + j))[0] = (int32_t)powers_[j];
     }
 
     // Rotations of pairs j .. j + count - 1.
     void rotate(int64_t j, int64_t count, void *scratch) const {
         const int64_t r = p_.rank(), at = first_ + j;
-        fedlora_block powers = dense(powers_ + j, 1, 1, FEDLORA_INT32, count);
-        powers.batch_stride = 2;
         const Rotations to = {from(p_.to.Q, at, 8),         from(p_.to.singular_values, at, 8), from(p_.to.unique, at, 1),
                               from(p_.to.condition, at, 8), from(p_.to.info, at, 4),            from(p_.to.notes, at, 4)};
-        fedlora::polar(r).run({dense(M_ + j * r * r, r, r, FEDLORA_FLOAT64, count), dense(sizes_ + j, 1, 1, FEDLORA_FLOAT64, count), powers, p_.unit()},
+        fedlora::polar(r).run({dense(M_ + j * r * r, r, r, FEDLORA_FLOAT64, count), dense(sizes_ + j, 1, 1, FEDLORA_FLOAT64, count),
+                               dense(powers_ + j, 1, 1, FEDLORA_INT32, count), p_.unit()},
                               to, p_.options, 0, count, scratch);
     }
 
@@ -199,7 +200,8 @@ class Steps {
     const int64_t first_, count_;
     const bool stream_;
     double *leavings_, *M_, *sizes_;
-    int64_t *exponents_, *powers_, *finite_;
+    int64_t *exponents_, *finite_;
+    int32_t *powers_;
 };
 
 // Whether every thread finds tasks enough.
@@ -300,7 +302,8 @@ int fedlora_align_factors(const fedlora_block *B, const fedlora_block *A, const 
     for (int64_t g = 0; g < groups; ++g) {
         const Problem p = problem_of(B, A, B_ref, A_ref, alpha, beta, BQ, QA, rotations, special, blend, g);
         const Layout layout = layout_of(p, threads);
-        const bool stream = (p.factors[0].X.rows + p.factors[1].X.rows) * p.rank() * p.batch() * 4 > fedlora::kStreamed;
+        for (const Turned &factor : p.factors) fedlora::prefer_huge_pages(factor.out, bytes_of(factor.out.dtype));
+        const bool stream = (p.factors[0].X.rows + p.factors[1].X.rows) * p.rank() * p.batch() * bytes_of(p.factors[0].X.dtype) > fedlora::kStreamed;
         if (in_tasks(p, threads))
             run_tasks(p, start, layout.slice, (int)threads, stream);
         else

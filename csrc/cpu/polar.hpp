@@ -65,30 +65,20 @@ class LanePolar {
         return Solver::scratch_bytes(Shape(square(r))) + own_bytes(r) + spare_bytes(r) + fedlora::complete_rotation_scratch(r);
     }
 
-    // Matrices first .. first + count - 1, their largest elements brought into [1/2, 1); other lanes are zero.
+    // Matrices first .. first + count - 1; other lanes are zero.
     void load(const fedlora::Correlations &from, int64_t first, int count) {
         solver_.clear();
-        for (int l = 0; l < lanes; ++l) {
-            finite_[l] = l < count;
-            exponent_[l] = 0;
-            size_[l] = 0;
-            if (l >= count) continue;
-            const View<const double> M(from.M, first + l, false);
-            const double size = scalar_at<const double>(from.size, first + l);
-            finite_[l] = largest_exponent(M, r_, exponent_[l]) && __builtin_isfinite(size);
-            if (!finite_[l]) continue;
-            size_[l] = times_power(size, -exponent_[l]);
-            const int half = exponent_[l] / 2;
-            const double first_power = power_of_two<double>(-half), second_power = power_of_two<double>(half - exponent_[l]);
-            for (int i = 0; i < r_; ++i)
-                for (int c = 0; c < r_; ++c) solver_.at(i, c)[l] = M(i, c) * first_power * second_power;
-        }
+        solver_.left().load(View<const double>(from.M, first, false), from.M.batch_stride, count);
+        for (int l = 0; l < lanes; ++l) size_[l] = l < count ? scalar_at<const double>(from.size, first + l) : 0.0;
     }
 
     void rotate(const fedlora::PolarOptions &options) {
         double threshold[lanes];
         decompose();
         for (int l = 0; l < lanes; ++l) {
+            finite_[l] = solver_.finite(l) && __builtin_isfinite(size_[l]);
+            exponent_[l] = solver_.exponent(l);
+            size_[l] = finite_[l] ? times_power(size_[l], -exponent_[l]) : 0.0;
             threshold[l] = 8 * r_ * Lane<double>::roundoff * size_[l];
             converged_[l] = solver_.converged(l);
             reflected_[l] = false;
@@ -102,15 +92,12 @@ class LanePolar {
     }
 
     void store(const fedlora::Correlations &from, const fedlora::Rotations &to, int64_t first, int count) {
+        Interleaved<double, W>(Q_, r_, r_, r_).store(View<double>(to.Q, first, true), to.Q.batch_stride, count);
         for (int l = 0; l < count; ++l) {
             if (!finite_[l]) {
                 write_nonfinite(to, first + l, r_);
                 continue;
             }
-            const View<double> Q(to.Q, first + l, false);
-            const double *source = (const double *)Q_ + l;
-            for (int i = 0; i < r_; ++i)
-                for (int c = 0; c < r_; ++c, source += lanes) Q(i, c) = *source;
             const int64_t shift = exponent_[l] + scalar_at<const int32_t>(from.exponent, first + l);
             write_verdict(to, first + l, singular_[l], r_, size_[l], shift, from.unit, verdict_[l], converged_[l]);
         }
@@ -130,12 +117,12 @@ class LanePolar {
         solver_.finish();
         for (int l = 0; l < lanes; ++l)
             for (int c = 0; c < r_; ++c) {
-                values_[l][solver_.place(l, c)] = solver_.unscale(solver_.value(l, c), l);
+                values_[l][solver_.place(l, c)] = solver_.value(l, c);
                 column_[l][solver_.place(l, c)] = c;
             }
     }
 
-    // Q of the decomposition; singular values up to the threshold of a lane count as zero. flip: the smallest direction is turned
+    // Q of the decomposition, whose values are those of a matrix with a largest element in [1/2, 1); values up to the threshold of a lane count as zero. flip: the smallest direction is turned
     // round where that takes Q into SO(r).
     void form(const double *threshold, bool special, bool flip) {
         int rank[lanes];
@@ -239,7 +226,7 @@ class LanePolar {
             }
         decompose();
         for (int l = 0; l < lanes; ++l) {
-            threshold[l] = kSingularBlend;
+            threshold[l] = times_power(kSingularBlend, -solver_.exponent(l));
             converged_[l] &= solver_.converged(l);
         }
         form(threshold, options.special, false);

@@ -121,6 +121,7 @@ class JacobiSvd {
 
     T value(int l, int c) const { return lane(value_[c], l); }
     int place(int l, int c) const { return (int)lane(place_[c], l); }
+    int exponent(int l) const { return exponent_[l]; }
     bool finite(int l) const { return finite_[l]; }
     bool zero(int l) const { return zero_[l]; }
     bool converged(int l) const { return lane(rotated_flag_, l) == 0; }

@@ -142,9 +142,11 @@ bool short_rows(const T *X, const T *Q, int64_t ldq, T *out, int64_t count, bool
     return is_zero<T>(probe) && rest == 0;
 }
 
-// D rows by W vectors of the answer; the last vector may hold fewer than its lanes.
-template <int D, int W, class T>
-FEDLORA_INLINE void row_tile(const T *X, const T *Q, int64_t ldq, T *out, int64_t r, int64_t width, bool stream, typename Vector<T>::V &probe) {
+// D rows by W vectors of the answer; the last vector may hold fewer than its lanes. R is r where that is known beforehand, so that the
+// addresses of the rows need no registers, else 0.
+template <int D, int W, int R, class T>
+FEDLORA_INLINE void row_tile(const T *X, const T *Q, int64_t ldq, T *out, int64_t given, int64_t width, bool stream, typename Vector<T>::V &probe) {
+    const int64_t r = R ? R : given;
     using V = typename Vector<T>::V;
     constexpr int lanes = Vector<T>::lanes;
     V sum[D][W];
@@ -173,13 +175,13 @@ FEDLORA_INLINE void row_tile(const T *X, const T *Q, int64_t ldq, T *out, int64_
         }
 }
 
-template <int W, class T>
+template <int W, int R, class T>
 void rows_at_once(const T *X, const T *Q, int64_t ldq, T *out, int64_t count, int64_t r, int64_t width, bool stream,
                   typename Vector<T>::V &probe) {
     constexpr int D = FEDLORA_TURN_SUMS / W;
     int64_t d = 0;
-    for (; d + D <= count; d += D) row_tile<D, W>(X + d * r, Q, ldq, out + d * r, r, width, stream, probe);
-    for (; d < count; ++d) row_tile<1, W>(X + d * r, Q, ldq, out + d * r, r, width, stream, probe);
+    for (; d + D <= count; d += D) row_tile<D, W, R>(X + d * r, Q, ldq, out + d * r, r, width, stream, probe);
+    for (; d < count; ++d) row_tile<1, W, R>(X + d * r, Q, ldq, out + d * r, r, width, stream, probe);
 }
 
 template <class T>
@@ -195,11 +197,19 @@ bool rows(const T *X, const T *Q, T *out, int64_t count, int64_t r, bool stream)
         }
     stream = stream && r % lanes == 0;
     typename Vector<T>::V probe = {};
+    if (r == lanes) {
+        rows_at_once<1, lanes>(X, Q, ldq, out, count, r, r, stream, probe);
+        return is_zero<T>(probe);
+    }
+    if (r == 2 * lanes) {
+        rows_at_once<2, 2 * lanes>(X, Q, ldq, out, count, r, r, stream, probe);
+        return is_zero<T>(probe);
+    }
     int64_t j = 0;
-    for (; j + 2 * lanes <= r; j += 2 * lanes) rows_at_once<2>(X, Q + j, ldq, out + j, count, r, 2 * lanes, stream, probe);
+    for (; j + 2 * lanes <= r; j += 2 * lanes) rows_at_once<2, 0>(X, Q + j, ldq, out + j, count, r, 2 * lanes, stream, probe);
     if (j + lanes < r)
-        rows_at_once<2>(X, Q + j, ldq, out + j, count, r, r - j, stream, probe);
+        rows_at_once<2, 0>(X, Q + j, ldq, out + j, count, r, r - j, stream, probe);
     else if (j < r)
-        rows_at_once<1>(X, Q + j, ldq, out + j, count, r, r - j, stream, probe);
+        rows_at_once<1, 0>(X, Q + j, ldq, out + j, count, r, r - j, stream, probe);
     return is_zero<T>(probe);
 }
