@@ -96,7 +96,7 @@ def test_alignment_depends_on_its_pair_alone(monkeypatch, dtype, r, side):
     B_ref, A_ref = normal(N, 37, r, seed=2).to(dtype), normal(N, r, 41, seed=3).to(dtype)
     A_ref[5], A_ref[6, r // 2 :] = 0, 0
     whole = {}
-    for threads in ("1", "2"):
+    for threads in ("1", "2", "5"):
         monkeypatch.setenv("FEDLORA_NUM_THREADS", threads)
         whole[threads] = align(B, A, B_ref, A_ref, side, blend=0.5)
         for i in (0, 5, 6, N - 1):
@@ -105,7 +105,9 @@ def test_alignment_depends_on_its_pair_alone(monkeypatch, dtype, r, side):
             assert same_bits(left, whole[threads][0][own])
             assert same_bits(right, whole[threads][1][own])
             assert same_rotation(rotation, part(whole[threads][2], i))
-    assert all(same_bits(x, y) for x, y in zip(whole["1"][:2], whole["2"][:2], strict=True))
+    for threads in ("2", "5"):
+        assert all(same_bits(x, y) for x, y in zip(whole["1"][:2], whole[threads][:2], strict=True))
+        assert same_rotation(whole["1"][2], whole[threads][2])
 
 
 @dtypes
