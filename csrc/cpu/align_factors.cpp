@@ -302,7 +302,7 @@ int fedlora_align_factors(const fedlora_block *B, const fedlora_block *A, const 
     for (int64_t g = 0; g < groups; ++g) {
         const Problem p = problem_of(B, A, B_ref, A_ref, alpha, beta, BQ, QA, rotations, special, blend, g);
         const Layout layout = layout_of(p, threads);
-        for (const Turned &factor : p.factors) fedlora::prefer_huge_pages(factor.out, bytes_of(factor.out.dtype));
+        fedlora::prefer_huge_pages({{p.factors[0].out, bytes_of(BQ[g].dtype)}, {p.factors[1].out, bytes_of(QA[g].dtype)}});
         const bool stream = (p.factors[0].X.rows + p.factors[1].X.rows) * p.rank() * p.batch() * bytes_of(p.factors[0].X.dtype) > fedlora::kStreamed;
         if (in_tasks(p, threads))
             run_tasks(p, start, layout.slice, (int)threads, stream);

@@ -251,7 +251,7 @@ int fedlora_turned(const fedlora_block *X, const fedlora_block *Q, const fedlora
     const int64_t slice = slice_of(X, Q, out, groups);
     if (workspace_bytes < slice * threads + 64) return FEDLORA_BAD_WORKSPACE;
     char *const start = (char *)(((uintptr_t)workspace + 63) / 64 * 64);
-    for (int64_t g = 0; g < groups; ++g) fedlora::prefer_huge_pages(out[g], size_of(out[g].dtype));
+    for (int64_t g = 0; g < groups; ++g) fedlora::prefer_huge_pages({{out[g], size_of(out[g].dtype)}});
     for (int64_t g = 0; g < groups; ++g) run_group({X[g], Q[g], out[g]}, start, slice, (int)threads);
     return FEDLORA_OK;
 }
