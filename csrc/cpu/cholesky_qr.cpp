@@ -58,7 +58,8 @@ bool cholesky(const CholeskyQR &qr, double *U, double *turned) {
         }
         for (int64_t j = p + 1, width = 0; j < panels; j += width) {
             width = panels - j < kGroup ? panels - j : kGroup;
-            fedlora::reflectors().update(U + j * gap + 64 * (p + 1), gap, turned + 64 * (p + 1), 8 * (j + width - p - 1), U + j * gap + 64 * p, gap, width);
+            double *const column = U + j * gap + 64 * p;
+            fedlora::reflectors().update(column + 64, gap, turned + 64 * (p + 1), 8 * (j + width - p - 1), column, gap, width);
         }
     }
     return true;
@@ -72,7 +73,8 @@ void invert(const CholeskyQR &qr, const double *U, double *negative, double *sum
         std::memset(N, 0, sizeof(double) * 64 * (size_t)panels);
         std::memset(sum, 0, sizeof(double) * 64 * (size_t)panels);
         invert_block(U + j * gap + 64 * j, N + 64 * j);
-        for (int64_t p = 0; p < j; ++p) fedlora::reflectors().update(sum, 0, negative + p * gap, 8 * (p + 1), U + j * gap + 64 * p, 0, 1);
+        for (int64_t p = 0; p < j; ++p)
+            fedlora::reflectors().update(sum, 0, negative + p * gap, 8 * (p + 1), U + j * gap + 64 * p, 0, 1);
         fedlora::reflectors().update(N, 0, sum, 8 * j, N + 64 * j, 0, 1);
     }
 }

@@ -45,7 +45,8 @@ int64_t echelon(double *F, int64_t rows, int64_t cols, double tolerance, double 
             continue;
         }
         if (last > rank) {
-            reflect(row, last - rank + 1, width, j, alpha < 0 ? alpha - length : alpha + length, 1 / (length * (length + std::fabs(alpha))), scratch);
+            const double top = alpha < 0 ? alpha - length : alpha + length, tau = 1 / (length * (length + std::fabs(alpha)));
+            reflect(row, last - rank + 1, width, j, top, tau, scratch);
             row[j] = alpha < 0 ? length : -length;
             for (int64_t i = rank + 1; i <= last; ++i) F[i * width + j] = 0;
         }

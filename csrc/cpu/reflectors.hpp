@@ -43,7 +43,8 @@ FEDLORA_INLINE void project(const double *U, const double *A, int64_t gap, int64
 
 // A -= U W, vectors w .. w + N of A, or A = -U W.
 template <int N, bool Fresh = false>
-FEDLORA_INLINE void subtract(double *A, int64_t gap, const double *U, int64_t rows, const double *W, int64_t w_row, int64_t w_gap, int w) {
+FEDLORA_INLINE void subtract(double *A, int64_t gap, const double *U, int64_t rows, const double *W, int64_t w_row,
+                             int64_t w_gap, int w) {
     V m[8][N];
 #pragma GCC unroll 8
     for (int h = 0; h < 8; ++h)
@@ -63,7 +64,8 @@ FEDLORA_INLINE void subtract(double *A, int64_t gap, const double *U, int64_t ro
 }
 
 // As many vectors at a time as fit the registers.
-FEDLORA_INLINE void subtract_all(double *A, int64_t gap, const double *U, int64_t rows, const double *W, int64_t w_row, int64_t w_gap, int64_t width) {
+FEDLORA_INLINE void subtract_all(double *A, int64_t gap, const double *U, int64_t rows, const double *W, int64_t w_row, int64_t w_gap,
+                                 int64_t width) {
     if constexpr (kLanes == 8) {
         switch (width) {
             case 1: return subtract<1>(A, gap, U, rows, W, w_row, w_gap, 0);
@@ -93,7 +95,8 @@ void update(double *A, int64_t gap, const double *U, int64_t rows, const double 
 }
 
 // turned = T (W + U^T pivot) for the rows of U at the pivots, or with T^T.
-FEDLORA_INLINE void turn(const double *block, const double *pivot, int64_t pivot_gap, int64_t width, bool transposed, const double *W, double *turned) {
+FEDLORA_INLINE void turn(const double *block, const double *pivot, int64_t pivot_gap, int64_t width, bool transposed, const double *W,
+                         double *turned) {
     const double *const T = block + fedlora::kSquare;
     for (int w = 0; w < width * kEach; ++w) {
         const double *const at = pivot + place(w, pivot_gap);
@@ -119,8 +122,8 @@ FEDLORA_INLINE void turn(const double *block, const double *pivot, int64_t pivot
     }
 }
 
-void apply(const double *block, const double *U, int64_t rows, double *pivot, int64_t pivot_gap, double *below, int64_t gap, int64_t width,
-           bool transposed) {
+void apply(const double *block, const double *U, int64_t rows, double *pivot, int64_t pivot_gap, double *below, int64_t gap,
+           int64_t width, bool transposed) {
     alignas(64) double W[8 * kRow], turned[8 * kRow];
     project_all(U, below, gap, rows, width, W);
     turn(block, pivot, pivot_gap, width, transposed, W, turned);
@@ -172,13 +175,15 @@ FEDLORA_INLINE void pass(double *pivots, int64_t count, double *below, int64_t r
 // Column K of [pivot; below] is reflected onto its pivot, which goes to `diagonal`; in its place stands its part of U. sums[j] is the
 // product of column K with column j below the pivot. The products of U's column K with those before it go to `products`.
 template <int K>
-FEDLORA_INLINE void columns_from(double *pivot, double *below, int64_t rows, const double *sums, double *diagonal, double *tau, double *products) {
+FEDLORA_INLINE void columns_from(double *pivot, double *below, int64_t rows, const double *sums, double *diagonal, double *tau,
+                                 double *products) {
     if constexpr (K < 8) {
         double *const row = pivot + K * 8;
         const double alpha = row[K], rest = sums[K], square = alpha * alpha + rest;
         // Columns have lengths around 1: what is below this is no number of theirs, and its square has lost its digits.
         const bool nothing = rest == 0 || square < 0x1p-900;
-        const double length = __builtin_sqrt(square), signed_length = __builtin_copysign(length, alpha), top = nothing ? 0 : alpha + signed_length;
+        const double length = __builtin_sqrt(square), signed_length = __builtin_copysign(length, alpha);
+        const double top = nothing ? 0 : alpha + signed_length;
         tau[K] = nothing ? 0 : 1 / (length * (length + __builtin_fabs(alpha)));
         diagonal[K] = nothing ? alpha : -signed_length;
         V lose[kEach];

@@ -1,7 +1,8 @@
 // fedlora_stacked_qr: QR of blocks side by side.
 //
-// Stacks that are well conditioned, where float32 is the answer, go by their Gram: R = U, Q = X U^-1. The others, and all of float64,
-// go by Householder reflections. Either way has stages, each of independent tasks over chunks of rows that do not depend on the threads.
+// Stacks that are well conditioned, where float32 is the answer, go by their Gram: R = U, Q = X U^-1. The others, and all of
+// float64, go by Householder reflections. Either way has stages, each of independent tasks over chunks of rows that do not depend
+// on the threads.
 #include <omp.h>
 
 #include <cfloat>
@@ -12,6 +13,7 @@
 #include "cholesky_qr.h"
 #include "echelon.h"
 #include "gram.h"
+#include "pages.hpp"
 #include "panel.h"
 #include "partial.h"
 #include "reflectors.h"
@@ -83,7 +85,8 @@ void spread_weights(const Problem &p, int64_t i, double *out) {
 template <class T>
 void fill_matrix(const fedlora_block &M, int64_t i, T x) {
     for (int64_t row = 0; row < M.rows; ++row)
-        for (int64_t col = 0; col < M.cols; ++col) ((T *)M.data)[i * M.batch_stride + row * M.row_stride + col * M.col_stride] = x;
+        for (int64_t col = 0; col < M.cols; ++col)
+            ((T *)M.data)[i * M.batch_stride + row * M.row_stride + col * M.col_stride] = x;
 }
 
 void fill(const fedlora_block &M, int64_t i, double x) {
@@ -106,7 +109,8 @@ void say_nonfinite(const Problem &p, int64_t i) {
 
 // Row of R from numbers that are yet to be multiplied with their columns' powers and sizes; whether all stay finite.
 template <class T>
-inline bool write_row(const fedlora_block &R, int64_t i, int64_t row, const double *x, const Power *powers, const double *weights) {
+inline bool write_row(const fedlora_block &R, int64_t i, int64_t row, const double *x, const Power *powers,
+                      const double *weights) {
     T *const out = (T *)R.data + i * R.batch_stride + row * R.row_stride;
     bool finite = true;
     for (int64_t j = 0; j < R.cols; ++j) {
@@ -117,15 +121,18 @@ inline bool write_row(const fedlora_block &R, int64_t i, int64_t row, const doub
     return finite;
 }
 
-FEDLORA_CLONES bool write_row_float32(const fedlora_block &R, int64_t i, int64_t row, const double *x, const Power *powers, const double *weights) {
+FEDLORA_CLONES bool write_row_float32(const fedlora_block &R, int64_t i, int64_t row, const double *x, const Power *powers,
+                                      const double *weights) {
     return write_row<float>(R, i, row, x, powers, weights);
 }
-FEDLORA_CLONES bool write_row_float64(const fedlora_block &R, int64_t i, int64_t row, const double *x, const Power *powers, const double *weights) {
+FEDLORA_CLONES bool write_row_float64(const fedlora_block &R, int64_t i, int64_t row, const double *x, const Power *powers,
+                                      const double *weights) {
     return write_row<double>(R, i, row, x, powers, weights);
 }
 
 bool write_row_any(const fedlora_block &R, int64_t i, int64_t row, const double *x, const Power *powers, const double *weights) {
-    return R.dtype == FEDLORA_FLOAT64 ? write_row_float64(R, i, row, x, powers, weights) : write_row_float32(R, i, row, x, powers, weights);
+    if (R.dtype == FEDLORA_FLOAT64) return write_row_float64(R, i, row, x, powers, weights);
+    return write_row_float32(R, i, row, x, powers, weights);
 }
 
 // By the Gram. Matrices that it cannot certify are marked, and nothing is written of them.
@@ -136,7 +143,8 @@ struct Easy {
 
     struct Slot {
         double *leaving, *G, *mixer;
-        int64_t *reach;  // panels of X that go into a panel of Q and those before it; after the last one, whether Q is to be written
+        // panels of X that go into a panel of Q and those before it; after the last one, whether Q is to be written
+        int64_t *reach;
     };
 
     int64_t squares() const { return p.cholesky().size(); }
@@ -154,7 +162,8 @@ struct Easy {
         return s;
     }
     int64_t scratch_size() const {
-        const int64_t certify = 2 * squares() + 16 * p.order() + 64, rows = (8 * kRows + fedlora::kBlock) * (p.cholesky().panels() + kGroup);
+        const int64_t certify = 2 * squares() + 16 * p.order() + 64;
+        const int64_t rows = (8 * kRows + fedlora::kBlock) * (p.cholesky().panels() + kGroup);
         return larger(gram({}, 0).scratch(), larger(certify, rows));
     }
     int64_t tasks(int stage) const {
@@ -181,7 +190,8 @@ struct Easy {
         const CholeskyQR whole = p.cholesky();
         const int64_t R = p.width();
         for (int64_t chunk = 0; chunk < g.chunks(); ++chunk) g.add(i, chunk, s.leaving + chunk * g.leaving());
-        double *const U = place.take(squares()), *const negative = place.take(squares()), *const scratch = place.take(64 * whole.panels());
+        double *const U = place.take(squares()), *const negative = place.take(squares());
+        double *const scratch = place.take(64 * whole.panels());
         double *const weights = place.take(R), *const row = place.take(R), *const scale = place.take(R);
         Power *const powers = (Power *)place.take(2 * R);
         int64_t *const live = (int64_t *)place.take(R), count = 0;
@@ -231,8 +241,11 @@ struct Easy {
             for (int64_t j = 0, width = 0; j < qr.panels(); j += width) {
                 width = smaller(kGroup, qr.panels() - j);
                 std::memset(Q, 0, sizeof(double) * (size_t)(gap * width));
-                for (int64_t panel = 0; panel < s.reach[j + width - 1]; ++panel)
-                    fedlora::reflectors().update(Q, gap, X + TallQR::at(gap, panel, 0), rows, s.mixer + qr.at(8 * panel, 8 * j), qr.gap(), width);
+                for (int64_t panel = 0, done = 0; panel < s.reach[j + width - 1]; ++panel) {
+                    while (s.reach[j + done] <= panel) ++done;
+                    fedlora::reflectors().update(Q + done * gap, gap, X + TallQR::at(gap, panel, 0), rows,
+                                                 s.mixer + qr.at(8 * panel, 8 * (j + done)), qr.gap(), width - done);
+                }
                 write_rows(*p.Q, i, first, first + rows, Q, gap, 8 * j, 8 * width);
             }
         }
@@ -297,8 +310,8 @@ struct Hard {
             plain &= scale[j] > 0;
             scale[j] = std::copysign(power(e ? -e[j] : 0), scale[j]);
         }
-        qr.factor(i, chain, plain ? nullptr : scale, s.triangles + chain * qr.triangle(), p.Q ? s.kept + chain * qr.kept() : nullptr,
-                  place.take(qr.strip()));
+        double *const kept = p.Q ? s.kept + chain * qr.kept() : nullptr;
+        qr.factor(i, chain, plain ? nullptr : scale, s.triangles + chain * qr.triangle(), kept, place.take(qr.strip()));
     }
 
     const double *column(const Slot &s, int64_t j) const { return s.triangles + TallQR::at(p.tall().gap(), j / 8, 0) + j % 8; }
@@ -451,7 +464,8 @@ extern "C" {
 int fedlora_stacked_qr_workspace(const fedlora_block *X, const int64_t *counts, const fedlora_block *weights, const fedlora_block *Q,
                                  const fedlora_block *R, const fedlora_block *rank, const fedlora_block *info,
                                  const fedlora_block *notes, int64_t groups, int64_t threads, int64_t *bytes) {
-    if (!X || !counts || !weights || !R || !rank || !info || !notes || !bytes || groups < 0 || threads < 1) return FEDLORA_BAD_ARGUMENT;
+    if (!X || !counts || !weights || !R || !rank || !info || !notes || !bytes || groups < 0 || threads < 1)
+        return FEDLORA_BAD_ARGUMENT;
     const Tables tables = {X, counts, weights, Q, R, rank, info, notes, groups};
     if (const int status = tables.status()) return status;
     *bytes = tables.layout(threads).bytes();
@@ -461,12 +475,15 @@ int fedlora_stacked_qr_workspace(const fedlora_block *X, const int64_t *counts, 
 int fedlora_stacked_qr(const fedlora_block *X, const int64_t *counts, const fedlora_block *weights, const fedlora_block *Q,
                        const fedlora_block *R, const fedlora_block *rank, const fedlora_block *info, const fedlora_block *notes,
                        int64_t groups, void *workspace, int64_t workspace_bytes, int64_t threads, void *) {
-    if (!X || !counts || !weights || !R || !rank || !info || !notes || !workspace || groups < 0 || threads < 1) return FEDLORA_BAD_ARGUMENT;
+    if (!X || !counts || !weights || !R || !rank || !info || !notes || !workspace || groups < 0 || threads < 1)
+        return FEDLORA_BAD_ARGUMENT;
     const Tables tables = {X, counts, weights, Q, R, rank, info, notes, groups};
     if (const int status = tables.status()) return status;
     const Layout layout = tables.layout(threads);
     if (workspace_bytes < layout.bytes()) return FEDLORA_BAD_WORKSPACE;
     double *const start = (double *)(((uintptr_t)workspace + 63) / 64 * 64);
+    fedlora::prefer_huge_pages(fedlora::Extent((int64_t)workspace, (int64_t)workspace + layout.bytes()));
+    for (int64_t g = 0; Q && g < groups; ++g) fedlora::prefer_huge_pages(fedlora::Extent(Q[g], size_of(Q[g].dtype)));
 #pragma omp parallel num_threads((int)threads)
     for (int64_t g = 0, first = 0; g < groups; first += counts[g], ++g) run_group(tables.problem(g, first), layout, start);
     return FEDLORA_OK;

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "pages.hpp"
 #include "panel.h"
 #include "partial.h"
 #include "reflectors.h"
@@ -33,7 +34,8 @@ int64_t gap_of(int64_t height) { return 8 * height + kBlock; }
 
 TallQR::Rows chain_rows(const TallQR &qr, int64_t chain) {
     const int64_t chains = qr.chains();
-    return {qr.rows / chains * chain + smaller(chain, qr.rows % chains), qr.rows / chains * (chain + 1) + smaller(chain + 1, qr.rows % chains)};
+    const auto begin = [&](int64_t c) { return qr.rows / chains * c + smaller(c, qr.rows % chains); };
+    return {begin(chain), begin(chain + 1)};
 }
 
 // Rows of memory that a strip takes: the first one holds the triangle it is reduced to.
@@ -60,8 +62,8 @@ struct Step {
 // Block p of what `done` keeps is applied to panels [from, panels) of `to`.
 void apply_block(const Step &done, int64_t p, const Step &to, int64_t from, int64_t panels, bool transposed) {
     for (int64_t j = from; j < panels; j += kGroup)
-        fedlora::reflectors().apply(done.block(p), done.below(p, p), done.count(p), to.pivot(p, j), to.pivot_gap, to.below(p, j), to.gap,
-                                    smaller(kGroup, panels - j), transposed);
+        fedlora::reflectors().apply(done.block(p), done.below(p, p), done.count(p), to.pivot(p, j), to.pivot_gap, to.below(p, j),
+                                    to.gap, smaller(kGroup, panels - j), transposed);
 }
 
 void reduce(Step step, int64_t panels) {
@@ -257,7 +259,8 @@ struct Job {
         for (int64_t row = 0; row < R.rows; ++row) {
             s.squares[TallQR::at(qr.gap(), row / 8, row) + row % 8] = 1;
             for (int64_t j = 0; j < qr.R; ++j)
-                ((double *)R.data)[i * R.batch_stride + row * R.row_stride + j * R.col_stride] = s.triangles[TallQR::at(qr.gap(), j / 8, row) + j % 8];
+                ((double *)R.data)[i * R.batch_stride + row * R.row_stride + j * R.col_stride] =
+                    s.triangles[TallQR::at(qr.gap(), j / 8, row) + j % 8];
         }
         qr.split(s.triangles, s.squares, true);
     }
@@ -324,6 +327,8 @@ int fedlora_tall_qr(const fedlora_block *X, const int64_t *counts, const fedlora
     const Stages stages = tables.stages(threads);
     if (workspace_bytes < 8 * stages.size() + 64) return FEDLORA_BAD_WORKSPACE;
     double *const start = (double *)(((uintptr_t)workspace + 63) / 64 * 64);
+    fedlora::prefer_huge_pages(fedlora::Extent((int64_t)workspace, (int64_t)workspace + 8 * stages.size()));
+    for (int64_t g = 0; g < groups; ++g) fedlora::prefer_huge_pages(fedlora::Extent(Q[g], 8));
 #pragma omp parallel num_threads((int)threads)
     for (int64_t g = 0, first = 0; g < groups; first += counts[g], ++g) work(tables.job(g, first), nullptr, Q[g].batch, stages, start);
     return FEDLORA_OK;

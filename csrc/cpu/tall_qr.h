@@ -35,7 +35,8 @@ struct TallQR {
     void pack(int64_t i, const Rows &rows, double *strip, int64_t gap, int64_t height) const;
     // The bits of the largest |x| of every column of X in this chain, unscaled, rounded up to whole panels.
     void largest(int64_t i, int64_t chain, int64_t *bits, double *strip) const;
-    // The triangle of a chain of matrix i, `scale` null (all 1) or rounded up to whole panels; its reflections go to `keep`, or, where that is null, nowhere.
+    // The triangle of a chain of matrix i, `scale` null (all 1) or rounded up to whole panels; its reflections go to `keep`, or,
+    // where that is null, nowhere.
     void factor(int64_t i, int64_t chain, const double *scale, double *triangle, double *keep, double *strip) const;
     // T in the first of all triangles, which lie one after the other; the others keep reflections.
     void merge(double *triangles) const;

@@ -6,7 +6,8 @@ constexpr int64_t kAtOnce = 32;  // rows that are written together
 
 // Rows of panels, gap apart, to the rows of Q from `first` on.
 template <class T>
-inline void write_panels(const fedlora_block &Q, T *out, const double *panels, int64_t gap, int64_t column, int64_t width, int64_t rows) {
+inline void write_panels(const fedlora_block &Q, T *out, const double *panels, int64_t gap,
+                         int64_t column, int64_t width, int64_t rows) {
     for (; column < Q.cols && width > 0; column += 8, width -= 8, panels += gap) {
         const int64_t count = smaller(8, Q.cols - column);
         T *const to = out + column * Q.col_stride;
@@ -20,15 +21,18 @@ inline void write_panels(const fedlora_block &Q, T *out, const double *panels, i
     }
 }
 
-FEDLORA_CLONES void write_panels_float32(const fedlora_block &Q, float *out, const double *panels, int64_t gap, int64_t column, int64_t width, int64_t rows) {
+FEDLORA_CLONES void write_panels_float32(const fedlora_block &Q, float *out, const double *panels, int64_t gap,
+                                         int64_t column, int64_t width, int64_t rows) {
     write_panels(Q, out, panels, gap, column, width, rows);
 }
-FEDLORA_CLONES void write_panels_float64(const fedlora_block &Q, double *out, const double *panels, int64_t gap, int64_t column, int64_t width, int64_t rows) {
+FEDLORA_CLONES void write_panels_float64(const fedlora_block &Q, double *out, const double *panels, int64_t gap,
+                                         int64_t column, int64_t width, int64_t rows) {
     write_panels(Q, out, panels, gap, column, width, rows);
 }
 
 // Columns [column, column + width) of rows [begin, end) of Q, a few rows of all panels at a time: those lie together in Q.
-void write_rows(const fedlora_block &Q, int64_t i, int64_t begin, int64_t end, const double *panels, int64_t gap, int64_t column, int64_t width) {
+void write_rows(const fedlora_block &Q, int64_t i, int64_t begin, int64_t end, const double *panels, int64_t gap, int64_t column,
+                int64_t width) {
     for (int64_t first = begin; first < end; first += kAtOnce, panels += 8 * kAtOnce) {
         const int64_t offset = i * Q.batch_stride + first * Q.row_stride, rows = smaller(kAtOnce, end - first);
         if (Q.dtype == FEDLORA_FLOAT64)
