@@ -166,7 +166,8 @@ using Factor = int64_t (*)(const Problem &, double *, double *);
 int64_t factor_base(const Problem &p, double *L, double *scratch) { return factor(p, L, scratch); }
 
 #ifdef __x86_64__
-__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) int64_t factor_v4(const Problem &p, double *L, double *scratch) {
+__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) int64_t factor_v4(const Problem &p, double *L,
+                                                                                    double *scratch) {
     return factor(p, L, scratch);
 }
 __attribute__((target("arch=x86-64-v3"))) int64_t factor_v3(const Problem &p, double *L, double *scratch) {

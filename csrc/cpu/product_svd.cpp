@@ -39,9 +39,9 @@ using fedlora::pow2;
 using fedlora::scale_pow2;
 
 constexpr double kRoundoff = 0x1p-53;
-constexpr int64_t kFarApart = 200;            // exponents between weights whose squares, times squares of float32, might leave the range
-constexpr int64_t kExponentOfZero = -10000;   // below all others, so that a column of zeros never decides the scale
-constexpr int64_t kWaveBytes = 16 << 20;      // of the state of a wave that all threads share, and of its Grams that wait
+constexpr int64_t kFarApart = 200;  // exponents between weights whose squares, times those of float32, might leave the range
+constexpr int64_t kExponentOfZero = -10000;  // below all others, so that a column of zeros never decides the scale
+constexpr int64_t kWaveBytes = 16 << 20;     // of the state of a wave that all threads share, and of its Grams that wait
 
 enum { kB = 0, kA = 1 };  // the sides
 enum Stage { kGrams, kCores, kLeft, kRight, kStages };
@@ -227,7 +227,8 @@ void Wave::weigh(int64_t at, double *scratch) const {
     if (f.live == 0) return;
     double bound[2];
     const double *weights[2] = {m.ones, m.om};
-    for (int side = 0; side < 2; ++side) bound[side] = balance(m.G[side], m.ld, m.R, m.index, f.live, weights[side], m.balance[side]);
+    for (int side = 0; side < 2; ++side)
+        bound[side] = balance(m.G[side], m.ld, m.R, m.index, f.live, weights[side], m.balance[side]);
     f.norm = std::sqrt(bound[kB] * bound[kA]);
     inner_product(m.G[kB], m.G[kA], m.ld, f.live, f.energy, f.energy_abs);
     f.floor = 4 * (double)f.live * kRoundoff * f.norm;
@@ -323,7 +324,8 @@ void Wave::expand(int64_t at) const {
         const double one = pow2(e >> 1), two = pow2(e - (e >> 1));
         if (f.live < m.R) std::memset(m.W[side], 0, sizeof(double) * (size_t)(m.R * m.ld));
         for (int64_t j = 0; j < f.p; ++j) m.factor[j] = power == 0 ? 1 / m.s[j] : power == 1 ? 1 : 1 / std::sqrt(m.s[j]);
-        expand_rows(m.G[side], m.ld, m.index, f.live, f.p, side == kB ? m.ones : m.om, m.balance[side], m.factor, one, two, m.W[side]);
+        expand_rows(m.G[side], m.ld, m.index, f.live, f.p, side == kB ? m.ones : m.om, m.balance[side], m.factor, one, two,
+                    m.W[side]);
         double *rows = m.W[side];
         for (int64_t k = 0; k < g.count; rows += g.X[side][k].cols * m.ld, ++k)
             m.mixers[side][k] = block_at(rows, g.X[side][k].cols, f.p, m.ld, 1, g.batch(), 0);
@@ -349,25 +351,27 @@ void Wave::write(int64_t at, int side, int64_t chunk, double *scratch) const {
     float *const floats = (float *)scratch;
     if (beside) sum = {(int64_t)floats - begin * f.p * 4, g.rows(side), f.p, f.p, 1, FEDLORA_FLOAT32, g.batch(), 0};
     fedlora::Partial said;
-    MixedSum{g.X[side], m.mixers[side], g.count, block_at(m.scale[side], f.scaled[side] ? 1 : 0, m.R, m.R, 1, g.batch(), 0), sum}.run(i, chunk, rest, said);
+    const fedlora_block scale = block_at(m.scale[side], f.scaled[side] ? 1 : 0, m.R, m.R, 1, g.batch(), 0);
+    MixedSum{g.X[side], m.mixers[side], g.count, scale, sum}.run(i, chunk, rest, said);
     m.overflow[side][chunk] = said.overflow != 0;
     if (side == kA) return;
     Records *const records = m.records + chunk * f.p;
+    char *const to = address(out, i, begin);
+    const int64_t row = out.row_stride, col = out.col_stride;
     for (int64_t j = 0; j < f.p; j += kColumns) {
         const int64_t cols = smaller(kColumns, f.p - j);
         if (beside)
             record_float32(floats + j, f.p, 1, rows, cols, records + j);
         else if (out.dtype == FEDLORA_FLOAT32)
-            record_float32((float *)address(out, i, begin) + j * out.col_stride, out.row_stride, out.col_stride, rows, cols, records + j);
+            record_float32((float *)to + j * col, row, col, rows, cols, records + j);
         else
-            record_float64((double *)address(out, i, begin) + j * out.col_stride, out.row_stride, out.col_stride, rows, cols, records + j);
+            record_float64((double *)to + j * col, row, col, rows, cols, records + j);
     }
     if (!beside) return;
-    char *const to = address(out, i, begin);
     if (out.dtype == FEDLORA_BFLOAT16)
-        narrow_bfloat16(floats, f.p, rows, f.p, (Bfloat16 *)to, out.row_stride, out.col_stride);
+        narrow_bfloat16(floats, f.p, rows, f.p, (Bfloat16 *)to, row, col);
     else
-        narrow_float16(floats, f.p, rows, f.p, (Float16 *)to, out.row_stride, out.col_stride);
+        narrow_float16(floats, f.p, rows, f.p, (Float16 *)to, row, col);
     for (int64_t j = 0; j < f.p; ++j) m.overflow[side][chunk] |= is_beyond(records[j].largest, out.dtype);
 }
 
@@ -551,8 +555,8 @@ struct Groups {
     static int check_factors(Group &g) {
         const fedlora_block &left = g.out[kB], &right = g.out[kA];
         if (!is_float(left.dtype) || right.dtype != left.dtype) return FEDLORA_BAD_DTYPE;
-        if (left.batch < 0 || right.batch != left.batch || left.rows < 1 || right.rows < 1 || left.cols < 1 || right.cols != left.cols)
-            return FEDLORA_BAD_SHAPE;
+        if (left.batch < 0 || left.rows < 1 || left.cols < 1) return FEDLORA_BAD_SHAPE;
+        if (right.batch != left.batch || right.rows < 1 || right.cols != left.cols) return FEDLORA_BAD_SHAPE;
         for (int64_t k = 0; k < g.count; ++k) {
             for (int side = 0; side < 2; ++side) {
                 const fedlora_block &X = g.X[side][k];
@@ -575,7 +579,8 @@ int check_rest(const Group &g) {
         return b.rows == rows && b.cols == cols && b.batch == g.batch();
     };
     const bool fit = g.weights.rows == g.batch() && g.weights.cols == g.count && fits(g.S, 1, g.room()) &&
-                     fits(g.values, FEDLORA_PRODUCT_VALUES, 1) && fits(g.codes, FEDLORA_PRODUCT_CODES, 1) && fits(g.balance, 1, g.R);
+                     fits(g.values, FEDLORA_PRODUCT_VALUES, 1) && fits(g.codes, FEDLORA_PRODUCT_CODES, 1) &&
+                     fits(g.balance, 1, g.R);
     return fit ? FEDLORA_OK : FEDLORA_BAD_SHAPE;
 }
 
@@ -587,7 +592,8 @@ Plan plan_of(const Groups &groups, int64_t threads) {
         const int64_t cores = larger(8 * fedlora::factor_scratch(g.R), svd_scratch(g));
         plan.waves += waves_of(g);
         plan.wave = larger(plan.wave, matrices_of(g) * Module::bytes(g));
-        plan.scratch = larger(plan.scratch, aligned(larger(larger(grams, cores), larger(mixed_scratch(g, kB), mixed_scratch(g, kA)))));
+        const int64_t factors = larger(mixed_scratch(g, kB), mixed_scratch(g, kA));
+        plan.scratch = larger(plan.scratch, aligned(larger(larger(grams, cores), factors)));
         plan.leaving = larger(plan.leaving, aligned(8 * larger(gram_of(g, kB).leaving(), gram_of(g, kA).leaving())));
         tasks += g.batch() * (g.chunks(kB) + g.chunks(kA));
     }
@@ -610,7 +616,8 @@ void run(const Call &call, const Groups &groups, const Plan &plan, char *memory,
             while (wave >= waves_of(groups.all[at])) wave -= waves_of(groups.all[at++]);
             const Group &g = groups.all[at];
             const int64_t first = wave * matrices_of(g);
-            const Wave w = {call, g, first, smaller(matrices_of(g), g.batch() - first), memory + thread * plan.wave, Module::bytes(g)};
+            const int64_t count = smaller(matrices_of(g), g.batch() - first);
+            const Wave w = {call, g, first, count, memory + thread * plan.wave, Module::bytes(g)};
             run_wave(w, Alone{}, scratch, (double *)(leavings + thread * plan.leaving), 1, clock);
         }
         int64_t before = 0;

@@ -36,31 +36,60 @@ inline void append(Records &r, double x) {
 }
 
 // Records of up to kColumns columns of a chunk.
-constexpr int64_t kColumns = 64;
+constexpr int64_t kColumns = 64, kFew = 8;
 
+// The largest of each column: row by row, or where there are few columns one after the other.
 template <class T>
-inline void record(const T *x, int64_t row, int64_t col, int64_t rows, int64_t cols, Records *records) {
-    T top[kColumns] = {}, bar[kColumns];
+inline __attribute__((always_inline)) void tops(const T *x, int64_t row, int64_t col, int64_t rows, int64_t cols,
+                                                T *__restrict top) {
+    for (int64_t j = 0; j < cols; ++j) top[j] = 0;
+    if (cols < kFew) {
+        for (int64_t j = 0; j < cols; ++j) {
+            T largest = 0;
+#pragma omp simd reduction(max : largest)
+            for (int64_t i = 0; i < rows; ++i) {
+                const T size = std::fabs(x[i * row + j * col]);
+                largest = size > largest ? size : largest;
+            }
+            top[j] = largest;
+        }
+        return;
+    }
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < cols; ++j) {
             const T size = std::fabs(x[i * row + j * col]);
             top[j] = size > top[j] ? size : top[j];
         }
+}
+
+template <class T>
+inline __attribute__((always_inline)) void record(const T *x, int64_t row, int64_t col, int64_t rows, int64_t cols,
+                                                  Records *records) {
+    T top[kColumns], bar[kColumns];
+    tops(x, row, col, rows, cols, top);
     int64_t open = 0;
     for (int64_t j = 0; j < cols; ++j) {
-        records[j] = {0, 0, {}};
+        records[j].count = 0;
+        records[j].largest = 0;
         bar[j] = top[j] > 0 ? top[j] * (T)kTie : (T)INFINITY;
         open += top[j] > 0;
+    }
+    const auto visit = [&](int64_t i, int64_t j) {
+        const double value = (double)x[i * row + j * col], size = std::fabs(value);
+        if (!(size >= (double)bar[j]) || !(size > records[j].largest)) return;
+        append(records[j], value);
+        if (size == (double)top[j]) bar[j] = (T)INFINITY, --open;  // nothing larger comes
+    };
+    if (cols < kFew) {
+        for (int64_t j = 0; j < cols; ++j)
+            for (int64_t i = 0; i < rows && records[j].largest < (double)top[j]; ++i)
+                if (std::fabs(x[i * row + j * col]) >= bar[j]) visit(i, j);
+        return;
     }
     for (int64_t i = 0; i < rows && open > 0; ++i) {
         int reached = 0;
         for (int64_t j = 0; j < cols; ++j) reached |= std::fabs(x[i * row + j * col]) >= bar[j];
-        for (int64_t j = 0; reached && j < cols; ++j) {
-            const double value = (double)x[i * row + j * col];
-            if (!(std::fabs(value) >= (double)bar[j]) || !(std::fabs(value) > records[j].largest)) continue;
-            append(records[j], value);
-            if (std::fabs(value) == (double)top[j]) bar[j] = (T)INFINITY, --open;  // nothing larger comes
-        }
+        for (int64_t j = 0; reached && j < cols; ++j) visit(i, j);
     }
 }
 

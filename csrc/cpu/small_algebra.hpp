@@ -31,8 +31,8 @@ inline void column_maxima(const fedlora_block &X, int64_t i, double *largest) {
     }
 }
 
-// The rows and columns index[0..n) of symmetric G move to the front, each number times weight_i weight_j and d_i d_j. Answers an upper
-// bound of the 2-norm: the smaller of the row-sum and the Frobenius norm.
+// The rows and columns index[0..n) of symmetric G move to the front, each number times weight_i weight_j and d_i d_j. Answers
+// an upper bound of the 2-norm: the smaller of the row-sum and the Frobenius norm.
 FEDLORA_CLONES double balance(double *G, int64_t ld, int64_t R, const int64_t *index, int64_t n, const double *weight,
                               const double *d) {
     double most = 0, squares = 0;
