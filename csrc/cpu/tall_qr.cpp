@@ -189,18 +189,26 @@ void TallQR::factor(int64_t i, int64_t chain, const double *scale, double *trian
     }
 }
 
+// Pairs, then pairs of pairs, so that rounding does not add up along the chains.
 void TallQR::merge(double *triangles) const {
-    for (int64_t chain = 1; chain < chains(); ++chain)
-        reduce({triangles, gap(), triangles + chain * triangle(), gap(), 8 * panels(), false, true}, panels());
+    for (int64_t step = 1; step < chains(); step *= 2)
+        for (int64_t chain = 0; chain + step < chains(); chain += 2 * step) {
+            double *const first = triangles + chain * triangle();
+            reduce({first, gap(), first + step * triangle(), gap(), 8 * panels(), false, true}, panels());
+        }
 }
 
 void TallQR::split(const double *triangles, double *squares, bool upper) const {
-    for (int64_t chain = chains() - 1; chain > 0; --chain) {
-        double *const share = squares + chain * triangle();
-        std::memset(share, 0, sizeof(double) * (size_t)triangle());  // below its diagonal, too
-        const Step done = {nullptr, 0, const_cast<double *>(triangles) + chain * triangle(), gap(), 8 * panels(), false, true};
-        expand(done, {squares, gap(), share, gap(), 8 * panels(), false, true}, panels(), upper);
-    }
+    int64_t step = 1;
+    while (2 * step < chains()) step *= 2;
+    for (; step > 0; step /= 2)
+        for (int64_t chain = 0; chain + step < chains(); chain += 2 * step) {
+            double *const share = squares + chain * triangle(), *const other = share + step * triangle();
+            double *const kept = const_cast<double *>(triangles) + (chain + step) * triangle();
+            std::memset(other, 0, sizeof(double) * (size_t)triangle());  // below its diagonal, too
+            const Step done = {nullptr, 0, kept, gap(), 8 * panels(), false, true};
+            expand(done, {share, gap(), other, gap(), 8 * panels(), false, true}, panels(), upper);
+        }
 }
 
 void TallQR::apply(int64_t chain, int64_t s, const double *kept, double *square, bool upper, double *strip) const {

@@ -10,7 +10,7 @@ namespace fedlora {
 
 // X = [X_1 | ... | X_count] diag(scale) = Q T with Q m x R and T upper triangular, R x R; its diagonal has any sign. Where m < R, rows
 // of T and columns of Q are zero from m on. The rows of X are cut into chains, as many as m and R say. Each is reduced to a triangle,
-// strip by strip; then the triangles are merged, in order. Chains of a matrix may run at the same time.
+// strip by strip; then the triangles are merged in a tree. Chains of a matrix may run at the same time.
 //
 // Triangles, squares and strips lie in panels of eight columns: row i of panel p starts at `at(p, i)`, panels gap numbers apart. All
 // memory is float64, starts at multiples of 64 bytes and need not be clean. Nothing is checked: X is finite, and columns of
