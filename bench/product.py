@@ -5,6 +5,8 @@ two thin SVDs + core (the published FLoRIST code), and the dense SVD of B A (PEF
 module). Beside each time, for the first module: the worst relative error of a kept singular value and the worst departure of
 U from orthonormal columns. Peers return all R columns, `product_svd` the p that its rule keeps.
 
+Below stand the milliseconds of processor that a module costs on each stage of the library's one pass.
+
     python bench/product.py [--quick] [--json FILE]
 """
 
@@ -19,6 +21,8 @@ from timing import machine, measure, save
 from torch import Tensor
 
 import fedlora_kernels as fk
+from fedlora_kernels.backends.contract import Factors
+from fedlora_kernels.backends.cpu import BACKEND, product
 from fedlora_kernels.bench.peers import dense, qr_qr_core, thin_svds
 
 Route = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -40,6 +44,17 @@ def threaded(count: int, call: Callable[[], object]) -> Callable[[], object]:
         return call()
 
     return run
+
+
+def stages(B: Tensor, A: Tensor, repeats: int = 5) -> dict[str, float]:
+    """Milliseconds of processor a module on each stage, of the fastest of some calls."""
+    weights = torch.ones(B.shape[0], 1, dtype=torch.float64)
+    group = Factors((B,), (A,), weights, B.shape[1], A.shape[2], min(B.shape[1:] + A.shape[2:]))
+    spent = torch.zeros(repeats, len(product.STAGES), dtype=torch.float64)
+    for seconds in spent:
+        product.product_svd(BACKEND.library, [group], RULE.spec(), "usv", B.dtype, seconds=seconds)
+    best = spent[spent.sum(-1).argmin()] * 1e3 / B.shape[0]
+    return dict(zip(product.STAGES, best.tolist(), strict=True))
 
 
 def compare(size: int, R: int, modules: int, seconds: float, dense_too: bool) -> list[dict[str, Any]]:
@@ -75,6 +90,8 @@ def compare(size: int, R: int, modules: int, seconds: float, dense_too: bool) ->
         row = {"route": name, "m": size, "n": size, "R": R, "p": p, "modules": modules, "threads": count}
         row |= {"ms_per_module": 1e3 * time, "times_ours": time / best["product_svd"][0]}
         rows.append(row | accuracy(*found[name], exact, p))
+    if BACKEND.available()[0]:
+        rows.append({"route": "stages of product_svd", "m": size, "n": size, "R": R, "modules": modules} | stages(B, A))
     return rows
 
 

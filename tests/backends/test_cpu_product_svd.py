@@ -207,6 +207,15 @@ def test_what_no_rule_asks_for_needs_no_second_pass():
         assert (raw.passes, raw.rank) == (passes, min(3, int(raw.rank)))
 
 
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("shape", ["lanes", "large"])
+def test_columns_that_are_zero_in_one_factor_leave_no_trace(shape):
+    group = pair(3, *SHAPES[shape])
+    group.A[0][1, 1:3], group.B[-1][2, :, :2] = 0, 0
+    (ours,), (theirs,) = (b.product_svd([group], energy(0.9), "usv", torch.float32) for b in (BACKEND, TORCH))
+    agree(ours, theirs, torch.float32)
+
+
 def test_stacks_wider_than_the_library_takes_do_not_know_their_batch():
     group = pair(3, 400, 300, (300, 230))
     (raw,) = BACKEND.product_svd([group], energy(0.9), "usv", torch.float32)
