@@ -12,7 +12,7 @@ import fedlora_kernels
 ROOT = Path(fedlora_kernels.__file__).parent
 
 FLOOR = {
-    "_version": 0, "errors": 0, "rows": 0, "text": 0,
+    "_version": 0, "errors": 0, "memory": 0, "rows": 0, "text": 0,
     "backends": 1, "_lib": 1,
     "linalg": 2, "adapters": 2, "testing": 2, "training": 2,
     "methods": 3,

@@ -14,19 +14,17 @@ import math
 import mmap
 import queue
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedlora_kernels.adapters.model import Adapter, TensorSource
 from fedlora_kernels.adapters.safetensors import SafetensorsFile
+from fedlora_kernels.memory import fresh, lend
 
 __all__ = ["Block", "Drain", "Plan", "Pool", "Prefetch", "load_block", "plan_slabs"]
 
@@ -128,7 +126,6 @@ class Pool:
 
     def __init__(self) -> None:
         self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
-        self._lent: dict[int, weakref.ref[Any]] = {}
 
     def take(self, size: int) -> Tensor:
         """A buffer of at least ``size`` bytes, (bytes,) uint8."""
@@ -137,26 +134,8 @@ class Pool:
         except queue.Empty:
             raw = None
         if raw is None or len(raw) < size:
-            raw = _fresh(size)
-        array = np.frombuffer(raw, np.uint8)
-        key = id(array)
-
-        def give_back(_: object) -> None:
-            del self._lent[key]
-            self._free.put(raw)
-
-        # every tensor in this memory keeps the array, and with the last one it goes
-        self._lent[key] = weakref.ref(array, give_back)
-        return torch.from_numpy(array)
-
-
-def _fresh(size: int) -> mmap.mmap:
-    """New memory, in huge pages where the system has them: it is had ten times as fast."""
-    raw = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a system built without them
-            raw.madvise(mmap.MADV_HUGEPAGE)
-    return raw
+            raw = fresh(size)
+        return lend(raw, len(raw), self._free.put)
 
 
 def load_block(plan: Plan, adapters: Sequence[Adapter], pool: Pool | None = None) -> Block:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import RawRotation
+from fedlora_kernels.backends.cpu.answers import ANSWERS
 from fedlora_kernels.backends.cpu.library import Library, counts, numbers, rows, table
 from fedlora_kernels.backends.cpu.threads import thread_count
 
@@ -110,8 +111,8 @@ def _correlations(library: Library, source: Sequence[Tensor], target: Sequence[T
 def _empty(N: int, r: int) -> RawRotation:
     """Room for N rotations."""
     return RawRotation(
-        Q=torch.empty(N, r, r, dtype=torch.float64),
-        singular_values=torch.empty(N, r, dtype=torch.float64),
+        Q=ANSWERS.empty((N, r, r), torch.float64),
+        singular_values=ANSWERS.empty((N, r), torch.float64),
         unique=torch.empty(N, dtype=torch.bool),
         condition=torch.empty(N, dtype=torch.float64),
         info=torch.empty(N, dtype=torch.int32),
@@ -123,7 +124,8 @@ def _like(factor: Tensor) -> Tensor:
     """Room for a factor (N, rows, r) turned, by columns in memory if it is."""
     N, rows, r = factor.shape
     by_columns = factor.stride(-1) > factor.stride(-2)
-    return torch.empty(N, r, rows, dtype=factor.dtype).mT if by_columns else torch.empty(N, rows, r, dtype=factor.dtype)
+    out = ANSWERS.empty((N, r, rows) if by_columns else (N, rows, r), factor.dtype)
+    return out.mT if by_columns else out
 
 
 def _unit(t: Tensor) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import Blocks, Mixed, RawSum
+from fedlora_kernels.backends.cpu.answers import ANSWERS
 from fedlora_kernels.backends.cpu.library import Library, counts, rows, table
 from fedlora_kernels.backends.cpu.threads import thread_count
 
@@ -18,7 +19,7 @@ def weighted_sum(library: Library, groups: Sequence[Blocks], dtype: torch.dtype)
     """Weighted sum of the blocks of each group; see `Backend.weighted_sum`."""
     op = "weighted_sum"
     library.functions(op)
-    results = [_about(torch.empty(group.batch, group.p, group.q, dtype=dtype)) for group in groups]
+    results = [_about(ANSWERS.empty((group.batch, group.p, group.q), dtype)) for group in groups]
     blocks = table([block for group in groups for block in group.blocks])
     numbers = counts([len(group.blocks) for group in groups])
     weights = table([group.weights[None] for group in groups])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import RawSVD
+from fedlora_kernels.backends.cpu.answers import ANSWERS
 from fedlora_kernels.backends.cpu.library import Library, table
 from fedlora_kernels.backends.cpu.threads import thread_count
 from fedlora_kernels.backends.torch.svd import svd as torch_svd
@@ -80,9 +81,9 @@ def _empty(C: Tensor) -> RawSVD:
     N, p, q = C.shape
     k = min(p, q)
     return RawSVD(
-        U=torch.empty(N, p, k, dtype=C.dtype),
-        S=torch.empty(N, k, dtype=C.dtype),
-        Vh=torch.empty(N, k, q, dtype=C.dtype),
+        U=ANSWERS.empty((N, p, k), C.dtype),
+        S=ANSWERS.empty((N, k), C.dtype),
+        Vh=ANSWERS.empty((N, k, q), C.dtype),
         info=torch.zeros(N, dtype=torch.int32),
         notes=torch.zeros(N, dtype=torch.int32),
     )
