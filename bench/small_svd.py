@@ -14,7 +14,7 @@ from timing import machine, measure, save
 
 from fedlora_kernels.backends.cpu import BACKEND
 
-SIZES = ((4, 10_000), (8, 10_000), (16, 10_000), (32, 1_000), (64, 64), (128, 64), (256, 64))
+SIZES = ((4, 10_000), (8, 10_000), (16, 10_000), (32, 1_000), (64, 1_000), (128, 64), (256, 64))
 HEAD = "dtype      r   batch   ours us  torch us   ratio   ratio at 1 thread   residual ours, torch   orthogonality ours, torch"
 LINE = (
     "{dtype}  {r:3d}  {batch:6d}  {ours_us:8.3f}  {torch_us:8.2f}  {ratio:6.1f}  {ratio_1:18.1f}"

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+TURN = 0.02
+"""Seconds that a call has at a time, at least one run."""
+
 
 def machine() -> dict[str, Any]:
     """Describe what the figures were taken on: processor or GPU, versions, commit."""
@@ -48,7 +51,10 @@ def _git(*arguments: str) -> str:
 def measure(
     calls: dict[str, Callable[[], object]], *, device: str = "cpu", seconds: float = 1.0, warmup: int = 2
 ) -> dict[str, dict[str, float]]:
-    """Time named calls in turn, so that a noisy moment hits all of them alike. Seconds: median and 20/80 quantiles."""
+    """Time named calls in turn, so that a noisy moment hits all of them alike. Seconds: median and 20/80 quantiles.
+
+    A turn repeats a call that is shorter than `TURN`: its threads sleep while others have theirs, and waking them is not its work.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(warmup):
@@ -56,7 +62,10 @@ def measure(
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds * len(calls) or min(map(len, times.values())) < 3:
         for name, call in calls.items():
+            turn = time.perf_counter()
             times[name].append(_once(call, device))
+            while time.perf_counter() - turn < TURN:
+                times[name].append(_once(call, device))
     return {name: _summary(values) for name, values in times.items()}
 
 

@@ -13,6 +13,8 @@ WARM_UP = 3
 RUNS = 20
 """Runs of each call, unless they take longer than four times the seconds asked for."""
 FEWEST = 3
+TURN = 0.02
+"""Seconds that a call has at a time, at least one run."""
 
 K = TypeVar("K", bound=Hashable)
 
@@ -29,9 +31,10 @@ class Timing(NamedTuple):
 def measure(
     calls: Mapping[K, Callable[[], Any]], *, seconds: float, prepare: Callable[[K], Any] = lambda _: None
 ) -> dict[K, Timing]:
-    """Time calls in turn, so that a noisy moment hits all of them alike; ``prepare`` is called before each, outside its time.
+    """Time calls in turn, so that a noisy moment hits all of them alike; ``prepare`` is called before each turn, outside its time.
 
-    Each is run for at least so many seconds and 20 times, or four times as many seconds.
+    Each is run for at least so many seconds and 20 times, or four times as many seconds. A turn repeats a call that is shorter
+    than `TURN`: its threads sleep while others have theirs, and waking them is not its work.
     """
     times: dict[K, list[float]] = {key: [] for key in calls}
     for key, call in calls.items():
@@ -40,7 +43,10 @@ def measure(
     while open_calls:
         for key, call in list(open_calls.items()):
             prepare(key)
+            turn = sum(times[key]) + TURN
             times[key].append(_once(call))
+            while sum(times[key]) < turn:
+                times[key].append(_once(call))
             if _done(times[key], seconds):
                 del open_calls[key]
     return {key: summary(found) for key, found in times.items()}
