@@ -1,12 +1,16 @@
-"""Host memory that is used again: a page's first touch costs the system more than most kernels spend on it."""
+"""Host memory that is used again: a page's first touch costs the system more than most kernels spend on it.
+
+Whether a tensor still lies in a buffer is read from the number of references to it, not from a callback: an exception that a
+signal raises inside a callback would be lost.
+"""
 
 from __future__ import annotations
 
 import math
 import mmap
+import sys
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,70 +18,91 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Reserve", "fresh", "lend"]
+__all__ = ["Pool", "Reserve"]
 
-_lent: dict[int, weakref.ref[Any]] = {}
+
+class Pool:
+    """Buffers, each used again as soon as no tensor lies in it any more, whoever holds one."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Any] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> Tensor:
+        """A buffer of at least ``size`` bytes, (bytes,) uint8; an unused one that is too small makes way for it."""
+        with self._lock:
+            unused = _unused(self._buffers)
+            fitting = [i for i in unused if len(self._buffers[i]) >= size]
+            if fitting:
+                return torch.from_numpy(self._buffers[fitting[0]])
+            if unused:
+                del self._buffers[unused[0]]
+            self._buffers.append(_fresh(size))
+            return torch.from_numpy(self._buffers[-1])
 
 
 class Reserve:
-    """Memory for answers, kept for the next ones when no tensor lies in it any more.
+    """Memory for answers of kernels, used again when no tensor lies in it any more.
 
     Args:
-        limit: bytes that may lie unused; what comes back beyond them is given to the system.
+        limit: bytes that belong to it, used or not; answers beyond them lie in memory of their own.
         smallest: bytes of an answer from which on it is taken from here.
     """
 
     def __init__(self, limit: int = 64 << 20, smallest: int = 256 << 10) -> None:
         self._limit = limit
         self._smallest = smallest
-        self._unused: list[mmap.mmap] = []
-        self._lock = threading.RLock()  # a tensor may die, and give its memory back, at any moment
+        self._buffers: list[Any] = []
+        self._lock = threading.Lock()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor on the host whose content does not matter, in a storage of its own size."""
+        """A tensor on the host whose content does not matter, in a storage of its own."""
         size = math.prod(shape) * dtype.itemsize
-        if size < self._smallest:
+        if not self._smallest <= size <= self._limit or size == 0:
             return torch.empty(*shape, dtype=dtype)
-        return lend(self._take(size), size, self._give_back).view(dtype).view(*shape)
-
-    def unused(self) -> int:
-        """Bytes that lie here."""
-        return sum(map(len, self._unused))
-
-    def _take(self, size: int) -> mmap.mmap:
         with self._lock:
-            fitting = [raw for raw in self._unused if size <= len(raw) <= size + size // 4]
-            if fitting:
-                best = min(fitting, key=len)
-                self._unused.remove(best)
-                return best
-        return fresh(size)
+            buffer = self._take(size)
+            # a view that keeps the buffer: a storage ends where its answer does
+            return torch.empty(*shape, dtype=dtype) if buffer is None else _tensor(buffer[:size], shape, dtype)
 
-    def _give_back(self, raw: mmap.mmap) -> None:
-        with self._lock:
-            self._unused.append(raw)
-            while self.unused() > self._limit:
-                self._unused.pop(0)
+    def held(self) -> int:
+        """Bytes that belong to it."""
+        return sum(map(len, self._buffers))
+
+    def _take(self, size: int) -> Any:
+        """An unused buffer of about that size, a new one while there is room, or None."""
+        for i in _unused(self._buffers):
+            if size <= len(self._buffers[i]) <= size + size // 4:
+                return self._buffers[i]
+        while self.held() + size > self._limit:
+            unused = _unused(self._buffers)
+            if not unused:
+                return None
+            del self._buffers[unused[0]]
+        self._buffers.append(_fresh(size))
+        return self._buffers[-1]
 
 
-def fresh(size: int) -> mmap.mmap:
-    """New memory, in huge pages where the system has them: it is had ten times as fast."""
+def _tensor(memory: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(memory).view(dtype).view(*shape)
+
+
+def _unused(buffers: list[Any]) -> list[int]:
+    """Places of those that nobody but the list refers to."""
+    return [i for i in range(len(buffers)) if _references(buffers, i) == _ALONE]
+
+
+def _references(buffers: list[Any], i: int) -> int:
+    return sys.getrefcount(buffers[i])
+
+
+_ALONE = _references([np.empty(0)], 0)
+
+
+def _fresh(size: int) -> Any:
+    """New memory, (size,) uint8, in huge pages where the system has them: it is had ten times as fast."""
     raw = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a system built without them
             raw.madvise(mmap.MADV_HUGEPAGE)
-    return raw
-
-
-def lend(raw: mmap.mmap, size: int, give_back: Callable[[mmap.mmap], None]) -> Tensor:
-    """The first bytes of ``raw``, (size,) uint8; it is given back with the last tensor that lies in it."""
-    array = np.frombuffer(raw, np.uint8, count=size)
-    key = id(array)
-
-    def end(_: object) -> None:
-        del _lent[key]
-        give_back(raw)
-
-    # every tensor in this memory keeps the array
-    _lent[key] = weakref.ref(array, end)
-    return torch.from_numpy(array)
+    return np.frombuffer(raw, np.uint8, count=size)

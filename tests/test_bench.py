@@ -2,12 +2,13 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
 
 from fedlora_kernels import backends, bench
-from fedlora_kernels.bench import floors, peers
+from fedlora_kernels.bench import floors, peers, timing
 from fedlora_kernels.bench.comparison import Comparison, Peer, Setting
 from fedlora_kernels.bench.timing import measure, summary
 from fedlora_kernels.cli import main
@@ -188,7 +189,15 @@ def test_threads_and_their_variable_are_put_back(monkeypatch):
     assert bench.os.environ["FEDLORA_NUM_THREADS"] == "1"
 
 
-def test_calls_are_interleaved_and_prepared():
+def test_a_short_call_is_repeated_within_its_turn(monkeypatch):
+    monkeypatch.setattr(timing, "TURN", 0.01)
+    prepared = []
+    took = measure({"a": lambda: None, "b": lambda: time.sleep(0.02)}, seconds=1e-9, prepare=prepared.append)
+    assert took["a"].runs > 10 * took["b"].runs
+
+
+def test_calls_are_interleaved_and_prepared(monkeypatch):
+    monkeypatch.setattr(timing, "TURN", 0.0)
     order, prepared = [], []
     took = measure(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=1e-9, prepare=prepared.append

@@ -31,9 +31,9 @@ struct Integers {
 
 // a b + c: what rounds once where the machine can.
 FEDLORA_INLINE V multiply_add(V a, V b, V c) {
-#if FEDLORA_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#if FEDLORA_VECTOR_BYTES == 64
     return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif FEDLORA_VECTOR_BYTES == 32 && defined(__FMA__)
+#elif FEDLORA_VECTOR_BYTES == 32
     return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #else
     return a * b + c;
@@ -42,9 +42,9 @@ FEDLORA_INLINE V multiply_add(V a, V b, V c) {
 
 // c - a b, likewise.
 FEDLORA_INLINE V subtract_product(V a, V b, V c) {
-#if FEDLORA_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#if FEDLORA_VECTOR_BYTES == 64
     return (V)_mm512_fnmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif FEDLORA_VECTOR_BYTES == 32 && defined(__FMA__)
+#elif FEDLORA_VECTOR_BYTES == 32
     return (V)_mm256_fnmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #else
     return c - a * b;
@@ -53,7 +53,7 @@ FEDLORA_INLINE V subtract_product(V a, V b, V c) {
 
 // a b - product, for the rounded product.
 FEDLORA_INLINE V lost(V a, V b, V product) {
-#if (FEDLORA_VECTOR_BYTES == 64 && defined(__AVX512F__)) || (FEDLORA_VECTOR_BYTES == 32 && defined(__FMA__))
+#if (FEDLORA_VECTOR_BYTES == 64) || (FEDLORA_VECTOR_BYTES == 32)
     return multiply_add(a, b, -product);
 #else
     const V split = V{} + 134217729.0, sa = a * split, sb = b * split;

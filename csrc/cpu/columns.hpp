@@ -130,9 +130,12 @@ T reflection(T *x, int k, int vectors, T &tau) {
     const T square = total<T>(sum), size = Native<T>::sqrt(Vec<T>{} + square)[0];
     tau = 0;
     if (!(square > Lane<T>::smallest)) return 0;
-    const T alpha = x[k], sign = alpha < 0 ? T(-1) : T(1);
-    x[k] = alpha + sign * size;
-    tau = T(1) / (size * (size + sign * alpha));
+    const T sign = x[k] < 0 ? T(-1) : T(1);
+    x[k] += sign * size;
+    // From the rounded v: what tau and v lack together would make every vector longer or shorter.
+    sum = Vec<T>{};
+    for (int v = k / kLanes<T>; v < vectors; ++v) sum += ((Vec<T> *)x)[v] * ((Vec<T> *)x)[v];
+    tau = 2 / total<T>(sum);
     return -sign * size;
 }
 

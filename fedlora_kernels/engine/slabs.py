@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import mmap
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,9 +23,9 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.model import Adapter, TensorSource
 from fedlora_kernels.adapters.safetensors import SafetensorsFile
-from fedlora_kernels.memory import fresh, lend
+from fedlora_kernels.memory import Pool
 
-__all__ = ["Block", "Drain", "Plan", "Pool", "Prefetch", "load_block", "plan_slabs"]
+__all__ = ["Block", "Drain", "Plan", "Prefetch", "load_block", "plan_slabs"]
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -119,23 +118,6 @@ def _shape(adapters: Sequence[Adapter], name: str, reads: Callable[[int, str], b
 
 def _plans(members: dict[Shape, list[str]]) -> list[Plan]:
     return [Plan(tuple(names), *shape) for shape, names in members.items()]
-
-
-class Pool:
-    """Host memory for blocks, used again as soon as no tensor lies in it any more, whoever holds one."""
-
-    def __init__(self) -> None:
-        self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
-
-    def take(self, size: int) -> Tensor:
-        """A buffer of at least ``size`` bytes, (bytes,) uint8."""
-        try:
-            raw = self._free.get_nowait()
-        except queue.Empty:
-            raw = None
-        if raw is None or len(raw) < size:
-            raw = fresh(size)
-        return lend(raw, len(raw), self._free.put)
 
 
 def load_block(plan: Plan, adapters: Sequence[Adapter], pool: Pool | None = None) -> Block:

@@ -14,7 +14,8 @@ from torch import Tensor
 from fedlora_kernels.engine.carry import Carry
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.settings import Settings
-from fedlora_kernels.engine.slabs import Block, Plan, Pool, Prefetch, load_block, plan_slabs
+from fedlora_kernels.engine.slabs import Block, Plan, Prefetch, load_block, plan_slabs
+from fedlora_kernels.memory import Pool
 from fedlora_kernels.methods.contract import Group, Previous
 
 __all__ = ["Walk"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -43,12 +44,27 @@ def stacked_qr(blocks: Any, *, weights: Any = None, mode: str = "r", check: bool
     caller = Caller("stacked_qr")
     if mode not in ("r", "reduced"):
         raise InputError(f"stacked_qr: mode is {mode!r}; 'r' or 'reduced' is needed")
-    problems = stack_problems(caller, blocks, weights)
+    problems = [_in_its_dtype(problem) for problem in stack_problems(caller, blocks, weights)]
 
     def work(chosen: Backend) -> list[RawQR]:
         return solve(problems, lambda groups: chosen.stacked_qr(groups, mode == "reduced"), _widen)
 
     return run(caller, problems, work, QRResult, like=blocks, backend=backend, check=check)
+
+
+def _in_its_dtype(problem: Problem[Stack]) -> Problem[Stack]:
+    """A problem that is answered in float64 also where its float64 clients were removed: their weights are 0 there."""
+    if problem.dtype != torch.float64:
+        return problem
+    return dataclasses.replace(problem, parts=tuple(map(_in_float64, problem.parts)))
+
+
+def _in_float64(part: Part[Stack]) -> Part[Stack]:
+    """A part of a float64 problem: one of its blocks is float64, or all are made so."""
+    if any(block.dtype == torch.float64 for block in part.group.blocks):
+        return part
+    wide = tuple(block.double() for block in part.group.blocks)
+    return dataclasses.replace(part, group=dataclasses.replace(part.group, blocks=wide))
 
 
 def _widen(problem: Problem[Stack], part: Part[Stack], raw: RawQR) -> RawQR:

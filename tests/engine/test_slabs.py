@@ -9,7 +9,8 @@ import torch
 from adapter_problems import SHAPES, client
 
 from fedlora_kernels.adapters.reader import open_adapter
-from fedlora_kernels.engine.slabs import Drain, Plan, Pool, Prefetch, load_block, plan_slabs
+from fedlora_kernels.engine.slabs import Drain, Plan, Prefetch, load_block, plan_slabs
+from fedlora_kernels.memory import Pool
 
 EVERYTHING = {"limit": 1 << 30, "itemsize": 4}
 

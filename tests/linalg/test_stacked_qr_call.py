@@ -93,3 +93,15 @@ def test_trouble_and_bad_arguments():
         stacked_qr(torch.zeros(2, 5000), backend="cpu")
     with pytest.raises(NotImplementedError, match="stacked_qr"):
         stacked_qr(blocks[0].requires_grad_()).R.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_float64_client_of_weight_zero_leaves_a_float64_answer(backend):
+    torch.manual_seed(0)
+    X = [torch.randn(2, 300, 4, dtype=torch.float64), torch.randn(2, 300, 2).half()]
+    weights = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    found = stacked_qr(X, weights=weights, mode="reduced", backend=backend)
+    assert found.R.dtype == torch.float64
+    Q, R = found.Q[0][:, :2], found.R[0]
+    assert (Q.mT @ Q - torch.eye(2, dtype=torch.float64)).abs().max() <= 64 * 2**-53
+    assert ((Q @ R[:2, 4:] - X[1][0]).norm(dim=0) / X[1][0].double().norm(dim=0)).max() <= 64 * 2**-53
