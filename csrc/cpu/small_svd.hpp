@@ -70,7 +70,7 @@ class JacobiSvd {
     }
 
     void iterate(int max_sweeps) {
-        for (int c = 0; c < even_; ++c) weight_[c] = broadcast<W>(T(1));
+        for (int c = 0; c < even_; ++c) weight_[c] = broadcast<W>(T(1)), start_[c] = broadcast<W>(T(0));
         for (int sweep = 0; sweep < max_sweeps; ++sweep) {
             begin_sweep();
             rotated_ = greater(tolerance_, tolerance_);
@@ -169,11 +169,14 @@ class JacobiSvd {
         return select(greater(zero, first), zero - one, one);
     }
 
-    // Fresh norms. Folds the cosines of earlier sweeps into a column once they have grown small, and flushes columns so small
-    // that their products would underflow: with them the iteration may never end.
+    // Fresh norms. Folds the cosines of earlier sweeps into a column once they have grown small, and flushes columns that the
+    // iteration might never end with: those so small that their products would underflow, and those of which a sweep has left
+    // less than its own rounding errors, which where columns are dependent are dependent again, on and on. Like those errors,
+    // what is flushed is small beside the column that it comes from.
     void begin_sweep() {
         const P zero = broadcast<W>(T(0)), one = broadcast<W>(T(1));
         const P flush = broadcast<W>(Lane<T>::flush), light = broadcast<W>(T(0x1p-16));
+        const P rounding = broadcast<W>(16 * Lane<T>::roundoff * Lane<T>::roundoff);
         for (int c = 0; c < even_; ++c) {
             P *x = column(c);
             const M fold = greater(light, weight_[c]);
@@ -183,10 +186,12 @@ class JacobiSvd {
                 weight_[c] = select(fold, one, weight_[c]);
             }
             norm_[c] = dot(x, x, rows_) * weight_[c];
-            const M dust = greater(flush, norm_[c]);
-            if (!any(dust)) continue;
-            for (int i = 0; i < rows_; ++i) x[i] = select(dust, zero, x[i]);
-            norm_[c] = select(dust, zero, norm_[c]);
+            const M dust = greater(max(flush, start_[c] * rounding), norm_[c]);
+            if (any(dust)) {
+                for (int i = 0; i < rows_; ++i) x[i] = select(dust, zero, x[i]);
+                norm_[c] = select(dust, zero, norm_[c]);
+            }
+            start_[c] = norm_[c];
         }
     }
 
@@ -377,7 +382,7 @@ class JacobiSvd {
     const bool wide_;
     P *const data_;
     const P tolerance_;  // squared
-    P norm_[kMax + 1], weight_[kMax + 1], value_[kMax], place_[kMax], rotated_flag_;
+    P norm_[kMax + 1], weight_[kMax + 1], start_[kMax + 1], value_[kMax], place_[kMax], rotated_flag_;
     M rotated_;
     int exponent_[lanes];
     bool finite_[lanes], zero_[lanes];

@@ -484,3 +484,15 @@ def test_clustered_values_are_swept():
     C = prescribed(50, 41, values, 2, torch.float64)[None]
     assert (svd(C, max_sweeps=1).info == Info.NOT_CONVERGED).all()
     assert_svd(C, svd(C))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", range(2, 34))
+def test_dependent_columns_end(dtype, r):
+    """Where every column is a multiple of one vector, so are the rounding errors that rotations leave, sweep after sweep."""
+    ramp = torch.arange(1, r + 1, dtype=dtype)
+    whole = torch.randint(-9, 10, (24, r), generator=torch.Generator().manual_seed(r)).to(dtype)
+    C = torch.cat([ramp[:, None] * whole[:, None], (ramp[:, None] * (ramp - 2.5))[None], torch.ones(1, r, r, dtype=dtype)])
+    result = svd(C, max_sweeps=12)
+    assert_svd(C, result)
+    assert (result.S[:, 1:] <= 4 * r**0.5 * roundoff(dtype) * result.S[:, :1]).all()
