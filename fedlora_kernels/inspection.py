@@ -19,7 +19,7 @@ from torch import Tensor
 from fedlora_kernels._version import __version__
 from fedlora_kernels.adapters.model import Adapter, LoRAFactors
 from fedlora_kernels.adapters.options import ReadOptions
-from fedlora_kernels.engine.clients import open_clients
+from fedlora_kernels.engine.clients import check_unchanged, open_clients
 from fedlora_kernels.errors import FedLoRAError, InputError
 from fedlora_kernels.linalg import product_svd, update_gram
 from fedlora_kernels.linalg.results import info_text
@@ -66,7 +66,9 @@ def inspect_adapters(
             for failure in client.failures:
                 raise failure if isinstance(failure, FedLoRAError) else InputError(str(failure))
         opened = {client.name: client.opened for client in clients}
-        return _report(opened, backend, progress or (lambda *_: None))
+        report = _report(opened, backend, progress or (lambda *_: None))
+        check_unchanged(clients)
+        return report
     finally:
         for client in clients:
             client.close()

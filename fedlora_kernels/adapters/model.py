@@ -43,6 +43,12 @@ class TensorSource(Protocol):
     def read(self, key: str, out: Tensor | None = None) -> Tensor:
         """Return the tensor in its stored dtype; into ``out`` (contiguous, same shape and dtype) if given."""
 
+    def check_unchanged(self) -> None:
+        """Raise FormatError where the content is no longer what it was on opening."""
+
+    def fingerprint(self) -> str:
+        """Text that differs for any other content."""
+
     def close(self) -> None:
         """Release the file, if there is one. Idempotent."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from fedlora_kernels.adapters.model import Adapter, TensorSource, TensorSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.adapters.peft import read_layout
-from fedlora_kernels.adapters.safetensors import SafetensorsFile, open_file, parse_json
+from fedlora_kernels.adapters.safetensors import SafetensorsFile, open_file, read_json
+from fedlora_kernels.adapters.shards import INDEX_NAME, ShardedFile
 from fedlora_kernels.errors import FedLoRAError, FormatError, InputError
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StateDict", "open_adapter"]
@@ -56,6 +58,18 @@ class StateDict:
         if tuple(out.shape) != spec.shape or out.dtype != spec.dtype:
             raise ValueError(f"out must be a {spec.dtype} tensor of shape {spec.shape}")
         return out.copy_(tensor)
+
+    def check_unchanged(self) -> None:
+        """Nothing to check: the tensors belong to the caller."""
+
+    def fingerprint(self) -> str:
+        """A hash of all keys, shapes, dtypes and numbers."""
+        found = hashlib.blake2b(digest_size=16)
+        for key, spec in self.tensors.items():
+            found.update(f"{key}\0{spec.shape}{spec.dtype}".encode())
+            tensor = self.read(key).cpu().contiguous()
+            found.update(tensor.reshape(-1).view(torch.uint8).numpy().data if spec.nbytes else b"")
+        return found.hexdigest()
 
     def close(self) -> None:
         """Nothing to release: the tensors belong to the caller."""
@@ -134,15 +148,19 @@ def _open_folder(folder: Path, options: ReadOptions) -> tuple[TensorSource, dict
     except (OSError, ValueError) as error:
         raise FormatError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if CONFIG_NAME in entries:
-        config = _read_config(folder / CONFIG_NAME)
+        config = read_json(folder / CONFIG_NAME, CONFIG_CAP)
     elif options.config is not None:
         config = _plain_config(options.config)
     else:
         raise FormatError(f"{where}: no {CONFIG_NAME}{_hint(folder, entries)}")
     if WEIGHTS_NAME in entries:
         return SafetensorsFile(folder / WEIGHTS_NAME), config
+    if INDEX_NAME in entries:
+        return ShardedFile(folder / INDEX_NAME), config
     if PICKLE_NAME in entries:
         return _read_pickle(folder / PICKLE_NAME), config
+    if f"{PICKLE_NAME}.index.json" in entries:
+        raise FormatError(f"{where}: an adapter in several pickles; re-save it as safetensors")
     raise FormatError(f"{where}: neither {WEIGHTS_NAME} nor {PICKLE_NAME}; one of them needed")
 
 
@@ -151,18 +169,6 @@ def _hint(folder: Path, entries: list[str]) -> str:
     if len(inside) == 1:
         return f"; the sub-folder {printable(inside[0])!r} has one. Give {printable(folder / inside[0])} instead"
     return "; a PEFT adapter folder needed"
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    where = printable(path)
-    try:
-        with os.fdopen(open_file(path, where), "rb") as file:
-            text = file.read(CONFIG_CAP + 1)
-    except OSError as error:
-        raise FormatError(f"{where}: cannot be read: {error.strerror}") from None
-    if len(text) > CONFIG_CAP:
-        raise FormatError(f"{where}: more than {CONFIG_CAP} bytes; a configuration is smaller")
-    return parse_json(text, where)
 
 
 def _read_pickle(path: Path) -> StateDict:

@@ -1,4 +1,4 @@
-"""Safetensors files, read with pread and written as a stream.
+"""Safetensors files, read with pread.
 
 Never mapped: a file that someone truncates under a memory map kills the process that reads it.
 """
@@ -6,23 +6,24 @@ Never mapped: a file that someone truncates under a memory map kills the process
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedlora_kernels.adapters.model import TensorSpec
 from fedlora_kernels.adapters.names import printable
-from fedlora_kernels.errors import FormatError, InputError, LimitError, RunError
+from fedlora_kernels.errors import FormatError, LimitError, RunError
 
-__all__ = ["SafetensorsFile", "SafetensorsWriter", "disc_errors", "open_file", "parse_json"]
+__all__ = ["CHUNK", "DTYPES", "SafetensorsFile", "disc_errors", "open_file", "parse_json", "read_json"]
 
 HEADER_CAP = 100_000_000
 CHUNK = 1 << 30
@@ -30,7 +31,6 @@ MOST_BUFFERS = 1024
 """Buffers that one call of the system takes (IOV_MAX)."""
 LARGEST = 1 << 63
 ENTRY = {"dtype", "shape", "data_offsets"}
-W = TypeVar("W", bound="SafetensorsWriter")
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -49,7 +49,13 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class _Stamp(NamedTuple):
+    """What tells that a file is written again while it is read."""
+
+    size: int
+    modified: int
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
@@ -85,6 +91,7 @@ class SafetensorsFile:
         self.path = os.fspath(path)
         self._where = printable(self.path)
         self._fd = open_file(self.path, self._where)
+        self._opened = self._stamp()
         try:
             self.tensors, self._offsets, self.metadata = self._read_header()
         except BaseException:
@@ -102,7 +109,7 @@ class SafetensorsFile:
             raise ValueError(f"out must be a contiguous {spec.dtype} tensor of shape {spec.shape}")
         if spec.nbytes:
             buffer = _memory(target)
-            self._pread(buffer, self._offsets[key], f"tensor {printable(key)!r}")
+            self._pread(buffer, self._offsets[key], _tensor(key))
         return target if out is None or target is out else out.copy_(target)
 
     def read_stacks(self, stacks: Iterable[tuple[Sequence[str], Tensor]]) -> None:
@@ -133,6 +140,19 @@ class SafetensorsFile:
             end = place[0] + len(place[1])
         self._read_run(run)
 
+    def check_unchanged(self) -> None:
+        """Raise FormatError where somebody wrote into the file since it was opened: what was read may be of both versions."""
+        if self._stamp() != self._opened:
+            raise FormatError(
+                f"{self._where}: changed while it was being read; a file that nobody writes needed. Run again when it is complete"
+            )
+
+    def fingerprint(self) -> str:
+        """What tells this content from another without reading all of it: a hash of size, time of change and header."""
+        header = bytearray(self._begin)
+        self._pread(memoryview(header), 0, "the header")
+        return hashlib.blake2b(repr(self._opened).encode() + header, digest_size=16).hexdigest()
+
     def close(self) -> None:
         """Close the file. Idempotent."""
         if self._fd >= 0:
@@ -154,15 +174,27 @@ class SafetensorsFile:
         if not run:
             return
         begin, size = run[0][0], sum(len(buffer) for _, buffer, _ in run)
-        if size <= CHUNK and os.preadv(self._fd, [buffer for _, buffer, _ in run], begin) == size:
+        if size <= CHUNK and self._preadv([buffer for _, buffer, _ in run], begin, _tensor(run[0][2])) == size:
             return
         for offset, buffer, key in run:  # cut short: once more, to go on or to say where the file ends
-            self._pread(buffer, offset, f"tensor {printable(key)!r}")
+            self._pread(buffer, offset, _tensor(key))
+
+    def _stamp(self) -> _Stamp:
+        found = os.fstat(self._fd)
+        return _Stamp(found.st_size, found.st_mtime_ns)
+
+    def _preadv(self, buffers: Sequence[memoryview], offset: int, what: str) -> int:
+        try:
+            return os.preadv(self._fd, buffers, offset)
+        except OSError as error:
+            raise RunError(
+                f"{self._where}: {what} cannot be read: {error.strerror or error}; look after the disc, or copy the file anew"
+            ) from error
 
     def _pread(self, buffer: memoryview, offset: int, what: str) -> None:
         done = 0
         while done < len(buffer):
-            got = os.preadv(self._fd, [buffer[done : done + CHUNK]], offset + done)
+            got = self._preadv([buffer[done : done + CHUNK]], offset + done, what)
             if got == 0:
                 raise FormatError(
                     f"{self._where}: {what} ends after {done} of {len(buffer)} bytes; the file is truncated"
@@ -170,7 +202,7 @@ class SafetensorsFile:
             done += got
 
     def _read_header(self) -> tuple[dict[str, TensorSpec], dict[str, int], dict[str, str]]:
-        size = os.fstat(self._fd).st_size
+        size = self._opened.size
         if size < 8:
             raise FormatError(f"{self._where}: {size} bytes; a safetensors file needs at least 8")
         prefix = bytearray(8)
@@ -188,7 +220,7 @@ class SafetensorsFile:
             raise FormatError(f"{self._where}: the header does not begin with {{; not a safetensors file")
         entries = parse_json(bytes(text), self._where)
         metadata = _check_metadata(entries.pop("__metadata__", {}), self._where)
-        begin = 8 + length
+        self._begin = begin = 8 + length
         specs: dict[str, TensorSpec] = {}
         ranges: list[tuple[int, int, str]] = []
         for key, entry in entries.items():
@@ -197,93 +229,6 @@ class SafetensorsFile:
             ranges.append((start, end, key))
         _check_coverage(ranges, size - begin, self._where)
         return specs, {key: begin + start for start, _, key in ranges}, metadata
-
-
-class SafetensorsWriter:
-    """Write a safetensors file tensor by tensor: the header's space is reserved at the start and filled on closing.
-
-    Args:
-        path: the file; must not exist.
-        entries: for each tensor that may come, its dtype and an upper bound of its shape. Those not added are left out.
-        metadata: strings for ``__metadata__``; more can be given on closing.
-        spare: bytes kept free for metadata given on closing.
-
-    Failures of the disc raise RunError.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-        metadata: Mapping[str, str] | None = None,
-        *,
-        spare: int = 8192,
-    ) -> None:
-        self.path = os.fspath(path)
-        self._entries = dict(entries)
-        self._metadata = {"format": "pt", **(metadata or {})}
-        self._written: dict[str, dict[str, Any]] = {}
-        self._position = 0
-        self._reserved = self._bound() + spare
-        self._reserved += -self._reserved % 8
-        with disc_errors(self.path):
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            os.lseek(self._fd, 8 + self._reserved, os.SEEK_SET)
-
-    def announce(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        """Announce a tensor after the start; its entry takes from ``spare``."""
-        self._entries[key] = (dtype, shape)
-
-    def add(self, key: str, tensor: Tensor) -> None:
-        """Append a tensor. It must be announced in ``entries``, of that dtype and of no larger shape, and come once."""
-        dtype, bound = self._entries[key]
-        shape = tuple(tensor.shape)
-        fits = len(shape) == len(bound) and all(size <= limit for size, limit in zip(shape, bound, strict=True))
-        if key in self._written or tensor.dtype != dtype or not fits:
-            raise ValueError(
-                f"{key}: {tensor.dtype} {shape} does not fit the announced {dtype} {bound}, or came before"
-            )
-        data = tensor.detach().to("cpu").contiguous().reshape(-1)
-        size = data.numel() * dtype.itemsize
-        if size:
-            with disc_errors(self.path):
-                _write_all(self._fd, data.view(torch.uint8).numpy().data)
-        self._written[key] = _entry(dtype, shape, self._position, self._position + size)
-        self._position += size
-
-    def close(self, metadata: Mapping[str, str] | None = None) -> None:
-        """Fill in the header, make it durable and close. Idempotent."""
-        if self._fd < 0:
-            return
-        header = _dump({"__metadata__": {**self._metadata, **(metadata or {})}, **self._written})
-        if len(header) > self._reserved:
-            raise InputError(f"{self.path}: metadata of {len(header)} bytes; {self._reserved} were reserved")
-        with disc_errors(self.path):
-            text = struct.pack("<Q", self._reserved) + header.ljust(self._reserved)
-            os.lseek(self._fd, 0, os.SEEK_SET)
-            _write_all(self._fd, memoryview(text))
-            os.fsync(self._fd)
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Close without a header: the file is not readable. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __enter__(self: W) -> W:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
-
-    def _bound(self) -> int:
-        total = sum(TensorSpec("", shape, dtype).nbytes for dtype, shape in self._entries.values())
-        entries = {key: _entry(dtype, shape, total, total) for key, (dtype, shape) in self._entries.items()}
-        return len(_dump({"__metadata__": self._metadata, **entries}))
 
 
 @contextmanager
@@ -309,6 +254,19 @@ def open_file(path: str | os.PathLike[str], where: str) -> int:
         os.close(fd)
         raise FormatError(f"{where}: not a regular file")
     return fd
+
+
+def read_json(path: str | os.PathLike[str], cap: int) -> dict[str, Any]:
+    """Read a file that holds one JSON object of at most ``cap`` bytes. FormatError, naming the file, for anything else."""
+    where = printable(os.fspath(path))
+    try:
+        with os.fdopen(open_file(path, where), "rb") as file:
+            text = file.read(cap + 1)
+    except OSError as error:
+        raise FormatError(f"{where}: cannot be read: {error.strerror}") from None
+    if len(text) > cap:
+        raise FormatError(f"{where}: more than {cap} bytes; a smaller file needed")
+    return parse_json(text, where)
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -345,6 +303,10 @@ def _check_entry(key: str, entry: Any, where: str) -> tuple[TensorSpec, int, int
     return spec, start, end
 
 
+def _tensor(key: str) -> str:
+    return f"tensor {printable(key)!r}"
+
+
 def _refused(where: str, key: str, text: str) -> FormatError:
     return FormatError(f"{where}: tensor {printable(key)!r}: {text}")
 
@@ -364,17 +326,3 @@ def _check_coverage(ranges: list[tuple[int, int, str]], size: int, where: str) -
         raise FormatError(
             f"{where}: tensors take {position} bytes, the file holds {size}; truncated or not safetensors"
         )
-
-
-def _entry(dtype: torch.dtype, shape: tuple[int, ...], start: int, end: int) -> dict[str, Any]:
-    return {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-
-
-def _dump(header: Mapping[str, Any]) -> bytes:
-    return json.dumps(header, separators=(",", ":")).encode()
-
-
-def _write_all(fd: int, buffer: memoryview) -> None:
-    done = 0
-    while done < len(buffer):
-        done += os.write(fd, buffer[done : done + CHUNK])

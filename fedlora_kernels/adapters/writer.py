@@ -18,7 +18,8 @@ from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import WRITTEN_HERE
 from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
-from fedlora_kernels.adapters.safetensors import SafetensorsWriter, disc_errors
+from fedlora_kernels.adapters.safetensors import disc_errors
+from fedlora_kernels.adapters.safetensors_writer import SafetensorsWriter
 from fedlora_kernels.errors import InputError, OutputOverflowError, RunError
 from fedlora_kernels.rows import random_rows
 

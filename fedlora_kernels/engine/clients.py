@@ -16,10 +16,11 @@ from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.adapters.reader import open_adapter
+from fedlora_kernels.adapters.shards import count_files
 from fedlora_kernels.adapters.validation import Failure, failure_text
-from fedlora_kernels.errors import FedLoRAError, InputError, LimitError, WeightError
+from fedlora_kernels.errors import FedLoRAError, FormatError, InputError, LimitError, WeightError
 
-__all__ = ["PRESENT", "Client", "check_apart", "normalised", "open_clients", "present"]
+__all__ = ["PRESENT", "Client", "check_apart", "check_unchanged", "normalised", "open_clients", "present"]
 
 SPARE_FILES = 64
 """Open files beside those of the clients."""
@@ -94,7 +95,8 @@ def open_clients(
     """
     named = _named(clients)
     values = _weights(weights, [name for name, _ in named], normalize)
-    _allow_files(len(named), sum(isinstance(source, (str, os.PathLike)) + written for _, source in named))
+    paths = [source for _, source in named if isinstance(source, (str, os.PathLike))]
+    _allow_files(len(named), sum(map(count_files, paths)) + written * len(named))
     opened: list[Client] = []
     for (name, source), weight in zip(named, values, strict=True):
         client = Client(name, _source_text(source), weight, status="used" if weight != 0.0 else "absent")
@@ -120,6 +122,15 @@ def check_apart(roster: Sequence[Client], out: str | os.PathLike[str]) -> None:
             raise InputError(
                 f"client {printable(client.name)!r}: the output {printable(place)} would replace its folder; name another folder"
             )
+
+
+def check_unchanged(clients: Sequence[Client]) -> None:
+    """Raise FormatError where the file of a client was written while it was being read."""
+    for client in clients:
+        try:
+            client.opened.source.check_unchanged()
+        except FormatError as error:
+            raise FormatError(f"client {printable(client.name)!r}: {error}") from None
 
 
 def _allow_files(clients: int, count: int) -> None:

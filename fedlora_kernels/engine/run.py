@@ -16,7 +16,7 @@ from fedlora_kernels.adapters.folder import OutputFolder
 from fedlora_kernels.adapters.model import ExtraSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.validation import ClientCheck
-from fedlora_kernels.engine.clients import PRESENT, Client
+from fedlora_kernels.engine.clients import PRESENT, Client, check_unchanged
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.combine import combine
 from fedlora_kernels.engine.delivery import Delivered, Delivery
@@ -84,6 +84,7 @@ class Run:
             parameters = delivery.parameters
             summary = totals(rows, len(self.roster), parameters, parameters * walk.dtype.itemsize)
             summary |= efficiency(method, rows)
+            check_unchanged(walk.cohort.clients)
             delivery.finish(kept, certificates(summary), method.remember(plan) if "state" in method.gives else None)
         except BaseException:
             delivery.abandon()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.model import Adapter, TensorSource
 from fedlora_kernels.adapters.safetensors import SafetensorsFile
+from fedlora_kernels.adapters.shards import ShardedFile
 from fedlora_kernels.memory import Pool
 
 __all__ = ["Block", "Drain", "Plan", "Prefetch", "load_block", "plan_slabs"]
@@ -147,7 +148,7 @@ def _stacks(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], pool
 
 
 def _read(source: TensorSource, stacks: Sequence[tuple[Sequence[str], Tensor]]) -> None:
-    if isinstance(source, SafetensorsFile):
+    if isinstance(source, SafetensorsFile | ShardedFile):
         source.read_stacks(stacks)
         return
     for keys, out in stacks:

@@ -17,7 +17,8 @@ from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import WRITTEN_HERE
 from fedlora_kernels.adapters.reader import CONFIG_NAME, open_adapter
-from fedlora_kernels.adapters.safetensors import SafetensorsFile, SafetensorsWriter
+from fedlora_kernels.adapters.safetensors import SafetensorsFile
+from fedlora_kernels.adapters.safetensors_writer import SafetensorsWriter
 from fedlora_kernels.errors import FormatError, InputError, MismatchError
 from fedlora_kernels.methods.contract import Memory, Method
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fedlora_kernels.adapters.safetensors import SafetensorsFile, SafetensorsWriter
+from fedlora_kernels.adapters.safetensors import SafetensorsFile
+from fedlora_kernels.adapters.safetensors_writer import SafetensorsWriter
 from fedlora_kernels.errors import InputError, RunError
 
 
