@@ -40,8 +40,8 @@ def tolerance(
             stacked QR; ``rotation`` orthogonality of a rotation; ``rotated`` error of a rotated product, relative to
             ``|B|_F |A|_F``.
         dtype: of the output that the metric looks at.
-        rho: cancellation of the value in question: rho_i for P1, rho_p for P2, rho_1 for P3, P5, P6 and P7; the condition for
-            ``scaled``.
+        rho: cancellation of the value in question: rho_i for P1, rho_p for P2, rho_1 for P3, P5, P6 and P7, but rho_1 rho_p
+            for P3 after one pass; the condition for ``scaled``.
         passes: 1 for Grams alone, 2 after orthogonalisation.
         energy_ratio: ``energy_abs / energy``.
         underflow: what a vector lost because the output type has no smaller numbers, relative to the vector.
