@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from fedlora_kernels.adapters.forms import target_ranks
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.patterns import PatternTable
 from fedlora_kernels.adapters.peft import LoRAConfig
@@ -27,7 +28,7 @@ def peft_config(
 
     Args:
         adapters: the clients, the first one giving what they share.
-        ranks: rank of every module that is written, by name.
+        ranks: rank of every module that is written, by name; the largest of a target counts.
         extras: tensors written beside the factors, by name.
         uniform_rank: the rank all modules are padded to, if they are.
 
@@ -37,6 +38,8 @@ def peft_config(
     if not ranks:
         raise InputError("no modules to write; every module was zero or left out")
     extras = extras or {}
+    modules = {name: module for adapter in reversed(adapters) for name, module in adapter.modules.items()}
+    ranks = target_ranks(ranks, modules)
     configs = [adapter.config for adapter in adapters]
     largest = uniform_rank or max(ranks.values())
     config: dict[str, Any] = {
@@ -114,7 +117,7 @@ def _target_modules(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> An
         adapter.config.get(key) for adapter in adapters for key in ("layers_to_transform", "exclude_modules")
     )
     if same and not narrowed and wanted is not None:
-        known = set(ranks).union(*(adapter.modules for adapter in adapters))
+        known = set(ranks).union(module.form.target for adapter in adapters for module in adapter.modules.values())
         if all(_selects(wanted, name) == (name in ranks) for name in known):
             return wanted
     return sorted(ranks)

@@ -10,9 +10,10 @@ from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.variants import LATER, refuse_key, refuse_variant
 from fedlora_kernels.errors import FedLoRAError, FormatError, UnsupportedVariantError
 
-__all__ = ["PREFIX", "TensorKey", "canonical_keys", "factor_keys"]
+__all__ = ["PREFIX", "TensorKey", "canonical_keys"]
 
 PREFIX = "base_model.model."
+FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")
 KEPT = 1 << 14
 """Parsed keys that are kept: the clients of a round have the same ones."""
@@ -26,11 +27,6 @@ class TensorKey:
     part: str
     name: str
     adapter: str | None = None
-
-
-def factor_keys(module: str) -> tuple[str, str]:
-    """Keys of B and A of a module in a PEFT file."""
-    return f"{PREFIX}{module}.lora_B.weight", f"{PREFIX}{module}.lora_A.weight"
 
 
 def canonical_keys(keys: Iterable[str], who: str, adapter_name: str | None = None) -> list[TensorKey]:
@@ -83,7 +79,7 @@ def _parse(key: str, who: str) -> TensorKey:
     segments = _strip(key)
     if not all(segments) or not (key.isascii() or _is_text(key)):
         raise FormatError(f"{who}: malformed key {printable(key)!r}; dotted names needed")
-    at = next((i for i in reversed(range(len(segments))) if segments[i] in ("lora_A", "lora_B")), None)
+    at = next((i for i in reversed(range(len(segments))) if segments[i] in FACTORS), None)
     if at is None:
         refuse_key(segments, key, who)
         if any("lora_" in segment for segment in segments):
@@ -92,7 +88,7 @@ def _parse(key: str, who: str) -> TensorKey:
             )
         return _extra(key, segments)
     refuse_key(segments[:at] + segments[at + 1 :], key, who)
-    return _factor(key, segments[:at], segments[at][-1], segments[at + 1 :], who)
+    return _factor(key, segments[:at], segments[at], segments[at + 1 :], who)
 
 
 def _is_text(key: str) -> bool:
@@ -100,13 +96,18 @@ def _is_text(key: str) -> bool:
     return not any("\ud800" <= char <= "\udfff" for char in key)
 
 
-def _factor(key: str, path: list[str], letter: str, tail: list[str], who: str) -> TensorKey:
+def _factor(key: str, path: list[str], factor: str, tail: list[str], who: str) -> TensorKey:
     module = ".".join(path)
     if not path:
         raise FormatError(f"{who}: malformed key {printable(key)!r}; a module path needed")
     if "base_layer" in path:
         variant = "nested base layers, as of target_parameters or MultiheadAttention"
         refuse_variant(variant, printable(key), LATER, who)
+    letter = factor[-1]
+    if factor.startswith("lora_embedding_"):
+        if len(tail) > 1 or tail == ["weight"]:
+            raise UnsupportedVariantError(f"{who}: unknown tensor {printable(key)!r}; {factor} has no .weight")
+        return TensorKey(key, letter, module, tail[0] if tail else None)
     kind, adapter = (tail[-1] if tail else ""), (tail[0] if len(tail) == 2 else None)
     if kind not in ("weight", "bias") and len(tail) <= 1:
         refuse_variant("AdaLoRA or another form", f"{printable(key)} without .weight", "Train plain LoRA", who)

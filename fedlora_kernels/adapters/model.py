@@ -7,7 +7,7 @@ file read with pread, or a state dict) until they are asked for, tensor by tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.names import printable
 
-__all__ = ["Adapter", "ExtraSpec", "LoRAFactors", "ModuleSpec", "TensorSource", "TensorSpec"]
+__all__ = ["Adapter", "ExtraSpec", "Form", "LoRAFactors", "ModuleSpec", "TensorSource", "TensorSpec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +64,67 @@ class LoRAFactors:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """How a pair is stored and named, beyond its matrices B (m, r) and A (r, n): what writing restores.
+
+    ``kind`` is "linear" (whatever stores a pair as its matrices), "embedding", "conv1d", "conv2d", "conv3d" or "expert".
+    ``path`` stands in the keys, ``target`` in the configuration; all pairs of one target are written at one rank.
+    ``kernel`` is (c_in, *k) of a convolution. Where ``parts`` pairs share one flat tensor, A holds them one after another and
+    B interleaved, and this is number ``part``.
+    """
+
+    kind: str
+    path: str
+    target: str
+    kernel: tuple[int, ...] = ()
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleSpec:
-    """A module's pair as its header describes it. ``name`` is the path in the base model; ``kind`` is "linear"."""
+    """A module's pair as its header describes it. ``name`` is the path in the base model, and unique.
+
+    ``B`` and ``A`` are the tensors as stored; `matrix` makes the (m, r) and (r, n) of them.
+    """
 
     name: str
-    kind: str
+    form: Form
     m: int
     n: int
     rank: int
     scale: float
     B: TensorSpec
     A: TensorSpec
+
+    @property
+    def kind(self) -> str:
+        """Kind of layer."""
+        return self.form.kind
+
+    @property
+    def signature(self) -> tuple[str, int, int, tuple[int, ...], int]:
+        """What must be equal among clients."""
+        return self.form.kind, self.m, self.n, self.form.kernel, self.form.parts
+
+    @property
+    def shape_text(self) -> str:
+        """Kind and shape for messages."""
+        shape = " x ".join(str(size) for size in (self.m, *(self.form.kernel or (self.n,))))
+        parts = f", {self.form.parts} of them" if self.form.parts > 1 else ""
+        return shape if self.kind == "linear" else f"{self.kind} {shape}{parts}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether the stored tensors hold this pair alone, number after number as its matrices do."""
+        return self.form.parts == 1
+
+    def matrix(self, letter: str, stored: Tensor) -> Tensor:
+        """The matrix B (m, r) or A (r, n) in the stored tensor: a view where its strides allow."""
+        part, parts = self.form.part, self.form.parts
+        if letter == "A":
+            return stored.reshape(parts, self.rank, self.n)[part]
+        return stored.reshape(self.m, self.rank, parts)[:, :, part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +174,17 @@ class Adapter:
     def __getitem__(self, name: str) -> LoRAFactors:
         """Read one pair: B (m, r), A (r, n)."""
         module = self.modules[name]
-        return LoRAFactors(self.source.read(module.B.key), self.source.read(module.A.key), module.scale, module.kind)
+        return _factors(module, self.source.read(module.B.key), self.source.read(module.A.key))
+
+    def pairs(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, LoRAFactors]]:
+        """Read pairs in order, all or those of ``names``; a tensor that holds several in a row is read once."""
+        keys: tuple[str, str] | None = None
+        for name in self.modules if names is None else names:
+            module = self.modules[name]
+            if keys != (module.B.key, module.A.key):
+                keys = (module.B.key, module.A.key)
+                B, A = (self.source.read(key) for key in keys)
+            yield name, _factors(module, B, A)
 
     def extra(self, name: str) -> Tensor:
         """Read one tensor that is no factor."""
@@ -151,3 +211,7 @@ class Adapter:
     def close(self) -> None:
         """Close the file behind the adapter."""
         self.source.close()
+
+
+def _factors(module: ModuleSpec, B: Tensor, A: Tensor) -> LoRAFactors:
+    return LoRAFactors(module.matrix("B", B), module.matrix("A", A), module.scale, module.kind)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from fedlora_kernels.adapters.keys import TensorKey, canonical_keys
-from fedlora_kernels.adapters.model import ExtraSpec, ModuleSpec, TensorSpec
+from fedlora_kernels.adapters.model import ExtraSpec, Form, ModuleSpec, TensorSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.patterns import PatternTable
 from fedlora_kernels.adapters.policy import Limits
-from fedlora_kernels.adapters.variants import LATER, check_variant, refuse_variant
+from fedlora_kernels.adapters.variants import GROUPS, check_variant, refuse_variant
 from fedlora_kernels.errors import FormatError, LimitError
 
 __all__ = ["Layout", "LoRAConfig", "read_layout"]
@@ -184,37 +184,49 @@ def _modules(
         raise FormatError(f"{config.who}: no lora_A and lora_B among {len(keys)} tensors; is this a LoRA adapter?")
     if len(factors) > limits.modules_per_client:
         raise LimitError(f"{config.who}: {limits.over('modules_per_client', len(factors))}")
-    return {name: _module(name, pair, config, rank_from, findings) for name, pair in factors.items()}
+    modules = [module for path, pair in factors.items() for module in _pairs(path, pair, config, rank_from, findings)]
+    return {module.name: module for module in modules}
 
 
-def _module(
-    name: str, pair: Mapping[str, TensorSpec], config: LoRAConfig, rank_from: str, findings: Findings
-) -> ModuleSpec:
+def _pairs(
+    path: str, pair: Mapping[str, TensorSpec], config: LoRAConfig, rank_from: str, findings: Findings
+) -> list[ModuleSpec]:
+    """The modules whose factors two tensors hold."""
     A, B = pair.get("A"), pair.get("B")
     if A is None or B is None or not _fit(A, B):
-        raise _misfit(f"{config.who}, module {printable(name)!r}", A, B)
+        raise _misfit(f"{config.who}, module {printable(path)!r}", A, B)
     rank = A.shape[0]
-    scale = _scale(name, rank, config, rank_from, findings)
-    return ModuleSpec(name, "linear", B.shape[0], A.shape[1], rank, scale, B, A)
+    scale = _scale(path, rank, config, rank_from, findings)
+    return [ModuleSpec(path, _form(path, A), B.shape[0], math.prod(A.shape[1:]), rank, scale, B, A)]
+
+
+def _form(path: str, A: TensorSpec) -> Form:
+    if "lora_embedding_A" in A.key.split("."):
+        return Form("embedding", path, path)
+    if len(A.shape) > 2:
+        return Form(f"conv{len(A.shape) - 2}d", path, path, A.shape[1:])
+    return Form("linear", path, path)
 
 
 def _fit(A: TensorSpec, B: TensorSpec) -> bool:
-    """Whether these are a pair (r, n), (m, r) that can take part."""
-    two = len(A.shape) == len(B.shape) == 2 and 0 not in A.shape + B.shape
-    return two and B.shape[1] == A.shape[0] and A.dtype in FLOATS and B.dtype in FLOATS
+    """Whether these are a pair (r, n), (m, r) or (r, c_in, *k), (m, r, 1, ...) that can take part."""
+    paired = 2 <= len(A.shape) == len(B.shape) <= 5 and 0 not in A.shape + B.shape and set(B.shape[2:]) <= {1}
+    return paired and B.shape[1] == A.shape[0] and A.dtype in FLOATS and B.dtype in FLOATS
 
 
 def _misfit(where: str, A: TensorSpec | None, B: TensorSpec | None) -> FormatError:
-    """What is wrong with a pair; raises UnsupportedVariantError for a convolution."""
+    """What is wrong with a pair; raises UnsupportedVariantError for a grouped convolution."""
     if A is None or B is None:
         letter, other = ("A", "B") if A is None else ("B", "A")
         return FormatError(f"{where}: lora_{other} without lora_{letter}; both needed. The file is incomplete")
     for spec in (A, B):
         check_float(spec, where)
-    if len(A.shape) > 2 or len(B.shape) > 2:
-        _refuse_convolution(A, B, where)
-    if len(A.shape) != 2 or len(B.shape) != 2 or 0 in A.shape + B.shape:
-        return FormatError(f"{where}: lora_A {A.shape}, lora_B {B.shape}; (r, n) and (m, r) needed. Sharded export?")
+    convolution = len(A.shape) == len(B.shape) > 2 and 0 not in A.shape + B.shape
+    if convolution and B.shape[1] < A.shape[0] and A.shape[0] % B.shape[1] == 0:
+        refuse_variant("a grouped convolution", f"lora_A {A.shape}, lora_B {B.shape}", GROUPS, where)
+    if not 2 <= len(A.shape) == len(B.shape) <= 5 or 0 in A.shape + B.shape or not set(B.shape[2:]) <= {1}:
+        needed = "(r, c_in, *k) and (m, r, 1, ...)" if convolution else "(r, n) and (m, r)"
+        return FormatError(f"{where}: lora_A {A.shape}, lora_B {B.shape}; {needed} needed. Sharded export?")
     return FormatError(
         f"{where}: lora_A {A.shape} has {A.shape[0]} rows, lora_B {B.shape} has {B.shape[1]} columns; equal needed"
     )
@@ -233,14 +245,6 @@ def _scale(name: str, rank: int, config: LoRAConfig, rank_from: str, findings: F
     if alpha == 0:
         findings.setdefault(("module", "lora_alpha is 0, so the update is zero"), []).append(name)
     return config.scale(alpha, rank)
-
-
-def _refuse_convolution(A: TensorSpec, B: TensorSpec, where: str) -> None:
-    dimensions = max(len(A.shape), len(B.shape)) - 2
-    variant = f"a Conv{dimensions}d pair"
-    if len(A.shape) > 1 and len(B.shape) > 1 and B.shape[1] != A.shape[0]:
-        variant = "a grouped convolution"
-    refuse_variant(variant, f"lora_A {A.shape}, lora_B {B.shape}", LATER, where)
 
 
 def check_float(spec: TensorSpec, where: str) -> None:

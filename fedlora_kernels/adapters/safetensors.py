@@ -113,7 +113,7 @@ class SafetensorsFile:
         return target if out is None or target is out else out.copy_(target)
 
     def read_stacks(self, stacks: Iterable[tuple[Sequence[str], Tensor]]) -> None:
-        """Read tensors of one shape and dtype into ``out`` (N, *shape), contiguous, in the order of their N keys, for each stack.
+        """Read tensors of one size and dtype into ``out`` (N, *any shape of that size), contiguous, for each stack of N keys.
 
         What lies side by side in the file is read at once, into places that need not. Raises FormatError as `read`.
         """
@@ -121,13 +121,13 @@ class SafetensorsFile:
         for keys, out in stacks:
             if len(keys) != len(out) or not out.is_contiguous() or out.device.type != "cpu":
                 raise ValueError(f"out must be a contiguous tensor of {len(keys)} matrices on the host")
-            shape, dtype = tuple(out.shape[1:]), out.dtype
+            dtype = out.dtype
             buffer = _memory(out)
             size = len(buffer) // max(len(keys), 1)
             for i, key in enumerate(keys):
                 spec = self.tensors[key]
-                if spec.shape != shape or spec.dtype != dtype:
-                    raise ValueError(f"out must hold {spec.dtype} tensors of shape {spec.shape}")
+                if spec.nbytes != size or spec.dtype != dtype:
+                    raise ValueError(f"out must hold {spec.dtype} tensors of the size of {spec.shape}")
                 places.append((self._offsets[key], buffer[i * size : (i + 1) * size], key))
         places.sort(key=_offset)
         run: list[tuple[int, memoryview, str]] = []

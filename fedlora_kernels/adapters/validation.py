@@ -150,12 +150,10 @@ def _check_modules(adapters: Mapping[str, Adapter], missing: str, failures: list
     modules: dict[str, ModuleSpec] = {}
     for name in names:
         owners = {client: adapter.modules[name] for client, adapter in adapters.items() if name in adapter.modules}
-        modules[name], holder, shape = _majority(owners, lambda spec: (spec.kind, spec.m, spec.n))
+        modules[name], holder, shape = _majority(owners, lambda spec: spec.signature)
         for client, spec in owners.items():
-            if (spec.kind, spec.m, spec.n) != shape:
-                text = (
-                    f"{_shape(spec)} but {_shape(modules[name])} in client {printable(holder)!r}; equal shapes needed"
-                )
+            if spec.signature != shape:
+                text = f"{spec.shape_text} but {modules[name].shape_text} in client {printable(holder)!r}; equal shapes needed"
                 failures.append(Failure(client, _at(name), MismatchError, text))
     if missing == "error":
         _check_missing(adapters, names, disjoint, failures)
@@ -309,10 +307,6 @@ def _bases(adapters: Mapping[str, Adapter]) -> list[str]:
         f"base_model_name_or_path differs: {printable(name)!r} in client {printable(client)!r}, {printable(second)!r} in client "
         f"{printable(other)!r}; the same base model is assumed"
     ]
-
-
-def _shape(spec: ModuleSpec) -> str:
-    return f"{spec.m} x {spec.n}" if spec.kind == "linear" else f"{spec.kind} {spec.m} x {spec.n}"
 
 
 def _at(name: str) -> str:

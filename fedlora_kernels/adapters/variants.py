@@ -8,11 +8,12 @@ from typing import Any
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.errors import FormatError, UnsupportedVariantError
 
-__all__ = ["LATER", "check_variant", "refuse_key", "refuse_variant"]
+__all__ = ["GROUPS", "LATER", "check_variant", "refuse_key", "refuse_variant"]
 
 MERGE = "Merge it into the base model first, or train plain LoRA"
 CONVERT = "Convert it to LoRA first (peft.tuners.lora.conversion.convert_to_lora)"
 LATER = "Leave these modules out of the adapter"
+GROUPS = "Merge these modules into the base model first, or leave them out of the adapter"
 KOHYA = "Convert it to a PEFT folder first"
 EXTRA_STATE = "Train plain LoRA, whose adapter has no state beside its factors"
 NOT_READ = (LATER, KOHYA, EXTRA_STATE)
@@ -39,8 +40,6 @@ KEY_MARKERS = {
     "lora_arrow": ("Arrow", "It routes between adapters; aggregate those instead"),
     "lora_monteclora_sampler": ("MonteCLoRA", "Its factors are sampled; train plain LoRA"),
     "lora_velora_embed": ("VeLoRA", EXTRA_STATE),
-    "lora_embedding_A": ("an embedding pair", LATER),
-    "lora_embedding_B": ("an embedding pair", LATER),
     "trainable_tokens_delta": ("trainable tokens", LATER),
     "lora_down": ("the kohya format", KOHYA),
     "lora_up": ("the kohya format", KOHYA),
@@ -91,7 +90,7 @@ def refuse_variant(variant: str, marker: str, remedy: str, who: str) -> None:
     """Raise UnsupportedVariantError in the one form of all refusals."""
     reason = "its update is not s*B*A, so it cannot be aggregated here"
     if remedy in NOT_READ:
-        reason = "this version aggregates plain Linear and Conv1D pairs of PEFT adapters only"
+        reason = "this version does not aggregate it"
     raise UnsupportedVariantError(f"{who}: adapter uses {variant} ({marker}); {reason}. {remedy}")
 
 

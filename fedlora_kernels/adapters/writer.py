@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.config import peft_config
 from fedlora_kernels.adapters.folder import OutputFolder
-from fedlora_kernels.adapters.keys import PREFIX, factor_keys
-from fedlora_kernels.adapters.model import Adapter, ExtraSpec
+from fedlora_kernels.adapters.forms import NamedPair, Units, stored_shapes, stored_tensors
+from fedlora_kernels.adapters.keys import PREFIX
+from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import WRITTEN_HERE
 from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
@@ -25,28 +26,55 @@ from fedlora_kernels.rows import random_rows
 
 __all__ = ["PeftFileWriter", "pad_to_uniform", "save_adapter", "verify_adapter", "write_config"]
 
+LARGEST_RANK = 10**7
+"""No rank has more digits: what the header of a file reserves."""
+
 
 class PeftFileWriter(SafetensorsWriter):
-    """An ``adapter_model.safetensors`` written module by module; see `SafetensorsWriter` for the arguments."""
+    """An ``adapter_model.safetensors`` written module by module.
 
-    @staticmethod
-    def entries(
-        modules: Mapping[str, tuple[int, int, int]], extras: Mapping[str, ExtraSpec], dtype: torch.dtype
-    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Announce modules, by name their (m, n, largest rank), and extras, all in one dtype."""
+    Args:
+        path: the file; must not exist.
+        modules: what may come, by name; their forms decide keys and shapes.
+        extras: tensors that may come beside the factors, by name.
+        dtype: of all tensors.
+        metadata: strings for ``__metadata__``.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        modules: Mapping[str, ModuleSpec],
+        extras: Mapping[str, ExtraSpec],
+        dtype: torch.dtype,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._modules, self._units = modules, Units(modules)
         entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for name, (m, n, rank) in modules.items():
-            key_B, key_A = factor_keys(name)
-            entries[key_A] = (dtype, (rank, n))
-            entries[key_B] = (dtype, (m, rank))
+        for module in modules.values():
+            entries.update({key: (dtype, shape) for key, shape in stored_shapes(module, LARGEST_RANK).items()})
         entries.update({f"{PREFIX}{name}": (dtype, extra.tensor.shape) for name, extra in extras.items()})
-        return entries
+        super().__init__(path, entries, metadata)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The ranks at which the modules so far are written."""
+        return self._units.ranks
 
     def add_pair(self, name: str, B: Tensor, A: Tensor) -> None:
-        """Append the pair of module ``name``: B (m, p), A (p, n), scale in the factors."""
-        key_B, key_A = factor_keys(name)
-        self.add(key_A, A)
-        self.add(key_B, B)
+        """Take the pair of module ``name``: B (m, p), A (p, n), scale in the factors. Appended when its target is complete."""
+        for unit in self._units.add((name, B, A)):
+            self._append(unit)
+
+    def close(self, metadata: Mapping[str, str] | None = None) -> None:
+        """Append what is held back, fill in the header, make it durable and close. Idempotent."""
+        for unit in self._units.rest():
+            self._append(unit)
+        super().close(metadata)
+
+    def _append(self, unit: list[NamedPair]) -> None:
+        for key, tensor in stored_tensors(unit, self._modules):
+            self.add(key, tensor)
 
     def add_extra(self, name: str, tensor: Tensor) -> None:
         """Append a tensor that is no factor, under its canonical name."""
@@ -70,13 +98,11 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: b
     """
     dtype = _saved_dtype(adapter)
     ranks = {name: module.rank for name, module in adapter.modules.items()}
-    shapes = {name: (module.m, module.n, module.rank) for name, module in adapter.modules.items()}
     config = peft_config([adapter], ranks, adapter.extras)
     with OutputFolder(path, overwrite) as folder:
-        entries = PeftFileWriter.entries(shapes, adapter.extras, dtype)
-        with PeftFileWriter(folder.path / WEIGHTS_NAME, entries, adapter.metadata) as file:
-            for name in adapter:
-                pair = adapter[name]
+        path = folder.path / WEIGHTS_NAME
+        with PeftFileWriter(path, adapter.modules, adapter.extras, dtype, adapter.metadata) as file:
+            for name, pair in adapter.pairs():
                 file.add_pair(name, _scaled(pair.B, pair.scale, dtype, name), _scaled(pair.A, 1.0, dtype, name))
             for name, extra in adapter.extras.items():
                 file.add_extra(name, _scaled(adapter.extra(name), _extra_scale(adapter, extra), dtype, name))
@@ -110,13 +136,11 @@ def pad_to_uniform(
         raise InputError(f"{printable(folder)}: rank {rank} is below the largest rank {largest}; at least that needed")
     target = folder / WEIGHTS_NAME
     dtype = next(iter(adapter.modules.values())).A.dtype
-    shapes = {name: (module.m, module.n, rank) for name, module in adapter.modules.items()}
-    entries = PeftFileWriter.entries(shapes, adapter.extras, dtype)
     padded = folder / f"{WEIGHTS_NAME}.padded"
     try:
-        with PeftFileWriter(padded, entries, adapter.metadata) as file:
-            for name, module in adapter.modules.items():
-                pair = adapter[name]
+        with PeftFileWriter(padded, adapter.modules, adapter.extras, dtype, adapter.metadata) as file:
+            for name, pair in adapter.pairs():
+                module = adapter.modules[name]
                 B, A = pair.B.new_zeros(module.m, rank), pair.A.new_zeros(rank, module.n)
                 B[:, : module.rank] = pair.B
                 A[: module.rank] = pair.A

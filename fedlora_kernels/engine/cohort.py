@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedlora_kernels.adapters.model import Adapter
+from fedlora_kernels.adapters.model import Adapter, ModuleSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.engine.clients import PRESENT, Client, normalised
 from fedlora_kernels.errors import WeightError
@@ -105,9 +105,13 @@ class Cohort:
                 weights[i] = np.where(owns, weights[i] * (whole / share), 0.0)
         return weights
 
+    def spec(self, name: str) -> ModuleSpec:
+        """A module as its first owner has it; all owners agree on shape and form."""
+        return next(adapter.modules[name] for adapter in self.adapters if name in adapter.modules)
+
     def shape(self, name: str) -> tuple[int, int]:
         """(m, n) of a module."""
-        spec = next(adapter.modules[name] for adapter in self.adapters if name in adapter.modules)
+        spec = self.spec(name)
         return spec.m, spec.n
 
     def places(self, part: Cohort) -> tuple[list[int], list[int]]:

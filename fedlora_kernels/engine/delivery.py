@@ -203,14 +203,14 @@ class Delivery:
         settings = self._settings
         # what is merged into a base weight, or loaded by one client, needs no padding to a common rank but that client's
         write = WriteOptions() if place == "residual" else settings.write
+        modules = {name: self._cohort.spec(name) for name in self._cohort.modules}
         if self._folder is None:
-            return MemoryOutput(place or "aggregate", write, settings.seed, settings.round, self._metadata)
+            return MemoryOutput(place or "aggregate", modules, self._metadata, write, settings.seed, settings.round)
         folder = Path(self._folder.path) / place
         with disc_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        shapes = {name: self._cohort.shape(name) for name in self._cohort.modules}
         extras = {} if place == "residual" else self._extras
-        return FolderOutput(folder, shapes, extras, self._dtype, self._metadata, write, settings.seed, settings.round)
+        return FolderOutput(folder, modules, extras, self._dtype, self._metadata, write, settings.seed, settings.round)
 
     def _next_state(self, out: Path | None, adapter: Adapter | None) -> State:
         method, number = self._settings.method.name, self._settings.round

@@ -10,24 +10,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedlora_kernels.adapters.keys import PREFIX, factor_keys
-from fedlora_kernels.adapters.model import Adapter, ExtraSpec
+from fedlora_kernels.adapters.forms import NamedPair, Units, stored_tensors, whole_units
+from fedlora_kernels.adapters.keys import PREFIX
+from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
 from fedlora_kernels.adapters.options import WRITTEN_HERE, WriteOptions
 from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
 from fedlora_kernels.adapters.writer import PeftFileWriter, pad_to_uniform, verify_adapter, write_config
 from fedlora_kernels.rows import random_rows
 
-__all__ = ["FolderOutput", "MemoryOutput", "NamedPair", "Output", "adapter_in_memory", "resize_pair"]
-
-NamedPair = tuple[str, Tensor, Tensor]
-LARGEST_RANK = 10**7
-"""No rank has more digits: what the header of a file reserves."""
+__all__ = ["FolderOutput", "MemoryOutput", "Output", "adapter_in_memory", "resize_pair"]
 
 
 class Output(Protocol):
     """What takes one adapter: pairs in canonical order, extras, then `finish`."""
 
-    ranks: dict[str, int]
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The ranks at which the modules so far go out, before any padding of the whole adapter."""
 
     def add_pairs(self, pairs: Sequence[NamedPair]) -> None:
         """Take pairs (name, B (m, p), A (p, n)), scale in the factors."""
@@ -72,17 +71,17 @@ def resize_pair(
 
 def adapter_in_memory(
     pairs: Mapping[str, tuple[Tensor, Tensor]],
+    modules: Mapping[str, ModuleSpec],
     extras: Mapping[str, Tensor],
     config: Mapping[str, Any],
     *,
     label: str,
     metadata: Mapping[str, str] | None = None,
 ) -> Adapter:
-    """An adapter over tensors in memory, under the keys of a PEFT file."""
+    """An adapter over tensors in memory, under the keys of a PEFT file; ``modules`` say in which form, in order."""
     state: dict[str, Tensor] = {}
-    for name, (B, A) in pairs.items():
-        key_B, key_A = factor_keys(name)
-        state[key_A], state[key_B] = A, B
+    for unit in whole_units([(name, B, A) for name, (B, A) in pairs.items()], modules):
+        state.update(stored_tensors(unit, modules))
     state.update({f"{PREFIX}{name}": tensor for name, tensor in extras.items()})
     adapter = open_adapter((state, config), WRITTEN_HERE, name=label)
     return dataclasses.replace(adapter, label=label, metadata=dict(metadata or {}))
@@ -91,8 +90,16 @@ def adapter_in_memory(
 class MemoryOutput:
     """An adapter that stays in memory."""
 
-    def __init__(self, label: str, write: WriteOptions, seed: int, round: int, metadata: Mapping[str, str]) -> None:  # noqa: A002
-        self.ranks: dict[str, int] = {}
+    def __init__(
+        self,
+        label: str,
+        modules: Mapping[str, ModuleSpec],
+        metadata: Mapping[str, str],
+        write: WriteOptions,
+        seed: int,
+        round: int,  # noqa: A002
+    ) -> None:
+        self._modules, self._units = modules, Units(modules)
         self._label, self._write = label, write
         self._seed, self._round = seed, round
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -102,8 +109,17 @@ class MemoryOutput:
 
     def add_pairs(self, pairs: Sequence[NamedPair]) -> None:
         """Keep the pairs, each in memory of its own."""
-        self._pairs.update({name: (_own(B), _own(A)) for name, B, A in pairs})
-        self.ranks.update({name: A.shape[0] for name, _, A in pairs})
+        for pair in pairs:
+            for unit in self._units.add(pair):
+                self._keep(unit)
+
+    def _keep(self, unit: Sequence[NamedPair]) -> None:
+        self._pairs.update({name: (_own(B), _own(A)) for name, B, A in unit})
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The ranks of the modules so far."""
+        return self._units.ranks
 
     def add_extra(self, name: str, tensor: Tensor) -> None:
         """Keep the tensor."""
@@ -111,6 +127,8 @@ class MemoryOutput:
 
     def finish(self, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
         """Pad to one rank if asked."""
+        for unit in self._units.rest():
+            self._keep(unit)
         self._config = dict(config)
         self._metadata.update(metadata)
         if self._write.pads:
@@ -123,7 +141,9 @@ class MemoryOutput:
 
     def open(self, place: Path | None) -> Adapter:
         """Return the adapter."""
-        return adapter_in_memory(self._pairs, self._extras, self._config, label=self._label, metadata=self._metadata)
+        return adapter_in_memory(
+            self._pairs, self._modules, self._extras, self._config, label=self._label, metadata=self._metadata
+        )
 
     def abandon(self) -> None:
         """Nothing is held."""
@@ -141,7 +161,7 @@ class FolderOutput:
     def __init__(
         self,
         folder: Path,
-        shapes: Mapping[str, tuple[int, int]],
+        modules: Mapping[str, ModuleSpec],
         extras: Mapping[str, ExtraSpec],
         dtype: torch.dtype,
         metadata: Mapping[str, str],
@@ -149,10 +169,8 @@ class FolderOutput:
         seed: int,
         round: int,  # noqa: A002
     ) -> None:
-        self.ranks: dict[str, int] = {}
         self._folder, self._write, self._seed, self._round = folder, write, seed, round
-        bounds = {name: (m, n, LARGEST_RANK) for name, (m, n) in shapes.items()}
-        self._file = PeftFileWriter(folder / WEIGHTS_NAME, PeftFileWriter.entries(bounds, extras, dtype), metadata)
+        self._file = PeftFileWriter(folder / WEIGHTS_NAME, modules, extras, dtype, metadata)
         self._first: NamedPair | None = None
         self._last: NamedPair | None = None
 
@@ -161,8 +179,12 @@ class FolderOutput:
         for pair in pairs:
             name, B, A = pair
             self._file.add_pair(name, B, A)
-            self.ranks[name] = A.shape[0]
             self._first, self._last = self._first or (name, _own(B), _own(A)), pair
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The ranks of the modules so far."""
+        return self._file.ranks
 
     def add_extra(self, name: str, tensor: Tensor) -> None:
         """Append the tensor to the file."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.adapters.config import peft_config, rank_patterns
+from fedlora_kernels.adapters.forms import target_ranks
 from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.engine.output import adapter_in_memory, resize_pair
@@ -104,7 +105,7 @@ class Result:
             if spec.rule != "lora_bias" or spec.module in pairs
         }
         config = self._config(client, source, {module: A.shape[0] for module, (_, A) in pairs.items()}, scales)
-        return adapter_in_memory(pairs, extras, config, label=name)
+        return adapter_in_memory(pairs, source.modules, extras, config, label=name)
 
     def _client(self, key: str | int) -> tuple[str, Adapter]:
         names = [row["name"] for row in self.report["clients"]]
@@ -173,12 +174,16 @@ class Result:
             pair = self.adapter[module]
             pairs[module] = (pair.B[:, :p].clone(), pair.A[:p].clone())
         extras = {name: self.adapter.extra(name) for name in self.adapter.extras}
-        config = peft_config([self.adapter], ranks, self.adapter.extras)
+        common = target_ranks(ranks, self.adapter.modules)
+        written = {name: common[self.adapter.modules[name].form.target] for name in ranks}
+        config = peft_config([self.adapter], written, self.adapter.extras)
         sizes = [(B.numel() + A.numel(), B.element_size()) for B, A in pairs.values()]
         parameters, nbytes = sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
         summary = totals(rows, self.report["totals"]["clients"], parameters, nbytes) | efficiency(self.method, rows)
         metadata = {**self.adapter.metadata, "fedlora.rule": str(rule), **certificates(summary)}
-        adapter = adapter_in_memory(pairs, extras, config, label=self.adapter.label, metadata=metadata)
+        adapter = adapter_in_memory(
+            pairs, self.adapter.modules, extras, config, label=self.adapter.label, metadata=metadata
+        )
         report = {
             **self.report,
             "method": {**self.report["method"], "rule": str(rule)},

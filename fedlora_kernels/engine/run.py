@@ -60,7 +60,7 @@ class Run:
         if method.reads_previous == "state":
             check_modules(state, method, cohort.modules)
         else:
-            check_pair(state, method, {name: cohort.shape(name) for name in cohort.modules})
+            check_pair(state, method, {name: cohort.spec(name) for name in cohort.modules})
 
     def execute(
         self, folder: OutputFolder | None, seen: Mapping[Any, None], started: float

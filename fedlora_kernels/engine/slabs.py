@@ -21,7 +21,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fedlora_kernels.adapters.model import Adapter, TensorSource
+from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.safetensors import SafetensorsFile
 from fedlora_kernels.adapters.shards import ShardedFile
 from fedlora_kernels.memory import Pool
@@ -128,9 +128,7 @@ def load_block(plan: Plan, adapters: Sequence[Adapter], pool: Pool | None = None
     stacks = _stacks(shapes, plan.dtypes, pool)
     for k, (adapter, rank) in enumerate(zip(adapters, plan.ranks, strict=True)):
         if rank:
-            specs = [adapter.modules[name] for name in plan.modules]
-            B, A = [spec.B.key for spec in specs], [spec.A.key for spec in specs]
-            _read(adapter.source, [(B, stacks[2 * k]), (A, stacks[2 * k + 1])])
+            _read(adapter, plan.modules, stacks[2 * k], stacks[2 * k + 1])
     return Block(plan, tuple(stacks[::2]), tuple(stacks[1::2]))
 
 
@@ -147,13 +145,22 @@ def _stacks(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], pool
     ]
 
 
-def _read(source: TensorSource, stacks: Sequence[tuple[Sequence[str], Tensor]]) -> None:
-    if isinstance(source, SafetensorsFile | ShardedFile):
-        source.read_stacks(stacks)
+def _read(adapter: Adapter, modules: Sequence[str], B: Tensor, A: Tensor) -> None:
+    """Read the factors of equally shaped modules: whole tensors straight into place, parts of one tensor through it."""
+    specs = [adapter.modules[name] for name in modules]
+    if not specs[0].whole:
+        for (_, pair), place_B, place_A in zip(adapter.pairs(modules), B, A, strict=True):
+            place_B.copy_(pair.B)
+            place_A.copy_(pair.A)
         return
-    for keys, out in stacks:
-        for key, place in zip(keys, out, strict=True):
-            source.read(key, out=place)
+    source = adapter.source
+    stacks = (([spec.B for spec in specs], B), ([spec.A for spec in specs], A))
+    if isinstance(source, SafetensorsFile | ShardedFile):
+        source.read_stacks([([stored.key for stored in tensors], out) for tensors, out in stacks])
+        return
+    for tensors, out in stacks:
+        for stored, place in zip(tensors, out, strict=True):
+            source.read(stored.key, out=place.view(stored.shape))
 
 
 def _start(thread: threading.Thread, end: Callable[[], None]) -> None:

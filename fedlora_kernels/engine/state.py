@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlora_kernels._version import __version__
-from fedlora_kernels.adapters.model import Adapter
+from fedlora_kernels.adapters.model import Adapter, ModuleSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import WRITTEN_HERE
 from fedlora_kernels.adapters.reader import CONFIG_NAME, open_adapter
@@ -179,19 +179,19 @@ def check_state(state: State | None, method: Method, round: int) -> State | None
     return state
 
 
-def check_pair(state: State, method: Method, shapes: Mapping[str, tuple[int, int]]) -> None:
+def check_pair(state: State, method: Method, modules: Mapping[str, ModuleSpec]) -> None:
     """Raise MismatchError where the pair of the round before does not fit the modules of this one."""
     adapter = state.adapter
-    for name, (m, n) in shapes.items() if adapter is not None else ():
+    for name, module in modules.items() if adapter is not None else ():
         spec = adapter.modules.get(name) if adapter is not None else None
         if spec is None and method.needs_previous:
             raise MismatchError(
                 f"module {printable(name)!r}: not in previous; method {method.name!r} needs every module. Keep zero modules "
                 "(drop_zero=False) and the set of modules from round to round"
             )
-        if spec is not None and (spec.m, spec.n) != (m, n):
+        if spec is not None and spec.signature != module.signature:
             raise MismatchError(
-                f"module {printable(name)!r}: {m} x {n} in the clients, {spec.m} x {spec.n} in previous; one shape needed"
+                f"module {printable(name)!r}: {module.shape_text} in the clients, {spec.shape_text} in previous; one shape needed"
             )
 
 

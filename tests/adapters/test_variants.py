@@ -29,8 +29,6 @@ KEYS = {
     "q.lora_arrow": "Arrow",
     "q.lora_monteclora_sampler.x": "MonteCLoRA",
     "q.lora_velora_embed": "VeLoRA",
-    "emb.lora_embedding_A": "an embedding pair",
-    "emb.lora_embedding_B.default": "an embedding pair",
     "emb.token_adapter.trainable_tokens_delta": "trainable tokens",
     "lora_unet_q.lora_down.weight": "the kohya format",
     "lora_unet_q.lora_up.weight": "the kohya format",
@@ -62,7 +60,7 @@ def test_configuration_markers_are_refused_by_name(field):
     assert f"({field})" in str(caught.value)
     plain = field in ("velora_config", "target_parameters", "trainable_token_indices", "ensure_weight_tying")
     assert ("its update is not s*B*A, so it cannot be aggregated here. " in str(caught.value)) != plain
-    assert ("this version aggregates plain Linear and Conv1D pairs" in str(caught.value)) == plain
+    assert ("this version does not aggregate it" in str(caught.value)) == plain
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -94,18 +92,34 @@ def test_a_configuration_without_a_peft_type_is_no_adapter(peft_type):
 
 
 @pytest.mark.parametrize(
-    ("A", "B", "variant"),
+    ("A", "B"),
     [
-        ((2, 7, 3), (5, 2, 1), "a Conv1d pair"),
-        ((2, 7, 3, 3), (5, 2, 1, 1), "a Conv2d pair"),
-        ((2, 7, 3, 3, 3), (5, 2, 1, 1, 1), "a Conv3d pair"),
-        ((2, 7, 3, 3), (6, 1, 1, 1), "a grouped convolution"),
+        ((2, 7, 3), (6, 1, 1)),
+        ((2, 7, 3, 3), (6, 1, 1, 1)),
+        ((6, 7, 3, 3, 3), (6, 2, 1, 1, 1)),
     ],
 )
-def test_convolutions_are_refused_by_name(A, B, variant):
+def test_grouped_convolutions_are_refused_by_name(A, B):
     tensors = {"conv.lora_A.weight": torch.ones(A), "conv.lora_B.weight": torch.ones(B)}
-    with pytest.raises(UnsupportedVariantError, match=f"module 'conv': adapter uses {variant}"):
+    with pytest.raises(UnsupportedVariantError, match="module 'conv': adapter uses a grouped convolution"):
         open_adapter((tensors, {"peft_type": "LORA", "r": 2}))
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "needed"),
+    [
+        ((2, 7, 3), (5, 2), "(r, n) and (m, r) needed"),
+        ((2, 7, 3), (5, 2, 3), "(r, c_in, *k) and (m, r, 1, ...) needed"),
+        ((2, 7, 3, 0), (5, 2, 1, 1), "(r, n) and (m, r) needed"),
+        ((2, 7, 3, 3, 3, 3), (5, 2, 1, 1, 1, 1), "(r, c_in, *k) and (m, r, 1, ...) needed"),
+        ((2, 7, 3), (5, 3, 1), "equal needed"),
+    ],
+)
+def test_convolutions_of_other_shapes_are_refused(A, B, needed):
+    tensors = {"conv.lora_A.weight": torch.ones(A), "conv.lora_B.weight": torch.ones(B)}
+    with pytest.raises(FormatError) as caught:
+        open_adapter((tensors, {"peft_type": "LORA", "r": 2}))
+    assert needed in str(caught.value)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq"])

@@ -1,0 +1,125 @@
+"""How pairs are laid out in a PEFT file: keys and shapes by kind, and which pairs must share one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora_kernels.adapters.keys import PREFIX
+from fedlora_kernels.adapters.model import ModuleSpec
+
+__all__ = ["NamedPair", "Units", "factor_keys", "stored_shapes", "stored_tensors", "target_ranks", "whole_units"]
+
+NamedPair = tuple[str, Tensor, Tensor]
+"""A module's name, its B (m, p) and its A (p, n), scale in the factors."""
+
+
+def factor_keys(module: ModuleSpec) -> tuple[str, str]:
+    """Keys of B and A of a module in a PEFT file."""
+    if module.kind == "embedding":
+        return f"{PREFIX}{module.form.path}.lora_embedding_B", f"{PREFIX}{module.form.path}.lora_embedding_A"
+    return f"{PREFIX}{module.form.path}.lora_B.weight", f"{PREFIX}{module.form.path}.lora_A.weight"
+
+
+def stored_shapes(module: ModuleSpec, rank: int) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the tensors that hold a module's pair at this rank, in the order of the file."""
+    key_B, key_A = factor_keys(module)
+    kernel, parts = module.form.kernel, module.form.parts
+    ones = (1,) * len(kernel[1:])
+    return {key_A: (parts * rank, *(kernel or (module.n,))), key_B: (module.m, parts * rank, *ones)}
+
+
+def stored_tensors(unit: Sequence[NamedPair], modules: Mapping[str, ModuleSpec]) -> Iterator[tuple[str, Tensor]]:
+    """Keys and tensors of a PEFT file for pairs that `Units` gave back together."""
+    flat: dict[str, list[NamedPair]] = {}
+    for pair in unit:
+        flat.setdefault(modules[pair[0]].form.path, []).append(pair)
+    for parts in flat.values():
+        module = modules[parts[0][0]]
+        if len(parts) > 1:
+            parts.sort(key=lambda pair: modules[pair[0]].form.part)
+            B, A = torch.stack([pair[1] for pair in parts], 2), torch.stack([pair[2] for pair in parts])
+            rank = A.shape[1]
+        else:
+            _, B, A = parts[0]
+            rank = A.shape[0]
+        for (key, shape), tensor in zip(stored_shapes(module, rank).items(), (A, B), strict=True):
+            yield key, tensor.reshape(shape)
+
+
+class Units:
+    """Pairs on their way out, held back until all pairs of their target are there: these are written at one rank.
+
+    Args:
+        modules: everything that may come, by name, the pairs of a target one after another.
+    """
+
+    def __init__(self, modules: Mapping[str, ModuleSpec]) -> None:
+        self._modules = modules
+        self._members: dict[str, list[str]] = {}
+        for name, module in modules.items():
+            self._members.setdefault(module.form.target, []).append(name)
+        self._held: dict[str, NamedPair] = {}
+        self._found: dict[str, int] = {}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The ranks at which the modules so far are written; a target of which something has come is written whole."""
+        common = target_ranks(self._found, self._modules)
+        return {name: rank for target, rank in common.items() for name in self._members[target]}
+
+    def add(self, pair: NamedPair) -> Iterator[list[NamedPair]]:
+        """Take a pair; yield the pairs of each target that is complete by now."""
+        name, _, A = pair
+        target = self._modules[name].form.target
+        if self._held and self._modules[next(iter(self._held))].form.target != target:
+            yield from self.rest()
+        self._found[name] = A.shape[0]
+        self._held[name] = pair
+        if len(self._held) == len(self._members[target]):
+            yield from self.rest()
+
+    def rest(self) -> Iterator[list[NamedPair]]:
+        """Yield the pairs of the last target; those that never came are zero."""
+        held, self._held = self._held, {}
+        if not held:
+            return
+        _, B, A = next(iter(held.values()))
+        rank = max(A.shape[0] for _, _, A in held.values())
+        yield [
+            _padded(held.get(name) or self._zero(name, B, A), rank)
+            for name in self._members[self._modules[next(iter(held))].form.target]
+        ]
+
+    def _zero(self, name: str, B: Tensor, A: Tensor) -> NamedPair:
+        module = self._modules[name]
+        return name, B.new_zeros(module.m, 1), A.new_zeros(1, module.n)
+
+
+def target_ranks(ranks: Mapping[str, int], modules: Mapping[str, ModuleSpec]) -> dict[str, int]:
+    """The largest rank of each target, by the target's name."""
+    common: dict[str, int] = {}
+    for name, rank in ranks.items():
+        target = modules[name].form.target
+        common[target] = max(rank, common.get(target, 0))
+    return common
+
+
+def whole_units(pairs: Iterable[NamedPair], modules: Mapping[str, ModuleSpec]) -> Iterator[list[NamedPair]]:
+    """All pairs by target, each target at one rank."""
+    units = Units(modules)
+    for pair in pairs:
+        yield from units.add(pair)
+    yield from units.rest()
+
+
+def _padded(pair: NamedPair, rank: int) -> NamedPair:
+    name, B, A = pair
+    if A.shape[0] == rank:
+        return pair
+    wide, tall = B.new_zeros(B.shape[0], rank), A.new_zeros(rank, A.shape[1])
+    wide[:, : A.shape[0]] = B
+    tall[: A.shape[0]] = A
+    return name, wide, tall
