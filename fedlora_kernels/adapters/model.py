@@ -70,7 +70,8 @@ class Form:
     ``kind`` is "linear" (whatever stores a pair as its matrices), "embedding", "conv1d", "conv2d", "conv3d" or "expert".
     ``path`` stands in the keys, ``target`` in the configuration; all pairs of one target are written at one rank.
     ``kernel`` is (c_in, *k) of a convolution. Where ``parts`` pairs share one flat tensor, A holds them one after another and
-    B interleaved, and this is number ``part``.
+    B interleaved, and this is number ``part``. ``spelling`` is what follows ``path`` in the keys of B and A of a kohya file;
+    None in PEFT's own.
     """
 
     kind: str
@@ -79,6 +80,7 @@ class Form:
     kernel: tuple[int, ...] = ()
     part: int = 0
     parts: int = 1
+    spelling: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

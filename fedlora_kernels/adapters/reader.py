@@ -1,4 +1,4 @@
-"""Open adapters: PEFT folders, and state dicts in memory. PEFT itself is never imported."""
+"""Open adapters: PEFT folders, kohya files, and state dicts in memory. PEFT itself is never imported."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlora_kernels.adapters.kohya import DIFFUSERS, carries_scales, kohya_config, read_kohya
 from fedlora_kernels.adapters.model import Adapter, TensorSource, TensorSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions
-from fedlora_kernels.adapters.peft import read_layout
+from fedlora_kernels.adapters.peft import Layout, read_layout
 from fedlora_kernels.adapters.safetensors import SafetensorsFile, open_file, read_json
 from fedlora_kernels.adapters.shards import INDEX_NAME, ShardedFile
 from fedlora_kernels.errors import FedLoRAError, FormatError, InputError
@@ -28,6 +29,7 @@ __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StateDict", "open_adapter"]
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+FILE_SUFFIX = ".safetensors"
 CONFIG_CAP = 1 << 20
 
 
@@ -79,8 +81,9 @@ def open_adapter(source: Any, options: ReadOptions | None = None, *, name: str |
     """Open an adapter: headers and configuration are read and checked, tensors stay where they are.
 
     Args:
-        source: path of a PEFT folder, an Adapter (returned as it is), a (state_dict, config) pair, or a bare state dict with
-            ``options.config``. A config is a mapping or an object with ``to_dict()``.
+        source: path of a PEFT folder or of a kohya or diffusers file (``.safetensors``), an Adapter (returned as it is), a
+            (state_dict, config) pair, or a bare state dict with ``options.config`` or with kohya's keys. A config is a mapping
+            or an object with ``to_dict()``.
         options: how to read.
         name: the client's name for messages; without it they name the source.
 
@@ -95,7 +98,7 @@ def open_adapter(source: Any, options: ReadOptions | None = None, *, name: str |
         with _named(name):
             if not label:
                 raise InputError("the path is empty; the folder of an adapter needed")
-            tensors, config = _open_folder(Path(source), options)
+            tensors, config = _open_path(Path(source), options)
         metadata = dict(getattr(tensors, "metadata", {}))
     else:
         label, metadata = "state dict", {}
@@ -103,19 +106,37 @@ def open_adapter(source: Any, options: ReadOptions | None = None, *, name: str |
             tensors, config = _open_memory(source, options)
     who = f"client {printable(name)!r}" if name is not None else f"adapter {printable(label)!r}"
     try:
-        layout = read_layout(
-            tensors.tensors,
-            config,
+        layout = _layout(tensors, config, metadata, who, options)
+    except BaseException:
+        tensors.close()
+        raise
+    config = kohya_config(metadata) if config is None else config
+    return Adapter(label, layout.modules, layout.extras, config, tensors, metadata, layout.warnings, layout.notes)
+
+
+def _layout(
+    tensors: TensorSource, config: Mapping[str, Any] | None, metadata: Mapping[str, str], who: str, options: ReadOptions
+) -> Layout:
+    """What the headers say; without a configuration the tensors carry their scales."""
+    if config is None:
+        return read_kohya(
+            tensors,
+            metadata,
             who,
             adapter_name=options.adapter_name,
             rank_from=options.rank_from,
             extras=options.extras,
             limits=options.limits,
         )
-    except BaseException:
-        tensors.close()
-        raise
-    return Adapter(label, layout.modules, layout.extras, config, tensors, metadata, layout.warnings, layout.notes)
+    return read_layout(
+        tensors.tensors,
+        config,
+        who,
+        adapter_name=options.adapter_name,
+        rank_from=options.rank_from,
+        extras=options.extras,
+        limits=options.limits,
+    )
 
 
 @contextmanager
@@ -129,14 +150,37 @@ def _named(name: str | None) -> Iterator[None]:
         raise type(error)(f"client {printable(name)!r}: {error}") from None
 
 
-def _open_memory(source: Any, options: ReadOptions) -> tuple[TensorSource, dict[str, Any]]:
+def _open_memory(source: Any, options: ReadOptions) -> tuple[TensorSource, dict[str, Any] | None]:
     state, config = source if isinstance(source, tuple | list) and len(source) == 2 else (source, options.config)
     if not isinstance(state, Mapping):
         kind = type(source).__name__
         raise InputError(f"an adapter is a path, an Adapter or a (state_dict, config) pair; {kind} found")
+    if config is None and carries_scales(key for key in state if isinstance(key, str)):
+        return StateDict(state), None
     if config is None:
         raise FormatError("a state dict without a configuration; pass (state_dict, config), or config= in ReadOptions")
     return StateDict(state), _plain_config(config)
+
+
+def _open_path(path: Path, options: ReadOptions) -> tuple[TensorSource, dict[str, Any] | None]:
+    if path.suffix.lower() == FILE_SUFFIX and not path.is_dir():
+        return _open_file(path, options)
+    return _open_folder(path, options)
+
+
+def _open_file(path: Path, options: ReadOptions) -> tuple[TensorSource, dict[str, Any] | None]:
+    """A single file; where its keys say nothing of scales, it may belong to a folder whose configuration does."""
+    file = SafetensorsFile(path)
+    if DIFFUSERS in file.metadata or carries_scales(file.tensors):
+        return file, None
+    if options.config is not None:
+        return file, _plain_config(options.config)
+    if (path.parent / CONFIG_NAME).exists():
+        file.close()
+        raise FormatError(
+            f"{printable(path)}: {CONFIG_NAME} lies beside it and says its scale; give the folder {printable(path.parent)}"
+        )
+    return file, None
 
 
 def _open_folder(folder: Path, options: ReadOptions) -> tuple[TensorSource, dict[str, Any]]:
@@ -144,7 +188,9 @@ def _open_folder(folder: Path, options: ReadOptions) -> tuple[TensorSource, dict
     try:
         entries = sorted(entry.name for entry in os.scandir(folder))
     except NotADirectoryError:
-        raise FormatError(f"{where}: a file; the folder with {CONFIG_NAME} and {WEIGHTS_NAME} needed") from None
+        raise FormatError(
+            f"{where}: a file; the folder with {CONFIG_NAME} and {WEIGHTS_NAME}, or a kohya {FILE_SUFFIX} needed"
+        ) from None
     except (OSError, ValueError) as error:
         raise FormatError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if CONFIG_NAME in entries:
