@@ -6,6 +6,7 @@ CXX                 the C++ compiler (default g++)
 CXXFLAGS            flags to add, e.g. for sanitizers
 """
 
+import functools
 import hashlib
 import os
 import shlex
@@ -39,6 +40,12 @@ def compiler():
     """The C++ compiler as a list of words, or None where there is none."""
     words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     return words if shutil.which(words[0]) else None
+
+
+@functools.cache
+def compiler_version():
+    """What the compiler says of itself: another one's object files are not used again."""
+    return subprocess.run([*compiler(), "--version"], check=True, capture_output=True, text=True).stdout
 
 
 def cpu_unavailable():
@@ -100,7 +107,7 @@ class BuildLibrary(build_ext):
         """The object file of a source, from the run before where neither it nor a header nor a flag has changed since."""
         flags = [*shlex.split(FLAGS), f"-DFEDLORA_ABI_STAMP={abi_stamp()}", f"-I{HEADER.parent}", *extra_flags()]
         command = [*compiler(), *flags, "-c", source]
-        name = f"{Path(source).stem}-{hashlib.sha256(shlex.join(command).encode()).hexdigest()[:16]}"
+        name = f"{Path(source).stem}-{hashlib.sha256((shlex.join(command) + compiler_version()).encode()).hexdigest()[:16]}"
         target = (ROOT / self.build_temp / name).with_suffix(".o")
         if not up_to_date(target):
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ namespace fedlora {
 struct Rotations {
     fedlora_block Q, singular_values, unique, condition, info, notes;
 };
-constexpr int64_t kRotationFields = 6;
 
 // Correlations M 2^exponent of data of norms |X| |Y| = size 2^exponent, made of numbers of this unit roundoff.
 struct Correlations {

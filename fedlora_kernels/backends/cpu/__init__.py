@@ -42,7 +42,8 @@ _LARGEST: Mapping[str, Mapping[str, int]] = {
 class CpuBackend:
     """SIMD kernels, one small matrix per vector lane; results do not depend on batch, slot or threads, bit for bit.
 
-    Where `product_svd` needs a second pass or the dense route, that is LAPACK's, whose bits may depend on the number of threads.
+    Where `product_svd` needs a second pass or the dense route, torch multiplies matrices between the library's decompositions:
+    there bits may depend on the number of threads and on the layout of the blocks in memory, never on the batch.
     `update_gram` is the torch backend's with kernels of the library for the steps that have one: no promise of bits there.
     """
 

@@ -156,7 +156,6 @@ def _open(path: Path, headers: Sequence[Path]) -> ctypes.CDLL:
 
 _TABLE, _COUNT, _NUMBER, _ADDRESS = ctypes.POINTER(Block), ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _COUNTS = ctypes.POINTER(_COUNT)
-_NUMBER = ctypes.c_double
 _NUMBERS = ctypes.POINTER(_NUMBER)
 _SCRATCH = [_ADDRESS, _COUNT]
 _END = [_COUNT, _ADDRESS]  # threads, stream

@@ -46,8 +46,9 @@ def product_svd(
     ``seconds``, as many float64 as there are `STAGES`, takes up what the threads spend on each stage of the library's call.
 
     Stacks of up to 512 columns go through the library's one pass, all groups in one call: no bit of theirs depends on the batch,
-    the slot or the number of threads. What needs a second pass or the dense route, and wider stacks, are the torch backend's,
-    one matrix at a time: they do not depend on the batch, but LAPACK may round otherwise with another number of threads.
+    the slot or the number of threads. What needs a second pass or the dense route, and wider stacks, are the torch backend's with
+    the library's QR and core SVD, one matrix at a time: they do not depend on the batch, but torch's matrix products between
+    them may round otherwise with another number of threads or another layout of the blocks in memory.
     """
     library.functions(_OP)
     native = [i for i, group in enumerate(groups) if _one_pass(group)]

@@ -16,10 +16,13 @@ from fedlora_kernels.backends.torch.certificate import Spectrum
 from fedlora_kernels.backends.torch.chunks import load, slices
 from fedlora_kernels.backends.torch.svd import svd
 
-__all__ = ["QR", "Decomposition", "Problem", "dense", "orthogonalised", "qr", "row_bound"]
+__all__ = ["QR", "SVD", "Decomposition", "Problem", "dense", "orthogonalised", "qr", "row_bound"]
 
 QR = Callable[[Sequence[Tensor], Tensor | None, Tensor], tuple[Tensor, Tensor]]
 """`qr`, or what stands for it."""
+
+SVD = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""`backends.torch.svd.svd`, or what stands for it."""
 
 
 class Problem(NamedTuple):
@@ -53,7 +56,7 @@ def qr(blocks: Sequence[Tensor], e: Tensor | None, scale: Tensor) -> tuple[Tenso
     return Q, R
 
 
-def orthogonalised(problem: Problem, d: Tensor, first: Spectrum, qr: QR = qr) -> Decomposition:
+def orthogonalised(problem: Problem, d: Tensor, first: Spectrum, qr: QR = qr, svd: SVD = svd) -> Decomposition:
     """Second pass: QR of the factors balanced by d (1, R); floor and norms are those of the first pass."""
     Q_B, R_B = qr(problem.B, problem.e_left, d)
     Q_A, R_A = qr(problem.A, problem.e_right, problem.om / d)
@@ -63,7 +66,7 @@ def orthogonalised(problem: Problem, d: Tensor, first: Spectrum, qr: QR = qr) ->
     return Decomposition(Q_B @ U, Q_A @ Vh.mT, spectrum, info)
 
 
-def dense(problem: Problem, qr: QR = qr) -> Decomposition:
+def dense(problem: Problem, qr: QR = qr, svd: SVD = svd) -> Decomposition:
     """Dense route: W itself, then the pipeline with an identity as the other factor."""
     W, formed = _form(problem)
     wide = W.shape[-1] > W.shape[-2]

@@ -22,7 +22,16 @@ from fedlora_kernels.backends.torch.chunks import (
     slices,
 )
 from fedlora_kernels.backends.torch.gram import gram
-from fedlora_kernels.backends.torch.householder import QR, Decomposition, Problem, dense, orthogonalised, qr, row_bound
+from fedlora_kernels.backends.torch.householder import (
+    QR,
+    SVD,
+    Decomposition,
+    Problem,
+    dense,
+    orthogonalised,
+    qr,
+    row_bound,
+)
 from fedlora_kernels.backends.torch.svd import column_signs, svd
 
 __all__ = ["POWERS", "Kernels", "load_problem", "product_svd", "second_pass"]
@@ -44,7 +53,7 @@ class Kernels(NamedTuple):
 
     gram: Callable[[Sequence[Tensor], Tensor | None], Tensor] = gram
     cholesky: Callable[[Tensor, Tensor], Tensor] = pivoted_cholesky
-    svd: Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]] = svd
+    svd: SVD = svd
     qr: QR = qr
     write_left: Callable[[Sequence[Tensor], Tensor | None, Tensor, Tensor], Tensor] = write_left
     write_right: Callable[[Sequence[Tensor], Tensor | None, Tensor, Tensor], None] = write_right
@@ -173,7 +182,7 @@ def second_pass(
     kernels: Kernels = _TORCH,
 ) -> None:
     """Do one problem again by Householder QR of its factors, balanced by d (1, R); ``first`` is what one pass knows of it."""
-    _write(orthogonalised(problem, d, first, kernels.qr), rule, powers, raw)
+    _write(orthogonalised(problem, d, first, kernels.qr, kernels.svd), rule, powers, raw)
     raw.notes.bitwise_or_(Note.TWO_PASS)
 
 
@@ -226,7 +235,7 @@ def _dense_route(stack: Problem, rule: RuleSpec, powers: Powers, raw: RawProduct
     good = torch.stack([finite(block) for block in (*stack.B, *stack.A)]).all(0)
     for i in good.nonzero().flatten().tolist():
         here = _rows(raw, slice(i, i + 1))
-        _write(dense(_only(stack, i), kernels.qr), rule, powers, here)
+        _write(dense(_only(stack, i), kernels.qr, kernels.svd), rule, powers, here)
         here.notes.bitwise_or_(Note.DENSE)
     _mark_nonfinite(raw, ~good)
 
