@@ -23,6 +23,7 @@ from fedlora_kernels.engine.run import Run
 from fedlora_kernels.engine.settings import (
     Progress,
     Settings,
+    budget_of,
     check_delivery,
     client_state_of,
     count_of,
@@ -111,8 +112,9 @@ def aggregate(
     check_delivery(made, out, per_client)
     before = previous_state(previous)
     number = round_of(round, before)
+    whole, budget = budget_of(made)
     settings = Settings(
-        method=made,
+        method=whole,
         policy=Policy.of(policy),
         read=options_of("read", read, ReadOptions),
         write=write,
@@ -125,6 +127,7 @@ def aggregate(
         round=number,
         progress=progress or (lambda *_: None),
         robust=robust_of(robust, made),
+        budget=budget,
         state=check_state(before, made, number),
         per_client=per_client,
         measure=measure,
@@ -154,6 +157,6 @@ def aggregate(
         delivered.state,
         residual=delivered.residual,
         clients=readable,
-        method=settings.method,
+        method=made,
         personal=delivered.clients,
     )

@@ -19,6 +19,7 @@ RULE_FLAGS = {
     "sv_cumulative": ("SingularValueSum", float, "T", "keep this fraction of the sum of singular values"),
     "sv_fro": ("Frobenius", float, "F", "keep this fraction of the Frobenius norm"),
     "absolute": ("Absolute", float, "E", "keep the singular values above E"),
+    "budget": ("Budget", str, "SIZE", "share a size such as 10MB (or 10MiB) over all modules, where it keeps most"),
 }
 """Rule flags by destination: name of the rule class, type of its number, placeholder, help."""
 

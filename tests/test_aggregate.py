@@ -377,7 +377,7 @@ def test_a_previous_that_says_nothing_is_refused(previous):
         ({"method": "fedit", "rule": ALL}, "rule"),
         ({"method": 3}, "method"),
         ({"rule": 0.9}, "rank rule"),
-        ({"rule": Budget("1MB")}, "all modules"),
+        ({"rule": Budget("1kB")}, "1000 bytes for 4 modules; at least 1056 needed"),
         ({"robust": "krum"}, "krum: f is None"),
         ({"robust": "florist"}, "robust is .*a robust rule"),
         ({"robust": 3}, "robust is 3; a robust rule"),

@@ -74,6 +74,9 @@ def test_energy_09_is_the_default(tmp_path):
         (["--sv-fro", "1"], 11),
         (["--absolute", "0"], 11),
         (["--absolute", "1e9"], 1),
+        (["--budget", "11.7kB"], 11),
+        (["--budget", "2112"], 2),
+        (["--budget", "1MiB", "--max-rank", "3"], 3),
     ],
 )
 def test_rule_flags_decide_the_rank(tmp_path, flags, rank):

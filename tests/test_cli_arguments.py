@@ -56,7 +56,7 @@ def test_weights_may_start_with_a_minus(written):
         (["--dtype", "int8"], "--dtype"),
         (["--per-clients"], "--per-clients"),
         (["--resume"], "--resume"),
-        (["--budget", "10MB"], "--budget"),
+        (["--budget", "10MB", "--rank", "3"], "--rank"),
         (["--ener", "0.5"], "--ener"),
     ],
 )

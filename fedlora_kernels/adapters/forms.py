@@ -99,10 +99,10 @@ class Units:
 
 
 def target_ranks(ranks: Mapping[str, int], modules: Mapping[str, ModuleSpec]) -> dict[str, int]:
-    """The largest rank of each target, by the target's name."""
+    """The largest rank of each target, by the target's name; a module that is not in ``modules`` is one of its own."""
     common: dict[str, int] = {}
     for name, rank in ranks.items():
-        target = modules[name].form.target
+        target = modules[name].form.target if name in modules else name
         common[target] = max(rank, common.get(target, 0))
     return common
 

@@ -41,8 +41,9 @@ def combine(walk: Walk, plan: Any, sink: Callable[[Sequence[ModuleOutput]], None
             for block in slab:
                 with walk.timed("compute"):
                     made, described = _combine_block(walk, block, plan)
-                if walk.settings.write.drop_zero:
-                    for module, row in zip(made, described, strict=True):
+                for module, row in zip(made, described, strict=True):
+                    module.spectrum = row["singular_values"]
+                    if walk.settings.write.drop_zero:
                         _drop(module, row)
                 modules += made
                 rows += described

@@ -33,13 +33,17 @@ __all__ = ["Delivered", "Delivery", "ModuleOutput", "client_folders"]
 
 @dataclass
 class ModuleOutput:
-    """What one module leaves: its common pair, a pair of each client by its number in the cohort, residual and state."""
+    """What one module leaves: its common pair, a pair of each client by its number in the cohort, residual and state.
+
+    ``spectrum`` are the singular values of the common pair, where the method knows them.
+    """
 
     name: str
     common: tuple[Tensor, Tensor] | None = None
     personal: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     residual: tuple[Tensor, Tensor] | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
+    spectrum: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)

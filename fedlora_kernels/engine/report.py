@@ -87,12 +87,16 @@ def efficiency(method: Method, rows: Iterable[Mapping[str, Any]]) -> dict[str, f
 
 
 def cut_row(row: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """The row of the same module cut to a shorter prefix of its spectrum."""
+    """The row of the same module cut to a shorter prefix of its spectrum; of rank 0, nothing of it is left."""
     values = row["singular_values"]
-    tail = math.fsum(s * s for s in values[rank:]) / row["energy"]
-    slack = max(0.0, row["error_bound"] ** 2 - row["error"] ** 2)
-    error = math.sqrt(row["error"] ** 2 + tail)
-    bound = math.sqrt(error**2 + slack)
+    if rank == 0:
+        return {**row, "rank": 0, "error": 1.0, "error_bound": 1.0, "singular_values": [], "rho": None}
+    # shares of what the row keeps: the energy itself may leave the range of float64
+    squares = [(s / values[0]) ** 2 for s in values]
+    tail = math.fsum(squares[rank:]) / math.fsum(squares) * (1.0 - row["error"] ** 2)
+    error, bound = math.sqrt(row["error"] ** 2 + tail), row["error_bound"]
+    if bound is not None:
+        bound = math.sqrt(error**2 + max(0.0, bound**2 - row["error"] ** 2))
     kept = {"rank": rank, "error": error, "error_bound": bound, "singular_values": values[:rank]}
     return {**row, **kept, "rho": _scaled_rho(row, rank)}
 

@@ -15,6 +15,7 @@ from fedlora_kernels.adapters.config import peft_config, rank_patterns
 from fedlora_kernels.adapters.forms import target_ranks
 from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.engine.budget import Share
 from fedlora_kernels.engine.output import adapter_in_memory, resize_pair
 from fedlora_kernels.engine.report import certificates, cut_row, efficiency, totals
 from fedlora_kernels.engine.state import State
@@ -164,10 +165,10 @@ class Result:
             raise InputError(
                 "at(rule) needs the whole spectrum: aggregate with method 'florist' and rule=Energy(1.0) first"
             )
-        if not isinstance(rule, RankRule) or isinstance(rule, Budget):
-            raise InputError(f"at({rule}): a rank rule for one matrix needed, such as Energy(0.9) or Rank(16)")
+        if not isinstance(rule, RankRule):
+            raise InputError(f"at({rule}): a rank rule needed, such as Energy(0.9), Rank(16) or Budget('10MB')")
         assert self.adapter is not None
-        rows = [self._cut(row, rule) for row in self.report["modules"]]
+        rows = self._shared(rule) if isinstance(rule, Budget) else [self._cut(r, rule) for r in self.report["modules"]]
         ranks = {row["name"]: row["rank"] for row in rows if row["name"] in self.adapter}
         pairs = {}
         for module, p in ranks.items():
@@ -193,6 +194,16 @@ class Result:
         method = dataclasses.replace(self.method, rule=rule)  # type: ignore[call-arg]
         state = dataclasses.replace(self.state, adapter=adapter)
         return dataclasses.replace(self, adapter=adapter, report=report, method=method, state=state, personal={})
+
+    def _shared(self, rule: Budget) -> list[dict[str, Any]]:
+        """The rows of the report with one size shared over the modules of the adapter."""
+        assert self.adapter is not None
+        rows = self.report["modules"]
+        specs = self.adapter.modules
+        dtype = next(iter(specs.values())).B.dtype
+        share = Share.of(rule, {name: spec.m + spec.n for name, spec in specs.items()}, dtype)
+        ranks = share.ranks({row["name"]: row["singular_values"] for row in rows if row["name"] in specs})
+        return [cut_row(row, ranks[row["name"]]) if row["singular_values"] else dict(row) for row in rows]
 
     @staticmethod
     def _cut(row: Mapping[str, Any], rule: RankRule) -> Mapping[str, Any]:

@@ -16,6 +16,8 @@ from fedlora_kernels.adapters.folder import OutputFolder
 from fedlora_kernels.adapters.model import ExtraSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.validation import ClientCheck
+from fedlora_kernels.backends.contract import Note
+from fedlora_kernels.engine.budget import Held, Share
 from fedlora_kernels.engine.clients import PRESENT, Client, check_unchanged
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.combine import combine
@@ -79,7 +81,7 @@ class Run:
         walk, method = self.walk, settings.method
         delivery = self._delivery(folder)
         try:
-            rows = combine(walk, plan, delivery.add)
+            rows = self._combined(plan, delivery)
             extras, kept = self._extras(delivery, rows)
             parameters = delivery.parameters
             summary = totals(rows, len(self.roster), parameters, parameters * walk.dtype.itemsize)
@@ -94,6 +96,18 @@ class Run:
         walk.seconds["total"] = time.perf_counter() - started
         report = self._report(rows, extras, summary, seen, plan)
         return delivery.commit(report), report
+
+    def _combined(self, plan: Any, delivery: Delivery) -> list[dict[str, Any]]:
+        """The rows of the report; what a size is shared over waits until all spectra are known."""
+        budget, walk, write = self.settings.budget, self.walk, self.settings.write
+        if budget is None:
+            return combine(walk, plan, delivery.add)
+        parameters = {name: sum(walk.cohort.shape(name)) for name in walk.cohort.modules}
+        share = Share.of(budget, parameters, walk.dtype, keep_all=not write.drop_zero, uniform=write.pads)
+        held = Held(share, walk.carry)
+        rows = combine(walk, plan, held.add)
+        with walk.timed("write"):
+            return held.deliver(rows, delivery.add)
 
     def _cohort(self) -> Cohort:
         settings = self.settings
@@ -193,7 +207,7 @@ class Run:
         metadata = {
             "fedlora.version": __version__,
             "fedlora.method": settings.method.name,
-            "fedlora.rule": str(getattr(settings.method, "rule", None) or ""),
+            "fedlora.rule": str(settings.rule or ""),
             "fedlora.round": str(settings.round),
             "fedlora.weights": json.dumps(list(cohort.weights)),
             "fedlora.clients": json.dumps([client.name for client in cohort.clients]),
@@ -247,7 +261,7 @@ class Run:
         settings, walk = self.settings, self.walk
         used = dict.fromkeys(entry.backend for entry in seen if isinstance(entry, backends.Choice))
         fallbacks = [entry._asdict() for entry in seen if isinstance(entry, backends.Fallback)]
-        rule = getattr(settings.method, "rule", None)
+        rule = settings.rule
         return {
             "schema": SCHEMA,
             "tool": {"name": "fedlora_kernels", "version": __version__},
@@ -301,6 +315,11 @@ class Run:
         if far:
             notes.append(
                 f"farther from the weighted sum than nothing at all: {len(far)} modules, {printable(far[0])!r} first"
+            )
+        small = [row["name"] for row in rows if row["rank"] == 0 and Note.ZERO.name not in row["notes"]]
+        if small:
+            notes.append(
+                f"{self.settings.rule} leaves no room for {len(small)} modules, {printable(small[0])!r} first; they are left out"
             )
         return list(dict.fromkeys(notes))
 

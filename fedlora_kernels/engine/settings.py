@@ -14,13 +14,14 @@ from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
 from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.engine.state import State
 from fedlora_kernels.errors import BackendError, InputError
-from fedlora_kernels.linalg.rules import RankRule, parse_size
+from fedlora_kernels.linalg.rules import Budget, Energy, RankRule, parse_size
 from fedlora_kernels.methods.contract import Method, make_method
 from fedlora_kernels.methods.robust import RobustRule
 
 __all__ = [
     "Progress",
     "Settings",
+    "budget_of",
     "check_delivery",
     "client_state_of",
     "count_of",
@@ -41,7 +42,7 @@ Options = TypeVar("Options", ReadOptions, WriteOptions)
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `aggregate`, checked."""
+    """The arguments of `aggregate`, checked. Where the rule is a ``budget``, the method keeps all that it may leave."""
 
     method: Method
     policy: Policy
@@ -56,10 +57,16 @@ class Settings:
     round: int
     progress: Progress
     robust: RobustRule | None = None
+    budget: Budget | None = None
     state: State | None = None
     client_state: Mapping[str, Any] | None = None
     per_client: bool = False
     measure: bool = True
+
+    @property
+    def rule(self) -> RankRule | None:
+        """The rank rule that was asked for; None for a method without one."""
+        return self.budget or getattr(self.method, "rule", None)
 
 
 def method_of(method: str | Method, rule: RankRule | None, write: WriteOptions, options: Mapping[str, Any]) -> Method:
@@ -84,6 +91,14 @@ def _made(method: str | Method, rule: RankRule | None, options: Mapping[str, Any
     if not isinstance(method, str):
         raise InputError(f"method is of type {type(method).__name__}; a method's name needed, such as 'florist'")
     return make_method(method, options, rule)
+
+
+def budget_of(method: Method) -> tuple[Method, Budget | None]:
+    """The method with a rule for one matrix that keeps whatever a budget may leave, and that budget; None if it has another rule."""
+    rule = getattr(method, "rule", None)
+    if not isinstance(rule, Budget):
+        return method, None
+    return dataclasses.replace(method, rule=Energy(1.0, cap=rule.cap)), rule  # type: ignore[call-arg]
 
 
 def options_of(name: str, value: Any, kind: type[Options]) -> Options:

@@ -197,7 +197,11 @@ def parse_size(text: int | str) -> int:
 
 @dataclass(frozen=True)
 class Budget(RankRule):
-    """One size in bytes shared over all modules of an adapter. It needs all their spectra; no call of this version takes it."""
+    """One size in bytes, or a text such as ``10MB``, shared over the factors of all modules of an adapter as they are written.
+
+    It needs all their spectra, so `aggregate` and `resize` take it, but no call on one matrix. A module whose rank is bounded,
+    by a cap or by its numerical rank, leaves its share to the others (docs/algorithms.md, Budget).
+    """
 
     size: int | str
 
@@ -205,10 +209,16 @@ class Budget(RankRule):
         super().__post_init__()
         parse_size(self.size)
 
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return parse_size(self.size)
+
     def spec(self) -> RuleSpec:
         """Raise: a budget is no rule for one matrix."""
         raise InputError(
-            "Budget needs the spectra of all modules, which no call of this version has; use a rule for one matrix, such as Energy(0.9)"
+            f"{self} needs the spectra of all modules, which only aggregate and resize have; use a rule for one matrix, such as "
+            "Energy(0.9)"
         )
 
 

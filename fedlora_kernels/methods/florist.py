@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fedlora_kernels.errors import InputError
-from fedlora_kernels.linalg.rules import Budget, Energy, RankRule
+from fedlora_kernels.linalg.rules import Energy, RankRule
 from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
 from fedlora_kernels.methods.products import truncated_sum
 
@@ -39,10 +39,6 @@ class Florist(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.rule, RankRule):
             raise InputError(f"florist: rule is {self.rule!r}; a rank rule such as Energy(0.9) or Rank(16) is needed")
-        if isinstance(self.rule, Budget):
-            raise InputError(
-                f"florist: {self.rule} needs the spectra of all modules; give a rule for one matrix, such as Energy(0.9)"
-            )
         if self.output not in OUTPUTS:
             raise InputError(f"florist: output is {self.output!r}; one of {', '.join(OUTPUTS)} is needed")
 

@@ -201,6 +201,8 @@ RULES = [
     SingularValueRatio(3.0),
     Absolute(30.0),
     Energy(0.99).capped(3),
+    Budget(5000),
+    Budget("15kB").capped(6),
 ]
 
 
@@ -256,8 +258,8 @@ def test_at_needs_the_whole_spectrum(method, options):
         aggregate(clients(), method, **options).at(Energy(0.5))
 
 
-@pytest.mark.parametrize("rule", [0.5, Budget("1MB"), None])
-def test_at_takes_a_rule_for_one_matrix(rule):
+@pytest.mark.parametrize("rule", [0.5, None])
+def test_at_takes_a_rank_rule(rule):
     with pytest.raises(InputError, match="rank rule"):
         aggregate(clients(), rule=ALL).at(rule)
 

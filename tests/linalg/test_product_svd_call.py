@@ -259,7 +259,7 @@ def test_backward_is_refused():
     ("kind", "text", "options"),
     [
         (TypeError, "a rank rule is needed", {"rule": 0.9}),
-        (ValueError, "Budget needs the spectra", {"rule": Budget("10MB")}),
+        (ValueError, "Budget.* needs the spectra", {"rule": Budget("10MB")}),
         (InputError, "output is 'right'; one of usv, left, balanced", {"output": "right"}),
         (InputError, "dtype is torch.int8", {"dtype": torch.int8}),
         (InputError, "unknown backend 'gpu'; known backends: auto", {"backend": "gpu"}),

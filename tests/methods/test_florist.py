@@ -251,11 +251,16 @@ def test_trouble_is_reported_in_info():
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"rule": 0.9}, "rank rule"), ({"rule": Budget("1MB")}, "all modules"), ({"output": "right"}, "left, balanced")],
+    [({"rule": 0.9}, "rank rule"), ({"output": "right"}, "left, balanced")],
 )
 def test_wrong_options_are_refused(options, text):
     with pytest.raises(InputError, match=text):
         make_method("florist", options)
+
+
+def test_a_budget_is_for_the_engine_to_share():
+    with pytest.raises(InputError, match="spectra of all modules, which only aggregate and resize have"):
+        standard().run(rule=Budget("1MB"))
 
 
 @pytest.mark.parametrize("tau", [0.0, -0.1, 1.5, float("nan")])
