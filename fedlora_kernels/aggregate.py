@@ -66,6 +66,7 @@ def aggregate(
     overwrite: bool = False,
     per_client: bool = False,
     measure: bool = True,
+    compare: bool = False,
     **method_options: Any,
 ) -> Result:
     """Combine the LoRA adapters of several clients into one.
@@ -96,6 +97,8 @@ def aggregate(
         overwrite: replace an existing ``out`` that holds only files written here.
         per_client: also write ``out/clients/<name>/``, what each client receives, with scale 1.
         measure: report the distance of factor means from the weighted sum; it costs more than the means themselves.
+        compare: also report how the clients' updates compare with each other and with their sum: norms, cosines, cancellation, what
+            factor means would lose, and the whole spectrum of the sum; it costs about as much as the exact sum once more.
         **method_options: options of the method.
 
     Returns:
@@ -131,6 +134,7 @@ def aggregate(
         state=check_state(before, made, number),
         per_client=per_client,
         measure=measure,
+        compare=compare,
     )
     if backend != "auto":
         backends.get(backend)

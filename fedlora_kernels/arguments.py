@@ -161,8 +161,13 @@ def _aggregate_output(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="do not measure the distance of factor means from the weighted sum; faster",
     )
+    group.add_argument(
+        "--compare",
+        action="store_true",
+        help="report norms, cosines and cancellation of the clients and the spectra of their sum; part of every FILE.html",
+    )
     group.add_argument("--dtype", choices=DTYPES, help="default: float32, or float64 if a client is float64")
-    group.add_argument("--report", action="append", default=[], metavar="FILE.json", help="a copy of the report")
+    _report(group, "a copy of the report, as JSON or as a page for a browser")
     group.add_argument("--quiet", action="store_true", help="no table, no progress bar")
 
 
@@ -180,7 +185,11 @@ def _aggregate_machine(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT folder, or name=folder")
-    parser.add_argument("--report", action="append", default=[], metavar="FILE.json", help="everything shown, as JSON")
+    parser.add_argument("--weights", type=_numbers, metavar="W,W,...", help="one per adapter; default: equal")
+    parser.add_argument(
+        "--no-normalize", dest="normalize", action="store_false", help="take the weights as they are, negative too"
+    )
+    _report(parser, "everything that is known, as JSON or as a page for a browser")
     _reading(parser)
     parser.add_argument("--backend", default="auto", metavar="NAME", help="default: auto; see fedlora env")
     parser.add_argument("--quiet", action="store_true", help="no table, no progress bar")
@@ -226,6 +235,12 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="tiny problems: shows that all works, says nothing of speed"
     )
     _json(parser)
+
+
+def _report(group: argparse._ActionsContainer, text: str) -> None:
+    group.add_argument(
+        "--report", action="append", default=[], metavar="FILE", help=f"{text}: FILE.json or FILE.html; may be repeated"
+    )
 
 
 def _json(parser: argparse.ArgumentParser) -> None:

@@ -106,7 +106,14 @@ def _inspect(options: argparse.Namespace) -> int:
     check_backend(options.backend)
     paths = named_paths(options.adapters)
     with ProgressBar(quiet=options.quiet) as progress:
-        report = inspect_adapters(paths, read=read_options(options), backend=options.backend, progress=progress)
+        report = inspect_adapters(
+            paths,
+            weights=options.weights,
+            normalize=options.normalize,
+            read=read_options(options),
+            backend=options.backend,
+            progress=progress,
+        )
     for path in reports:
         write_json(path, report)
     if not options.quiet:

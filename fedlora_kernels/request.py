@@ -62,6 +62,7 @@ def aggregate_request(options: argparse.Namespace) -> Callable[[Callable[[str, i
         "overwrite": options.overwrite,
         "per_client": options.per_client,
         "measure": options.measure,
+        "compare": options.compare or any(path.lower().endswith(".html") for path in options.report),
         "seed": options.seed,
         "backend": options.backend,
         "device": None if options.device == "auto" else options.device,

@@ -6,11 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from make_adapters import SHAPES, dense, first, make_adapter, make_clients, poison
+from make_adapters import SHAPES, dense, factors, first, make_adapter, make_clients, poison
 
+import fedlora_kernels as fk
 from fedlora_kernels.cli import main
 from fedlora_kernels.errors import FormatError
-from fedlora_kernels.inspection import effective_rank, inspect_adapters
+from fedlora_kernels.inspection import inspect_adapters
+from fedlora_kernels.inspection.suspicion import outlier_scores
 
 
 def test_norms_cosines_and_spectra_are_those_of_the_dense_updates(tmp_path):
@@ -25,20 +27,48 @@ def test_norms_cosines_and_spectra_are_those_of_the_dense_updates(tmp_path):
             assert row["singular_values"] == pytest.approx(expected.tolist(), rel=1e-6)
             assert row["norm"] == pytest.approx(float(expected.norm()), rel=1e-6)
             shares = expected.square() / expected.square().sum()
+            assert row["stable_rank"] == pytest.approx(float(1 / shares[0]), rel=1e-6)
             assert row["effective_rank"] == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-6)
             kept = shares.cumsum(0)
             assert row["rank_90"] == int((kept < 0.90).sum()) + 1
             assert row["rank_99"] == int((kept < 0.99).sum()) + 1
     expected = np.array([[float(a @ b / (a.norm() * b.norm())) for b in flat] for a in flat])
-    assert np.allclose(report["cosines"], expected, atol=1e-7)
+    assert np.allclose(report["comparison"]["cosines"], expected, atol=1e-7)
     assert report["findings"] == []
+    for adapter, update in zip(report["adapters"], updates, strict=True):
+        every = torch.cat([torch.linalg.svdvals(update[name]) for name in SHAPES])
+        shares = every.square() / every.square().sum()
+        entropy = -(shares * shares.clamp_min(1e-40).log()).sum()
+        assert adapter["effective_rank"] == pytest.approx(float(entropy.exp()), rel=1e-6)
+        assert adapter["stable_rank"] == pytest.approx(float(1 / shares.max()), rel=1e-6)
+        assert adapter["weight"] == pytest.approx(1 / 3)
 
 
-def test_effective_rank():
-    assert effective_rank(torch.tensor([2.0, 2.0, 2.0])) == pytest.approx(3.0)
-    assert effective_rank(torch.tensor([5.0, 0.0])) == pytest.approx(1.0)
-    assert effective_rank(torch.zeros(4)) == 0.0
-    assert effective_rank(torch.empty(0)) == 0.0
+@pytest.mark.parametrize("missing", [False, True])
+def test_the_comparison_is_that_of_the_engine(tmp_path, missing):
+    paths = make_clients(tmp_path)
+    if missing:
+        paths.append(str(make_adapter(tmp_path / "x", seed=9, shapes=dict(list(SHAPES.items())[1:]))))
+    weights = [1.0, 2.0, 5.0, 0.5][: len(paths)]
+    found = inspect_adapters(paths, weights=weights)["comparison"]
+    wanted = fk.aggregate(paths, weights=weights, compare=True, read=fk.ReadOptions(missing="zero")).report[
+        "comparison"
+    ]
+    require_equal(found, wanted)
+
+
+def require_equal(found, wanted):
+    """The same values, nested in the same way, but for rounding."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            require_equal(found[key], wanted[key])
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            require_equal(one, other)
+    else:
+        assert found == (pytest.approx(wanted, rel=1e-9, abs=1e-12) if isinstance(wanted, float) else wanted)
 
 
 def halve(tensors):
@@ -51,6 +81,11 @@ def fresh(tensors):
     for key in tensors:
         if ".lora_B." in key:
             tensors[key] = torch.zeros_like(tensors[key])
+
+
+def tilt(tensors):
+    for key in tensors:
+        tensors[key] *= 1e-3 if ".lora_A." in key else 1e3
 
 
 def one_zero(tensors):
@@ -69,6 +104,8 @@ def one_zero(tensors):
         ({"seed": 0, "change": halve}, ["'c0' and 'x' are near duplicates"]),
         ({"shapes": {**SHAPES, "model.layers.0.self_attn.q_proj": (37, 29)}}, ["'model.layers.0.self_attn.q_proj'", "shapes differ"]),
         ({"shapes": dict(list(SHAPES.items())[1:])}, ["'x' lacks module 'model.layers.0.self_attn.q_proj'"]),
+        ({"seed": 2, "rank": 5}, ["'c2' and 'x' hold the same tensors, bit for bit"]),
+        ({"change": tilt}, ["'x': factors far from balanced, |B| is", "e+06 times |A|, in module", "and 3 more"]),
     ],
 )  # fmt: skip
 def test_what_looks_wrong_is_said(tmp_path, options, said):
@@ -100,13 +137,13 @@ def test_an_adapter_broken_everywhere_is_one_finding_and_ends_nothing(tmp_path, 
     report = inspect_adapters([*paths, str(broken)])
     assert report["findings"] == [f"'x', module '{min(SHAPES)}'{said}"]
     assert report["adapters"][3]["norm"] is None
-    assert report["cosines"][3][:3] == [0.0, 0.0, 0.0]
+    assert report["comparison"]["cosines"][3][:3] == [0.0, 0.0, 0.0]
 
 
 def test_a_gauge_of_every_client_changes_nothing(tmp_path):
     plain = inspect_adapters(make_clients(tmp_path / "plain"))
     turned = inspect_adapters(make_clients(tmp_path / "turned", change=halve))
-    assert np.allclose(plain["cosines"], turned["cosines"], atol=1e-12)
+    assert np.allclose(plain["comparison"]["cosines"], turned["comparison"]["cosines"], atol=1e-12)
     assert [a["norm"] for a in plain["adapters"]] == pytest.approx([a["norm"] for a in turned["adapters"]], rel=1e-12)
 
 
@@ -160,7 +197,7 @@ def test_an_update_beyond_float64_is_said_and_stops_nothing(tmp_path):
     report = inspect_adapters(paths)
     assert any("'x', module 'model.layers.0.self_attn.q_proj'" in finding for finding in report["findings"])
     assert [adapter["norm"] is None for adapter in report["adapters"]] == [False, False, False, True]
-    assert all(math.isfinite(value) for row in report["cosines"] for value in row)
+    assert all(math.isfinite(value) for row in report["comparison"]["cosines"] for value in row)
 
 
 def test_texts_of_a_stranger_reach_the_terminal_harmless(tmp_path, capsys):
@@ -181,3 +218,68 @@ def test_a_missing_folder_is_one_line(tmp_path, capsys):
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("fedlora: error: ")
     assert "absent" in captured.err
+
+
+def agreeing(seed, noise=0.3, sign=1.0):
+    """A change to one common adapter and a little noise, as of clients that train on data of one kind."""
+    common = factors(SHAPES, 4, 1000)
+
+    def change(tensors):
+        own = factors(SHAPES, 4, seed)
+        for key in tensors:
+            tensors[key].copy_(common[key] * (sign if ".lora_B." in key else 1.0) + noise * own[key])
+
+    return change
+
+
+def test_who_points_elsewhere_while_the_others_agree_is_named(tmp_path):
+    paths = [str(make_adapter(tmp_path / f"c{k}", change=agreeing(k))) for k in range(4)]
+    assert inspect_adapters(paths)["findings"] == []
+    paths.append(str(make_adapter(tmp_path / "x", seed=99)))
+    (finding,) = inspect_adapters(paths)["findings"]
+    assert finding.startswith("'x': its cosine with the sum of the others is ")
+    # strangers to each other are no outliers: nobody agrees with the rest
+    strangers = [str(make_adapter(tmp_path / f"s{k}", seed=k)) for k in range(5)]
+    assert inspect_adapters(strangers)["findings"] == []
+
+
+def test_updates_that_cancel_are_said_to(tmp_path):
+    paths = [str(make_adapter(tmp_path / f"c{k}", change=agreeing(k, sign=(-1.0) ** k))) for k in range(2)]
+    report = inspect_adapters(paths)
+    assert [finding.split(":")[0] for finding in report["findings"]] == ["the updates cancel"]
+    # weights of opposite signs make them add up
+    assert inspect_adapters(paths, weights=[1.0, -1.0], normalize=False)["findings"] == []
+
+
+def test_scores_of_norms_are_modified_z_scores():
+    norms = [1.0, 1.1, 0.9, 1.05, 7.0, 0.0, None]
+    logs = sorted(math.log(norm) for norm in norms[:5])
+    spread = 1.4826 * sorted(abs(value - logs[2]) for value in logs)[2]
+    expected = [(math.log(norm) - logs[2]) / spread for norm in norms[:5]]
+    scores = outlier_scores(norms)
+    assert scores[:5] == pytest.approx(expected)
+    assert scores[5:] == [None, None]
+    assert scores[4] > 3.5
+    assert outlier_scores([1.0, 1.0, 1.0, 9.0]) == [None] * 4
+    assert outlier_scores([1.0, 2.0]) == [None, None]
+
+
+def test_one_loud_adapter_among_equal_ones_is_named(tmp_path):
+    """Where the others do not differ at all there is no score, and still a finding."""
+    paths = [str(make_adapter(tmp_path / f"c{k}", seed=1, alpha=8)) for k in range(3)]
+    paths.append(str(make_adapter(tmp_path / "x", seed=1, alpha=800)))
+    assert any(finding.startswith("'x': its norm is 100 times") for finding in inspect_adapters(paths)["findings"])
+
+
+def test_weights_of_the_command_reach_the_sum(tmp_path):
+    paths = make_clients(tmp_path)
+    report = tmp_path / "r.json"
+    command = ["inspect", *paths, "--weights", "-1,1,2.5", "--no-normalize", "--quiet", "--report", str(report)]
+    assert main(command) == 0
+    content = json.loads(report.read_text())
+    assert [adapter["weight"] for adapter in content["adapters"]] == [-1.0, 1.0, 2.5]
+    assert content["normalize"] is False
+    updates = [dense(path) for path in paths]
+    total = sum(float((-updates[0][name] + updates[1][name] + 2.5 * updates[2][name]).norm()) ** 2 for name in SHAPES)
+    assert content["comparison"]["norm"] == pytest.approx(math.sqrt(total), rel=1e-6)
+    assert main(["inspect", *paths, "--weights", "1,2"]) == 2

@@ -1,16 +1,18 @@
 """Rendering: names made harmless, tables complete in a pipe and short for large models, JSON strict and atomic."""
 
+import io
 import json
 import os
 
 import pytest
 import torch
 from make_adapters import make_adapter
+from rich.console import Console, Group
 
 from fedlora_kernels.cli import main
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.reporting.json import check_target, plain, write_json
-from fedlora_kernels.reporting.tables import MODULE_ROWS, aggregate_tables, number, size
+from fedlora_kernels.reporting.tables import MODULE_ROWS, aggregate_tables, comparison_tables, number, size, table
 from fedlora_kernels.reporting.terminal import ProgressBar, one_line, show
 
 EVIL = "c\x1b[31m\x07\u202e\u2028\x9b2J[bold]:smile:\ud800"
@@ -112,6 +114,66 @@ def test_a_method_without_kernels_needs_no_backend(capsys):
     show(aggregate_tables(content, "out"))
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("backend"))
     assert line.split(maxsplit=1)[1] == "none needed"
+
+
+def lines_at(renderable, width):
+    """What a terminal of so many columns shows; every line fits, or rich has cut it."""
+    shown = io.StringIO()
+    Console(file=shown, width=width, color_system=None).print(renderable)
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in shown.getvalue()
+    return lines
+
+
+@pytest.mark.parametrize("count", [3, 300])
+def test_tables_at_80_columns_fold_no_number_and_few_names(count):
+    content = report(count)
+    content["modules"][1]["name"] = "base.decoder.block.17.layer_norm_free_attention.query_projection.linear"
+    content["comparison"] = comparison(["berlin", "oslo", "a_client_of_a_rather_long_name"])
+    content["clients"][0] |= {
+        "name": "a_client_of_a_rather_long_name",
+        "reason": "lora_B[1, 2] is nan; finite numbers needed",
+    }
+    lines = lines_at(aggregate_tables(content, "out"), 80)
+    (row,) = (line for line in lines if line.startswith(("model.layers.2.", "model.layers.*.")))
+    assert "37 x 23" in row
+    for part in ("0.02 ", "  6 ") if count == 3 else ("299", "2.99"):
+        assert part in row
+    # 224 modules and more are a few types of layers
+    assert len(lines) < 60
+
+
+def test_columns_that_do_not_fit_go_from_the_last_on_and_come_back():
+    shown = table("t", "name", "?>first", "?>second", ">last")
+    shown.add_row("x" * 20, "1" * 10, "2" * 10, "3" * 10)
+    heads = {width: lines_at(shown, width)[2].split() for width in (60, 45, 35, 28)}
+    assert heads == {
+        60: ["name", "first", "second", "last"],
+        45: ["name", "first", "last"],
+        35: ["name", "last"],
+        28: ["name", "last"],
+    }
+    assert lines_at(shown, 60)[2].split() == heads[60]
+    assert sum("x" in line for line in lines_at(shown, 28)) == 2
+
+
+def comparison(names):
+    count = len(names)
+    each = {key: [0.5] * count for key in ("norms", "with_sum", "with_rest", "without")}
+    return {"clients": names, "norm": 1.0, "cancellation": 0.5, "orthogonal": 0.3, "drift": 0.1,
+            "cosines": [[0.25] * count for _ in names], **each}  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "title"), [(8, "Cosines between updates"), (9, "least and most alike")])
+def test_cosines_of_many_clients_are_their_extremes(count, title):
+    lines = lines_at(Group(*comparison_tables(comparison([f"client_{k}" for k in range(count)]))), 80)
+    assert any(title in line for line in lines)
+    assert sum(line.lstrip("0123456789 ").startswith("client_") for line in lines) == 2 * count
+
+
+def test_a_single_client_is_compared_with_nobody():
+    assert comparison_tables(comparison(["alone"])) == []
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,8 @@ def _combine_block(walk: Walk, block: Block, plan: Any) -> tuple[list[ModuleOutp
     outcome = method.combine(group, plan, previous)
     _raise_for_info(walk, block, group, plan, previous, outcome)
     _check_given(method, outcome)
+    if walk.comparison is not None:
+        walk.comparison.add_group(group)
     made = [_module(name, i, outcome) for i, name in enumerate(group.modules)]
     trained = [walk.cohort.ranks[walk.cohort.index[name]] for name in group.modules]
     return made, module_rows(group.modules, group.kind, group.m, group.n, trained, outcome)

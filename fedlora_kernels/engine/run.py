@@ -285,6 +285,7 @@ class Run:
             "dtype": str(walk.dtype).removeprefix("torch."),
             "clients": self._client_rows(),
             "modules": rows,
+            "comparison": None if walk.comparison is None else walk.comparison.report(walk.cohort.modules),
             "extras": extras,
             "totals": summary,
             "warnings": list(dict.fromkeys(self.warnings)),

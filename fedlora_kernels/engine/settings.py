@@ -62,6 +62,7 @@ class Settings:
     client_state: Mapping[str, Any] | None = None
     per_client: bool = False
     measure: bool = True
+    compare: bool = False
 
     @property
     def rule(self) -> RankRule | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedlora_kernels.engine.carry import Carry
 from fedlora_kernels.engine.cohort import Cohort
+from fedlora_kernels.engine.comparison import Comparison
 from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.engine.slabs import Block, Plan, Prefetch, load_block, plan_slabs
 from fedlora_kernels.memory import Pool
@@ -33,6 +34,7 @@ class Walk:
         self.dtype = settings.dtype or cohort.widest
         self.seconds = dict.fromkeys(("read", "compute", "write", "total"), 0.0)
         self.carry = Carry(settings.memory // 4)
+        self.comparison = Comparison([client.name for client in cohort.clients]) if settings.compare else None
         self._cached: list[list[Block]] | None = None
         self._pool = Pool()
         state = settings.state

@@ -1,1 +1,3 @@
-"""Reports on a run: terminal table and JSON."""
+"""Reports on a run: terminal tables, JSON with a published schema, and a page for a browser."""
+
+from fedlora_kernels.reporting.schemas import schema as schema

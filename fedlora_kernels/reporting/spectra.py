@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from fedlora_kernels.reporting.tables import MODULE_ROWS, layer_type, number, size, span, table
+from fedlora_kernels.reporting.tables import MODULE_ROWS, comparison_tables, layer_type, number, size, span, table
 from fedlora_kernels.reporting.terminal import text
 
 __all__ = ["inspect_tables"]
 
-COSINE_COLUMNS = 12
-"""More adapters than this make a matrix that no terminal holds; then only the extremes are shown."""
+SPECTRA = 8
+"""More adapters than this have their spectra in the report alone."""
 
 FINDINGS = 30
 """Lines about what looks wrong before the rest is left to the JSON report."""
@@ -25,9 +25,13 @@ def inspect_tables(report: Mapping[str, Any]) -> RenderableType:
     """Return the tables of an inspection: adapters, spectra, cosines, findings."""
     adapters: Sequence[Mapping[str, Any]] = report["adapters"]
     parts: list[RenderableType] = [_adapters(adapters)]
-    parts += [_spectra(adapter) for adapter in adapters]
-    if len(adapters) > 1:
-        parts.append(_cosines([adapter["name"] for adapter in adapters], report["cosines"]))
+    parts += [_spectra(adapter) for adapter in adapters[:SPECTRA]]
+    if len(adapters) > SPECTRA:
+        parts += [
+            text(""),
+            text(f"Spectra of {len(adapters) - SPECTRA} more: --report FILE.html or FILE.json holds all"),
+        ]
+    parts += comparison_tables(report["comparison"])
     parts += _findings(report["findings"])
     return Group(*parts)
 
@@ -42,13 +46,27 @@ def _findings(findings: Sequence[str]) -> list[RenderableType]:
 
 
 def _adapters(adapters: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ("adapter", ">modules", ">rank", ">scale", "dtype", ">|D|_F", ">size", "base model", "extras")
+    columns = (
+        "adapter",
+        ">modules",
+        ">rank",
+        "?>effective",
+        "?>stable",
+        "?>scale",
+        "?dtype",
+        ">|D|_F",
+        "?>size",
+        "?base model",
+        "?extras",
+    )
     rows = table("Adapters", *columns)
     for adapter in adapters:
         rows.add_row(
             text(adapter["name"]),
             text(len(adapter["modules"])),
             text(span(adapter["rank_min"], adapter["rank_max"])),
+            text(number(adapter["effective_rank"])),
+            text(number(adapter["stable_rank"])),
             text(_span(adapter["scales"])),
             text(", ".join(adapter["dtypes"])),
             text(number(adapter["norm"])),
@@ -65,7 +83,18 @@ def _span(values: Sequence[float]) -> str:
 
 def _spectra(adapter: Mapping[str, Any]) -> Table:
     modules: Sequence[Mapping[str, Any]] = adapter["modules"]
-    columns = ("module", ">m x n", ">rank", ">scale", ">s_1", ">effective", ">rank 90 %", ">rank 99 %", ">|D|_F")
+    columns = (
+        "module",
+        "?>m x n",
+        ">rank",
+        "?>scale",
+        "?>s_1",
+        ">effective",
+        "?>stable",
+        "?>rank 90 %",
+        ">99 %",
+        "?>|D|_F",
+    )
     rows = table(f"Spectra of {adapter['name']}", *columns)
     if len(modules) <= MODULE_ROWS:
         for module in modules:
@@ -76,7 +105,7 @@ def _spectra(adapter: Mapping[str, Any]) -> Table:
         layers.setdefault((layer_type(module["name"]), f"{module['m']} x {module['n']}"), []).append(module)
     for (layer, shape), members in layers.items():
         cells = [f"{layer} ({len(members)}, medians)", shape]
-        for key in ("rank", "scale", "s_1", "effective_rank", "rank_90", "rank_99", "norm"):
+        for key in ("rank", "scale", "s_1", "effective_rank", "stable_rank", "rank_90", "rank_99", "norm"):
             values = [value for value in (_value(member, key) for member in members) if value is not None]
             cells.append(number(statistics.median(values)) if values else "-")
         rows.add_row(*(text(cell) for cell in cells))
@@ -85,13 +114,14 @@ def _spectra(adapter: Mapping[str, Any]) -> Table:
 
 def _module_cells(module: Mapping[str, Any]) -> list[object]:
     cells: list[object] = [module["name"], f"{module['m']} x {module['n']}", module["rank"]]
-    if "singular_values" not in module:
-        return [*cells, number(module["scale"]), "not finite", "", "", "", ""]
+    if module["problem"] is not None:
+        return [*cells, number(module["scale"]), *["-"] * 6]
     return [
         *cells,
         number(module["scale"]),
         number(_value(module, "s_1")),
         number(module["effective_rank"]),
+        number(module["stable_rank"]),
         module["rank_90"],
         module["rank_99"],
         number(module["norm"]),
@@ -103,21 +133,3 @@ def _value(module: Mapping[str, Any], key: str) -> float | None:
         return module.get(key)
     values = module.get("singular_values")
     return values[0] if values else None
-
-
-def _cosines(names: Sequence[str], cosines: Sequence[Sequence[float]]) -> Table:
-    if len(names) > COSINE_COLUMNS:
-        return _extreme_cosines(names, cosines)
-    rows = table("Cosines between updates", "", *(f">{index + 1}" for index in range(len(names))))
-    for index, name in enumerate(names):
-        rows.add_row(text(f"{index + 1} {name}"), *(text(f"{value:.3f}") for value in cosines[index]))
-    return rows
-
-
-def _extreme_cosines(names: Sequence[str], cosines: Sequence[Sequence[float]]) -> Table:
-    rows = table("Cosines between updates: each adapter's least and most alike", "adapter", ">least", "", ">most", "")
-    for index, name in enumerate(names):
-        others = [(value, names[other]) for other, value in enumerate(cosines[index]) if other != index]
-        (low, far), (high, near) = min(others), max(others)
-        rows.add_row(text(name), text(f"{low:.3f}"), text(far), text(f"{high:.3f}"), text(near))
-    return rows

@@ -9,23 +9,55 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedlora_kernels.reporting.terminal import text
 
-__all__ = ["aggregate_tables", "layer_type", "number", "size", "span", "table"]
+__all__ = ["aggregate_tables", "comparison_tables", "layer_type", "number", "size", "span", "table"]
 
 MODULE_ROWS = 40
 """More modules than this are shown by layer type."""
 
+WORD = 32
+"""Longer words are folded before columns are left out."""
+GAP = 2
+"""Columns of a terminal between two columns of a table."""
+
 _LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
-def table(title: str, *columns: str) -> Table:
-    """Return an empty table; a column whose name starts with ``>`` is right-aligned."""
-    made = Table(
+class FittedTable(Table):
+    """A table that leaves out its optional columns, the last first, where a terminal is too narrow for all of them."""
+
+    optional: set[int]
+    """Positions of the columns that may go."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        every, left = self.columns, dict(enumerate(self.columns))
+        for index in sorted(self.optional, reverse=True):
+            if sum(map(_least_width, left.values())) + GAP * (len(left) - 1) > options.max_width:
+                del left[index]
+        self.columns = list(left.values())
+        try:
+            yield from super().__rich_console__(console, options)
+        finally:
+            self.columns = every
+
+
+def _least_width(column: Column) -> int:
+    """Of the longest word, up to `WORD`, or of the longest cell of a column that is never folded."""
+    cells = [cell.plain if isinstance(cell, Text) else str(cell) for cell in (column.header, *column.cells)]
+    if column.no_wrap:
+        return max(map(cell_len, cells))
+    return min(WORD, max((cell_len(word) for cell in cells for word in cell.split()), default=0))
+
+
+def table(title: str, *columns: str) -> FittedTable:
+    """Return an empty table; a column is right-aligned and never folded if it starts with ``>``, optional if with ``?``."""
+    made = FittedTable(
         title=Text("\n").append_text(text(title, "bold")),
         title_justify="left",
         title_style="",
@@ -34,9 +66,10 @@ def table(title: str, *columns: str) -> Table:
         show_edge=False,
         pad_edge=False,
     )
+    made.optional = {index for index, column in enumerate(columns) if column.startswith("?")}
     for column in columns:
-        right = column.startswith(">")
-        made.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+        right = column.lstrip("?").startswith(">")
+        made.add_column(column.lstrip("?>"), justify="right" if right else "left", overflow="fold", no_wrap=right)
     return made
 
 
@@ -72,7 +105,10 @@ def aggregate_tables(report: Mapping[str, Any], out: str) -> RenderableType:
     """Return the tables of an aggregation report (schema 1): totals, modules, clients."""
     modules: Sequence[Mapping[str, Any]] = report["modules"]
     rows = _by_layer(modules) if len(modules) > MODULE_ROWS else _by_module(modules)
-    return Group(_totals(report, out), rows, _clients(report["clients"], _decided(report)))
+    parts: list[RenderableType] = [_totals(report, out), rows, _clients(report["clients"], _decided(report))]
+    if report.get("comparison") is not None:
+        parts += comparison_tables(report["comparison"])
+    return Group(*parts)
 
 
 def _totals(report: Mapping[str, Any], out: str) -> Table:
@@ -107,7 +143,7 @@ def _error(totals: Mapping[str, Any]) -> str:
 
 
 def _by_module(modules: Sequence[Mapping[str, Any]]) -> Table:
-    rows = table("Modules", "module", ">m x n", ">rank in", ">rank", ">|D|_F", ">error", ">at most", "notes")
+    rows = table("Modules", "module", "?>m x n", "?>rank in", ">rank", "?>|D|_F", ">error", "?>at most", "notes")
     for module in modules:
         rows.add_row(
             text(module["name"]),
@@ -126,7 +162,17 @@ def _by_layer(modules: Sequence[Mapping[str, Any]]) -> Table:
     layers: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for module in modules:
         layers.setdefault((layer_type(module["name"]), f"{module['m']} x {module['n']}"), []).append(module)
-    columns = ("modules", ">count", ">m x n", ">rank min", ">median", ">max", ">worst error", ">at most", "worst in")
+    columns = (
+        "modules",
+        ">count",
+        "?>m x n",
+        "?>rank min",
+        ">median",
+        "?>max",
+        ">worst error",
+        "?>at most",
+        "?worst in",
+    )
     rows = table("Modules by layer type", *columns)
     for (layer, shape), members in layers.items():
         ranks = [member["rank"] for member in members]
@@ -147,7 +193,7 @@ def _by_layer(modules: Sequence[Mapping[str, Any]]) -> Table:
 
 def _clients(clients: Iterable[Mapping[str, Any]], decided: Mapping[str, Mapping[str, Any]]) -> Table:
     names = [f">{name}" for name in decided]
-    rows = table("Clients", "client", ">weight", "status", ">rank", ">norm", ">size", *names, "reason")
+    rows = table("Clients", "client", ">weight", "status", "?>rank", "?>norm", "?>size", *names, "reason")
     for client in clients:
         status = client["status"]
         rows.add_row(
@@ -160,6 +206,49 @@ def _clients(clients: Iterable[Mapping[str, Any]], decided: Mapping[str, Mapping
             *(text(_plain(values.get(client["name"]))) for values in decided.values()),
             text(_reason(client)),
         )
+    return rows
+
+
+COSINE_COLUMNS = 8
+"""More clients than this make a matrix that no terminal holds; then only the extremes are shown."""
+
+
+def comparison_tables(comparison: Mapping[str, Any]) -> list[RenderableType]:
+    """Return the tables of clients beside each other and their weighted sum; none for a single client."""
+    names = comparison["clients"]
+    if len(names) < 2:
+        return []
+    shown = table("Clients and their weighted sum", "client", ">|D|_F", ">cosine: sum", ">others", "?>|sum| without it")
+    columns = (comparison[key] for key in ("norms", "with_sum", "with_rest", "without"))
+    for name, norm, with_sum, with_rest, without in zip(names, *columns, strict=True):
+        cosines = (number(cosine) for cosine in (with_sum, with_rest))
+        shown.add_row(*(text(cell) for cell in (name, number(norm), *cosines, number(without))))
+    told = (
+        f"sum: |D|_F {number(comparison['norm'])}; cancellation {number(comparison['cancellation'])} (1: all agree; "
+        f"{number(comparison['orthogonal'])}: orthogonal; 0: nothing left); means of factors miss "
+        f"{number(comparison['drift'])} of it"
+    )
+    matrix = [] if comparison["cosines"] is None else [_cosines(names, comparison["cosines"])]
+    return [shown, text(told), *matrix]
+
+
+def _cosines(names: Sequence[str], cosines: Sequence[Sequence[float | None]]) -> Table:
+    if len(names) > COSINE_COLUMNS:
+        return _extreme_cosines(names, cosines)
+    rows = table("Cosines between updates", "", *(f">{index + 1}" for index in range(len(names))))
+    for index, name in enumerate(names):
+        cells = ("-" if value is None else f"{value:.3f}" for value in cosines[index])
+        rows.add_row(text(f"{index + 1} {name}"), *(text(cell) for cell in cells))
+    return rows
+
+
+def _extreme_cosines(names: Sequence[str], cosines: Sequence[Sequence[float | None]]) -> Table:
+    rows = table("Cosines between updates: each client's least and most alike", "client", ">least", "", ">most", "")
+    for index, name in enumerate(names):
+        row = enumerate(cosines[index])
+        others = [(value, names[other]) for other, value in row if other != index and value is not None]
+        (low, far), (high, near) = min(others, default=(0.0, "-")), max(others, default=(0.0, "-"))
+        rows.add_row(text(name), text(f"{low:.3f}"), text(far), text(f"{high:.3f}"), text(near))
     return rows
 
 
