@@ -203,6 +203,20 @@ def _reading(group: argparse._ActionsContainer) -> None:
         help="whose rank holds where they differ; config refuses it, tensor warns; default: config",
     )
     group.add_argument("--adapter-name", metavar="NAME", help="which adapter of a file that holds several")
+    group.add_argument("--adalora", choices=("fold",), help="read AdaLoRA, its singular values folded into B")
+    group.add_argument("--drop-state", action="store_true", help="leave out what VeLoRA keeps beside its factors")
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--init", choices=("keep",), help="of PiSSA, OLoRA, ...: stay on their residual base, at the clients' rank"
+    )
+    choice.add_argument(
+        "--init-factors",
+        metavar="DIR",
+        help="of PiSSA, OLoRA, ...: subtract this adapter, which the clients started from",
+    )
+    group.add_argument(
+        "--limit", action="append", default=[], metavar="CAP=N", help="raise a size cap, such as stacked_rank=32768"
+    )
 
 
 def _validate(parser: argparse.ArgumentParser) -> None:

@@ -29,13 +29,16 @@ _INPUT_ERRNO = frozenset(
 )
 """System errors that name a wrong path. Every other one (disc full, I/O error) is a failure of the run."""
 
-_OPTION = re.compile(r"\b(missing|extras|rank_from|output|backend|policy|dtype|device)='(\w+)'")
+_OPTION = re.compile(r"\b(missing|extras|rank_from|output|backend|policy|dtype|device|adalora|init)='(\w+)'")
+_LIMIT = re.compile(r"ReadOptions\(limits=Limits\((\w+=[0-9]+)\)\)")
 _SWITCHES = {
     "normalize=False": "--no-normalize",
     "overwrite=True": "--overwrite",
     "per_client=True": "--per-client",
     "drop_zero=False": "no --drop-zero",
     "adapter_name=": "--adapter-name ",
+    "init_factors=": "--init-factors",
+    "drop_state=True": "--drop-state",
     "previous=": "--previous",
     "round=0": "--round 0",
     "round=": "--round",
@@ -194,6 +197,7 @@ def _describe(error: Exception) -> str:
 def _flags(message: str) -> str:
     """Name options as they are written here: ``missing='zero'`` becomes ``--missing zero``."""
     message = _OPTION.sub(lambda found: f"--{found[1].replace('_', '-')} {found[2]}", message)
+    message = _LIMIT.sub(lambda found: f"--limit {found[1]}", message)
     for option, flag in _SWITCHES.items():
         message = message.replace(option, flag)
     return message

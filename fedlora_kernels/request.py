@@ -17,7 +17,7 @@ import torch
 from fedlora_kernels import backends
 from fedlora_kernels.adapters.folder import check_out
 from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
-from fedlora_kernels.adapters.policy import Policy
+from fedlora_kernels.adapters.policy import Limits, Policy
 from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.arguments import RULE_FLAGS
 from fedlora_kernels.engine.settings import check_delivery, method_of
@@ -102,7 +102,24 @@ def named_paths(arguments: Sequence[str]) -> list[str] | dict[str, str]:
 
 def read_options(options: argparse.Namespace, **more: Any) -> ReadOptions:
     """Return the reading options of a command."""
-    return ReadOptions(adapter_name=options.adapter_name, rank_from=options.rank_from, **more)
+    names = ("adapter_name", "rank_from", "adalora", "drop_state", "init", "init_factors")
+    given = {name: getattr(options, name) for name in names}
+    return ReadOptions(**given, limits=_limits(options.limit), **more)
+
+
+def _limits(settings: Sequence[str]) -> Limits:
+    """The caps, with those that ``cap=number`` texts raise."""
+    known = {field.name: field.default for field in dataclasses.fields(Limits)}
+    given: dict[str, int] = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        name = name.replace("-", "_")
+        if name not in known or not (text.isascii() and text.isdigit()):
+            listing = ", ".join(f"{cap} ({default})" for cap, default in known.items())
+            raise InputError(f"--limit {setting}: CAP=N needed; the caps are {listing}")
+        given[name] = int(text[:19])
+    limits: Limits = _named("--limit", lambda: Limits(**given))
+    return limits
 
 
 def _options(cls: type[Method], options: argparse.Namespace) -> tuple[dict[str, Any], Method | None]:

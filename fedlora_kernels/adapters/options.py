@@ -25,7 +25,12 @@ class ReadOptions:
             them with a warning, "owners" averages over those who have one, "first" takes the first client's.
         missing: modules that some clients lack: "error", "renormalize" (mean over owners) or "zero".
         limits: size caps.
-        adalora, drop_state, init, init_factors: not in this version; InputError when set.
+        adalora: "fold" reads AdaLoRA with its singular values folded into B; None refuses it.
+        drop_state: leave out what VeLoRA keeps beside its factors.
+        init: "keep" takes adapters whose initialisation changed the base weights (PiSSA, OLoRA, ...) as they are: the result is
+            for that residual base, keeps the flag and the rank, and needs weights that sum to 1.
+        init_factors: the adapter that those clients started from, as anything that can be opened or as (A0, B0, s0) by module:
+            what is combined is ``s B A - s0 B0 A0``, and the result is for the original base.
     """
 
     config: Mapping[str, Any] | None = None
@@ -43,9 +48,12 @@ class ReadOptions:
         _one_of("rank_from", self.rank_from, ("config", "tensor"))
         _one_of("extras", self.extras, ("strict", "ignore", "owners", "first"))
         _one_of("missing", self.missing, ("error", "renormalize", "zero"))
-        for name in ("adalora", "drop_state", "init", "init_factors"):
-            if getattr(self, name) not in (None, False):
-                raise InputError(f"ReadOptions({name}=...) is not in this version; leave it out")
+        _one_of("adalora", self.adalora, (None, "fold"))
+        _one_of("init", self.init, (None, "keep"))
+        if not isinstance(self.drop_state, bool):
+            raise InputError(f"ReadOptions: drop_state is {printable(self.drop_state)!r}; True or False needed")
+        if self.init is not None and self.init_factors is not None:
+            raise InputError("ReadOptions: init and init_factors exclude each other; give one of them")
         if self.config is not None and not isinstance(self.config, Mapping) and not hasattr(self.config, "to_dict"):
             raise InputError(f"ReadOptions: config is of type {type(self.config).__name__}; a mapping needed")
         if self.adapter_name is not None and (not isinstance(self.adapter_name, str) or not self.adapter_name):
@@ -105,10 +113,10 @@ class WriteOptions:
             )
 
 
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"ReadOptions: {name} is {printable(value)!r}; one of {', '.join(known)} needed")
+def _one_of(name: str, value: Any, known: tuple[str | None, ...]) -> None:
+    if not any(value is None if allowed is None else value == allowed for allowed in known):
+        raise InputError(f"ReadOptions: {name} is {printable(value)!r}; one of {', '.join(map(str, known))} needed")
 
 
-WRITTEN_HERE = ReadOptions(limits=Limits(modules_per_client=1 << 62))
+WRITTEN_HERE = ReadOptions(init="keep", limits=Limits(modules_per_client=1 << 62))
 """For what this package wrote: the union of many clients' modules may exceed the cap on one client's."""

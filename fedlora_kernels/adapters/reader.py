@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,16 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora_kernels.adapters.kohya import DIFFUSERS, carries_scales, kohya_config, read_kohya
+from fedlora_kernels.adapters.assembly import assemble
+from fedlora_kernels.adapters.inits import kept_init, since_start
+from fedlora_kernels.adapters.keys import PREFIX
+from fedlora_kernels.adapters.kohya import DIFFUSERS, carries_scales
 from fedlora_kernels.adapters.model import Adapter, TensorSource, TensorSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions
-from fedlora_kernels.adapters.peft import Layout, read_layout
 from fedlora_kernels.adapters.safetensors import SafetensorsFile, open_file, read_json
 from fedlora_kernels.adapters.shards import INDEX_NAME, ShardedFile
 from fedlora_kernels.errors import FedLoRAError, FormatError, InputError
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StateDict", "open_adapter"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StateDict", "open_adapter", "open_initial"]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -106,37 +109,38 @@ def open_adapter(source: Any, options: ReadOptions | None = None, *, name: str |
             tensors, config = _open_memory(source, options)
     who = f"client {printable(name)!r}" if name is not None else f"adapter {printable(label)!r}"
     try:
-        layout = _layout(tensors, config, metadata, who, options)
+        adapter = assemble(label, tensors, config, metadata, who, options)
+        initial = open_initial(options.init_factors, options) if kept_init(adapter.config) is not None else None
+        return adapter if initial is None else since_start(adapter, initial, who)
     except BaseException:
         tensors.close()
         raise
-    config = kohya_config(metadata) if config is None else config
-    return Adapter(label, layout.modules, layout.extras, config, tensors, metadata, layout.warnings, layout.notes)
 
 
-def _layout(
-    tensors: TensorSource, config: Mapping[str, Any] | None, metadata: Mapping[str, str], who: str, options: ReadOptions
-) -> Layout:
-    """What the headers say; without a configuration the tensors carry their scales."""
-    if config is None:
-        return read_kohya(
-            tensors,
-            metadata,
-            who,
-            adapter_name=options.adapter_name,
-            rank_from=options.rank_from,
-            extras=options.extras,
-            limits=options.limits,
-        )
-    return read_layout(
-        tensors.tensors,
-        config,
-        who,
-        adapter_name=options.adapter_name,
-        rank_from=options.rank_from,
-        extras=options.extras,
-        limits=options.limits,
-    )
+def open_initial(factors: Any, options: ReadOptions) -> Adapter | None:
+    """Open what ``init_factors`` stands for: an adapter's source, or (A0, B0, s0) by module; None stays None."""
+    if factors is None or isinstance(factors, Adapter):
+        return factors
+    options = dataclasses.replace(options, init="keep", init_factors=None)
+    if not isinstance(factors, Mapping):
+        return open_adapter(factors, options, name="init_factors")
+    triples = {str(name).removeprefix(PREFIX): _triple(name, triple) for name, triple in factors.items()}
+    state: dict[str, Any] = {}
+    for name, (A, B, _) in triples.items():
+        state |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+    options = dataclasses.replace(options, rank_from="tensor")
+    adapter = open_adapter((state, {"peft_type": "LORA"}), options, name="init_factors")
+    modules = {name: dataclasses.replace(spec, scale=triples[name][2]) for name, spec in adapter.modules.items()}
+    return dataclasses.replace(adapter, modules=modules)
+
+
+def _triple(name: Any, value: Any) -> tuple[Any, Any, float]:
+    """(A0, B0, s0) of a module."""
+    if isinstance(value, tuple | list) and len(value) == 3:
+        A, B, scale = value
+        if isinstance(scale, int | float) and math.isfinite(scale):
+            return A, B, float(scale)
+    raise InputError(f"init_factors, module {printable(name)!r}: (A0, B0, s0) needed, two tensors and a finite number")
 
 
 @contextmanager

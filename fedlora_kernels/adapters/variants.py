@@ -8,17 +8,32 @@ from typing import Any
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.errors import FormatError, UnsupportedVariantError
 
-__all__ = ["GROUPS", "LATER", "check_variant", "refuse_key", "refuse_variant"]
+__all__ = ["GROUPS", "LATER", "STATE", "changes_base", "check_variant", "refuse_key", "refuse_variant"]
 
 MERGE = "Merge it into the base model first, or train plain LoRA"
 CONVERT = "Convert it to LoRA first (peft.tuners.lora.conversion.convert_to_lora)"
 LATER = "Leave these modules out of the adapter"
 GROUPS = "Merge these modules into the base model first, or leave them out of the adapter"
 KOHYA = "Convert it to a PEFT folder first"
-EXTRA_STATE = "Train plain LoRA, whose adapter has no state beside its factors"
-NOT_READ = (LATER, KOHYA, EXTRA_STATE)
+FOLD = "Fold its singular values into B with adalora='fold'"
+DROP = "Its factors are plain LoRA: leave its other state out with drop_state=True"
+TRAIN = "It is no pair of factors for a weight matrix; train plain LoRA"
+NOT_READ = (LATER, KOHYA)
 
 PEFT_TYPES = {"LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "ADALORA": "AdaLoRA"}
+NO_PAIRS = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "ADAPTION_PROMPT",
+    "CPT",
+    "CARTRIDGE",
+    "LN_TUNING",
+    "POLY",
+    "XLORA",
+    "TRAINABLE_TOKENS",
+)
 CONFIG_MARKERS = {
     "use_dora": ("DoRA", MERGE),
     "kasa_config": ("KaSA", MERGE),
@@ -27,7 +42,7 @@ CONFIG_MARKERS = {
     "alora_invocation_tokens": ("aLoRA", "It is active on some tokens only; train plain LoRA"),
     "arrow_config": ("Arrow", "It routes between adapters; aggregate those instead"),
     "monteclora_config": ("MonteCLoRA", "Its factors are sampled; train plain LoRA"),
-    "velora_config": ("VeLoRA", EXTRA_STATE),
+    "velora_config": ("VeLoRA", DROP),
     "target_parameters": ("target_parameters (mixture of experts)", LATER),
     "trainable_token_indices": ("trainable tokens", LATER),
     "ensure_weight_tying": ("tied embeddings", LATER),
@@ -35,11 +50,11 @@ CONFIG_MARKERS = {
 KEY_MARKERS = {
     "lora_magnitude_vector": ("DoRA", MERGE),
     "lora_diag": ("KaSA", MERGE),
-    "lora_E": ("AdaLoRA", "This version does not fold it; train plain LoRA"),
-    "lora_ranknum": ("AdaLoRA", "This version does not fold it; train plain LoRA"),
+    "lora_E": ("AdaLoRA", FOLD),
+    "lora_ranknum": ("AdaLoRA", FOLD),
     "lora_arrow": ("Arrow", "It routes between adapters; aggregate those instead"),
     "lora_monteclora_sampler": ("MonteCLoRA", "Its factors are sampled; train plain LoRA"),
-    "lora_velora_embed": ("VeLoRA", EXTRA_STATE),
+    "lora_velora_embed": ("VeLoRA", DROP),
     "trainable_tokens_delta": ("trainable tokens", LATER),
     "lora_down": ("the kohya format", KOHYA),
     "lora_up": ("the kohya format", KOHYA),
@@ -56,6 +71,8 @@ KEY_PREFIXES = {
 }
 _PREFIXES = tuple(KEY_PREFIXES)
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+STATE = {"velora_config": "lora_velora_embed"}
+"""Variants whose update is plain, by their field: the tensors that they keep beside the factors."""
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -68,7 +85,7 @@ def check_variant(config: Mapping[str, Any], who: str) -> None:
         )
     if kind.upper() != "LORA":
         variant = PEFT_TYPES.get(kind.upper(), printable(kind))
-        remedy = "This version does not fold it; train plain LoRA" if kind.upper() == "ADALORA" else CONVERT
+        remedy = FOLD if kind.upper() == "ADALORA" else TRAIN if kind.upper() in NO_PAIRS else CONVERT
         refuse_variant(variant, f"peft_type {printable(kind)}", remedy, who)
     for marker, (variant, remedy) in CONFIG_MARKERS.items():
         if config.get(marker):
@@ -89,6 +106,8 @@ def refuse_key(segments: list[str], key: str, who: str) -> None:
 def refuse_variant(variant: str, marker: str, remedy: str, who: str) -> None:
     """Raise UnsupportedVariantError in the one form of all refusals."""
     reason = "its update is not s*B*A, so it cannot be aggregated here"
+    if remedy == DROP:
+        reason = "its tensors are more than B and A, so it cannot be aggregated here"
     if remedy in NOT_READ:
         reason = "this version does not aggregate it"
     raise UnsupportedVariantError(f"{who}: adapter uses {variant} ({marker}); {reason}. {remedy}")
@@ -99,15 +118,19 @@ def _marked(known: tuple[str, str], key: str) -> tuple[str, str, str]:
     return variant, printable(key), remedy
 
 
+def changes_base(init: Any) -> bool:
+    """Whether this ``init_lora_weights`` takes the initial update out of the base weight."""
+    return isinstance(init, str) and init.startswith(BASE_CHANGING_INITS)
+
+
 def _check_init(init: Any, who: str) -> None:
     if init is None or isinstance(init, bool) or init in PLAIN_INITS:
         return
     name = printable(init)
-    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
+    if changes_base(init):
         raise UnsupportedVariantError(
-            f"{who}: adapter was initialised by init_lora_weights={name!r}, which changes the base weights; the stored factors "
-            "belong to a residual base, so their sum fits no base model. This version has no choice for it; convert each "
-            "client to plain LoRA first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+            f"{who}: init_lora_weights is {name!r}, which changes the base weights; the stored factors belong to a residual base. "
+            "Subtract the adapter as it was initialised with init_factors=, or stay on that base with init='keep'"
         )
     raise UnsupportedVariantError(
         f"{who}: init_lora_weights={name!r} is not known here; it may change the base weights. "

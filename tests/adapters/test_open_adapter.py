@@ -254,10 +254,6 @@ def test_a_lora_bias_belongs_to_a_pair_and_has_its_length():
         ({"adapter_name": ""}, "adapter_name is ''; a name needed"),
         ({"config": 3}, "config is of type int; a mapping needed"),
         ({"limits": 3}, r"limits is of type int; Limits\(...\) needed"),
-        ({"adalora": "fold"}, r"ReadOptions\(adalora=...\) is not in this version"),
-        ({"drop_state": True}, r"ReadOptions\(drop_state=...\) is not in this version"),
-        ({"init": "keep"}, r"ReadOptions\(init=...\) is not in this version"),
-        ({"init_factors": "x"}, r"ReadOptions\(init_factors=...\) is not in this version"),
     ],
 )
 def test_read_options_are_checked_on_creation(fields, text):

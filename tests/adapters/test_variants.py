@@ -4,8 +4,9 @@ import pytest
 import torch
 from adapter_files import one
 
+from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.adapters.reader import open_adapter
-from fedlora_kernels.errors import FormatError, UnsupportedVariantError
+from fedlora_kernels.errors import FormatError, InputError, UnsupportedVariantError
 
 FIELDS = {
     "use_dora": (True, "DoRA"),
@@ -58,7 +59,10 @@ def test_configuration_markers_are_refused_by_name(field):
         open_adapter(one(**{field: value}), name="c")
     assert str(caught.value).startswith(f"client 'c': adapter uses {variant}")
     assert f"({field})" in str(caught.value)
-    plain = field in ("velora_config", "target_parameters", "trainable_token_indices", "ensure_weight_tying")
+    plain = field in ("target_parameters", "trainable_token_indices", "ensure_weight_tying")
+    if field == "velora_config":
+        assert "its tensors are more than B and A, so it cannot be aggregated here. " in str(caught.value)
+        return
     assert ("its update is not s*B*A, so it cannot be aggregated here. " in str(caught.value)) != plain
     assert ("this version does not aggregate it" in str(caught.value)) == plain
 
@@ -81,8 +85,13 @@ def test_tensor_markers_are_refused_by_name(key):
 
 @pytest.mark.parametrize("peft_type", TYPES)
 def test_other_peft_types_are_refused_by_name(peft_type):
-    with pytest.raises(UnsupportedVariantError, match=f"adapter uses {TYPES[peft_type]} \\(peft_type {peft_type}\\)"):
+    with pytest.raises(
+        UnsupportedVariantError, match=f"adapter uses {TYPES[peft_type]} \\(peft_type {peft_type}\\)"
+    ) as e:
         open_adapter(one(peft_type=peft_type))
+    pair = peft_type not in ("P_TUNING", "ADALORA")
+    assert ("Convert it to LoRA first" in str(e.value)) == pair
+    assert ("adalora='fold'" in str(e.value)) == (peft_type == "ADALORA")
 
 
 @pytest.mark.parametrize("peft_type", [None, 3, ["LORA"]])
@@ -123,9 +132,13 @@ def test_convolutions_of_other_shapes_are_refused(A, B, needed):
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq"])
-def test_initialisations_that_change_the_base_are_refused_naming_them_and_the_reason(init):
-    with pytest.raises(UnsupportedVariantError, match=f"init_lora_weights='{init}', which changes the base weights"):
+def test_initialisations_that_change_the_base_are_refused_with_the_choices_there_are(init):
+    with pytest.raises(
+        UnsupportedVariantError, match=f"init_lora_weights is '{init}', which changes the base weights"
+    ) as e:
         open_adapter(one(init_lora_weights=init))
+    assert "init_factors=" in str(e.value)
+    assert "init='keep'" in str(e.value)
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
@@ -137,3 +150,38 @@ def test_initialisations_that_leave_the_base_alone_are_read(init):
 def test_unknown_initialisations_are_refused(init):
     with pytest.raises(UnsupportedVariantError, match="is not known here"):
         open_adapter(one(init_lora_weights=init))
+
+
+VELORA = {"num_groups": 2}
+
+
+def test_drop_state_takes_the_plain_pair_of_velora_and_says_what_it_dropped():
+    tensors, settings = one(velora_config=VELORA)
+    adapter = open_adapter(
+        ({**tensors, "q.lora_velora_embed": torch.ones(5)}, settings), ReadOptions(drop_state=True), name="c"
+    )
+    plain = open_adapter(one())
+    assert list(adapter) == ["q"]
+    assert torch.equal(adapter["q"].B, plain["q"].B)
+    assert adapter.modules["q"].scale == plain.modules["q"].scale
+    assert adapter.warnings == ("client 'c': velora_config: 1 tensors beside the factors were dropped",)
+    assert "velora_config" not in adapter.config
+
+
+def test_drop_state_drops_no_other_variants_tensors():
+    tensors, settings = one(velora_config=VELORA)
+    with pytest.raises(UnsupportedVariantError, match="adapter uses DoRA"):
+        open_adapter(({**tensors, "q.lora_magnitude_vector": torch.ones(5)}, settings), ReadOptions(drop_state=True))
+    with pytest.raises(UnsupportedVariantError, match="adapter uses VeLoRA"):  # the configuration does not own it
+        open_adapter(({**one()[0], "q.lora_velora_embed": torch.ones(5)}, one()[1]), ReadOptions(drop_state=True))
+
+
+@pytest.mark.parametrize(("name", "value"), [("adalora", "merge"), ("init", "drop"), ("drop_state", "yes")])
+def test_a_choice_that_does_not_exist_is_refused(name, value):
+    with pytest.raises(InputError, match=f"ReadOptions: {name} is '{value}'; "):
+        ReadOptions(**{name: value})
+
+
+def test_the_two_choices_for_an_initialisation_exclude_each_other():
+    with pytest.raises(InputError, match="exclude each other"):
+        ReadOptions(init="keep", init_factors="start")

@@ -492,7 +492,9 @@ def test_dependent_columns_end(dtype, r):
     """Where every column is a multiple of one vector, so are the rounding errors that rotations leave, sweep after sweep."""
     ramp = torch.arange(1, r + 1, dtype=dtype)
     whole = torch.randint(-9, 10, (24, r), generator=torch.Generator().manual_seed(r)).to(dtype)
-    C = torch.cat([ramp[:, None] * whole[:, None], (ramp[:, None] * (ramp - 2.5))[None], torch.ones(1, r, r, dtype=dtype)])
+    C = torch.cat(
+        [ramp[:, None] * whole[:, None], (ramp[:, None] * (ramp - 2.5))[None], torch.ones(1, r, r, dtype=dtype)]
+    )
     result = svd(C, max_sweeps=12)
     assert_svd(C, result)
     assert (result.S[:, 1:] <= 4 * r**0.5 * roundoff(dtype) * result.S[:, :1]).all()
