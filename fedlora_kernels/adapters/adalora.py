@@ -101,6 +101,14 @@ class _FoldedSource:
         value = self._folded(*self._of[key]).to(self.tensors[key].dtype)
         return value if out is None else out.copy_(value)
 
+    def check_unchanged(self) -> None:
+        """Raise FormatError where somebody wrote into the file since it was opened."""
+        self._source.check_unchanged()
+
+    def fingerprint(self) -> str:
+        """What tells this content from another."""
+        return f"{self._source.fingerprint()}-{self._factor!r}"
+
     def close(self) -> None:
         """Close the file behind it."""
         self._source.close()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from fedlora_kernels.adapters.forms import target_ranks
+from fedlora_kernels.adapters.inits import kept_fields
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.patterns import PatternTable
 from fedlora_kernels.adapters.peft import LoRAConfig
@@ -33,7 +34,7 @@ def peft_config(
         uniform_rank: the rank all modules are padded to, if they are.
 
     The top-level r is the largest rank and lora_alpha equals it; modules of another rank stand in rank_pattern and
-    alpha_pattern under their full path. Raises InputError without modules.
+    alpha_pattern under their full path. Clients that keep an initialisation give its fields too. Raises InputError without modules.
     """
     if not ranks:
         raise InputError("no modules to write; every module was zero or left out")
@@ -64,7 +65,7 @@ def peft_config(
         config["lora_bias"] = True
     if configs[0].get("layer_replication"):
         config["layer_replication"] = configs[0]["layer_replication"]
-    return config
+    return {**config, **kept_fields(adapters, ranks)}
 
 
 def rank_patterns(ranks: Mapping[str, N], default: N) -> dict[str, N]:

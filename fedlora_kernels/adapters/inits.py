@@ -18,7 +18,7 @@ from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.variants import changes_base
 from fedlora_kernels.errors import FormatError, InputError, MismatchError
 
-__all__ = ["KEEPS_ALPHA", "kept_fields", "kept_init", "kept_warning", "since_start"]
+__all__ = ["KEEPS_ALPHA", "check_kept_rank", "kept_fields", "kept_init", "kept_warning", "since_start"]
 
 KEEPS_ALPHA = "olora"
 """Its residual depends on the scale, so the output must keep the clients'."""
@@ -36,21 +36,25 @@ def kept_init(config: Mapping[str, Any]) -> str | None:
 def kept_fields(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dict[str, Any]:
     """What the configuration of an output takes over from clients that keep their initialisation; nothing for others.
 
-    Raises InputError where a module has not the rank of the clients: the residual base is another one then.
+    ``ranks`` are by target. Raises InputError as `check_kept_rank`.
     """
     first = adapters[0]
     init = kept_init(first.config)
     if init is None:
         return {}
-    for name, rank in ranks.items():
-        own = first.modules[name].rank if name in first.modules else None
-        if own != rank:
-            raise InputError(
-                f"module {printable(name)!r}: rank {rank} in the output, {own} in the clients; init='keep' needs the same rank, as "
-                f"{init} changes the base by it. Take rule=Rank({own}), or init_factors="
-            )
+    for module in first.modules.values():
+        check_kept_rank(module, ranks.get(module.form.target, 0), init)
     kept = {name: first.config[name] for name in SCALE_FIELDS if name in first.config} if init == KEEPS_ALPHA else {}
     return {**kept, "init_lora_weights": init}
+
+
+def check_kept_rank(module: ModuleSpec, rank: int, init: str) -> None:
+    """Raise InputError where a module comes out at another rank than the clients': its residual base would be another one."""
+    if rank != module.rank:
+        raise InputError(
+            f"module {printable(module.name)!r}: rank {rank} in the output, {module.rank} in the clients; init='keep' needs the same, as "
+            f"{printable(init)} changes the base by its rank. Take rule=Rank({module.rank}), or init_factors="
+        )
 
 
 def kept_warning(config: Mapping[str, Any], who: str) -> str:
@@ -85,10 +89,10 @@ def _check(adapter: Adapter, initial: Adapter, who: str) -> None:
         start = initial.modules.get(name)
         if start is None:
             raise MismatchError(f"{where}: missing in init_factors; every module of the adapter needed")
-        if (start.m, start.n, start.kind) != (spec.m, spec.n, spec.kind) or start.rank != spec.rank:
+        if (start.m, start.n, start.rank) != (spec.m, spec.n, spec.rank) or not (start.whole and spec.whole):
             raise MismatchError(
-                f"{where}: {spec.m} x {spec.n} of rank {spec.rank}, but {start.m} x {start.n} of rank {start.rank} in init_factors; "
-                "the adapter as this client started from it needed"
+                f"{where}: {spec.shape_text} of rank {spec.rank}, but {start.shape_text} of rank {start.rank} in init_factors; the "
+                "adapter that this client started from needed"
             )
         if spec.scale == 0.0:
             raise FormatError(
@@ -130,6 +134,15 @@ class _Difference:
             change = start.B.to(torch.float64) * (-start.scale / spec.scale)
             value = torch.cat([pair.B.to(dtype), change.to(dtype)], 1)
         return value if out is None else out.copy_(value)
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError where one of both files was written into since it was opened."""
+        self._source.check_unchanged()
+        self._initial.source.check_unchanged()
+
+    def fingerprint(self) -> str:
+        """What tells this content from another."""
+        return f"{self._source.fingerprint()}-{self._initial.source.fingerprint()}"
 
     def close(self) -> None:
         """Close the adapter's file; the initial one belongs to all clients."""

@@ -73,6 +73,11 @@ class Policy:
             if not good:
                 raise InputError(f"Policy: {name} is {printable(getattr(self, name))!r}; {needed} needed")
 
+    @property
+    def measures(self) -> bool:
+        """Whether the norms of updates decide."""
+        return self.kind == "clip" or self.max_update_norm is not None
+
     @classmethod
     def of(cls, value: Policy | str) -> Policy:
         """Return a Policy as it is; a string means ``Policy(kind)``."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from fedlora_kernels.adapters.inits import KEEPS_ALPHA, kept_init
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.policy import Limits
@@ -17,7 +18,8 @@ from fedlora_kernels.errors import FedLoRAError, InputError, LimitError, Mismatc
 __all__ = ["ClientCheck", "Failure", "failure_text", "validate_clients"]
 
 MOST_LINES = 20
-EQUAL_FIELDS = ("fan_in_fan_out", "bias", "lora_bias", "layer_replication")
+EQUAL_FIELDS = ("fan_in_fan_out", "bias", "lora_bias", "layer_replication", "init_lora_weights")
+"""Of ``init_lora_weights`` only what changes the base weight counts."""
 T = TypeVar("T")
 
 
@@ -88,6 +90,7 @@ def validate_clients(
     _check_limits(adapters, limits, failures)
     _check_fields(adapters, extras, failures)
     modules = _check_modules(adapters, missing, failures)
+    _check_kept(adapters, modules, failures)
     _check_stack(adapters, modules, limits)
     found = _check_extras(adapters, modules, missing, extras, failures, warnings)
     position = {name: i for i, name in enumerate(adapters)}
@@ -135,8 +138,28 @@ def _check_fields(adapters: Mapping[str, Adapter], extras: str, failures: list[F
                 failures.append(Failure(client, "configuration", MismatchError, text))
 
 
+def _check_kept(adapters: Mapping[str, Adapter], modules: Mapping[str, ModuleSpec], failures: list[Failure]) -> None:
+    """Clients that keep an initialisation have one residual base: of one rank, and for OLoRA of one scale."""
+    kept = {client: adapter for client, adapter in adapters.items() if kept_init(adapter.config) is not None}
+    for name in modules if kept else ():
+        owners = {client: adapter.modules[name] for client, adapter in kept.items() if name in adapter.modules}
+        for what in ("rank", "scale") if KEEPS_ALPHA in map(kept_init, _configs(kept)) else ("rank",):
+            values = {client: getattr(spec, what) for client, spec in owners.items()}
+            _, holder, reference = _majority(values)
+            for client, value in values.items():
+                if value != reference:
+                    text = f"{what} {value} but {reference} in client {printable(holder)!r}; init='keep' needs one. Use init_factors="
+                    failures.append(Failure(client, _at(name), MismatchError, text))
+
+
+def _configs(adapters: Mapping[str, Adapter]) -> list[Mapping[str, Any]]:
+    return [adapter.config for adapter in adapters.values()]
+
+
 def _field(config: Mapping[str, Any], name: str) -> str:
     value = config.get(name) or False
+    if name == "init_lora_weights":
+        value = kept_init(config) or False
     if name == "bias" and value == "none":
         value = False
     if name == "modules_to_save" and isinstance(value, list | tuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from torch import Tensor
 from fedlora_kernels.adapters.config import peft_config
 from fedlora_kernels.adapters.folder import OutputFolder
 from fedlora_kernels.adapters.forms import NamedPair, Units, stored_shapes, stored_tensors
+from fedlora_kernels.adapters.inits import KEEPS_ALPHA, kept_init
 from fedlora_kernels.adapters.keys import PREFIX
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
 from fedlora_kernels.adapters.names import printable
@@ -91,11 +93,14 @@ def write_config(path: str | os.PathLike[str], config: Mapping[str, Any]) -> Non
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write an adapter as a PEFT folder, atomically, with the scale baked to 1.
+    """Write an adapter as a PEFT folder, atomically, with the scale baked to 1; one that keeps an OLoRA start keeps its scale.
 
     The stored dtype is kept where all scales are 1 and all tensors of one dtype, else float32 (float64 if a tensor is).
     Raises InputError as `check_out`, RunError for failures of the disc.
     """
+    if kept_init(adapter.config) == KEEPS_ALPHA:
+        modules = {name: dataclasses.replace(module, scale=1.0) for name, module in adapter.modules.items()}
+        adapter = dataclasses.replace(adapter, modules=modules)
     dtype = _saved_dtype(adapter)
     ranks = {name: module.rank for name, module in adapter.modules.items()}
     config = peft_config([adapter], ranks, adapter.extras)
@@ -184,6 +189,8 @@ def _verify_header(folder: str | os.PathLike[str], adapter: Adapter, ranks: Mapp
     found = {name: module.rank for name, module in adapter.modules.items()}
     if found != dict(ranks):
         raise RunError(f"{printable(folder)}: modules or ranks read back differ from those written")
+    if kept_init(adapter.config) == KEEPS_ALPHA:
+        return
     wrong = next((module for module in adapter.modules.values() if module.scale != 1.0), None)
     if wrong is not None:
         raise RunError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import resource
@@ -15,7 +16,7 @@ from torch import Tensor
 from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions
-from fedlora_kernels.adapters.reader import open_adapter
+from fedlora_kernels.adapters.reader import open_adapter, open_initial
 from fedlora_kernels.adapters.shards import count_files
 from fedlora_kernels.adapters.validation import Failure, failure_text
 from fedlora_kernels.errors import FedLoRAError, FormatError, InputError, LimitError, WeightError
@@ -97,6 +98,8 @@ def open_clients(
     values = _weights(weights, [name for name, _ in named], normalize)
     paths = [source for _, source in named if isinstance(source, (str, os.PathLike))]
     _allow_files(len(named), sum(map(count_files, paths)) + written * len(named))
+    # one for all: each client would open it again
+    read = dataclasses.replace(read, init_factors=open_initial(read.init_factors, read))
     opened: list[Client] = []
     for (name, source), weight in zip(named, values, strict=True):
         client = Client(name, _source_text(source), weight, status="used" if weight != 0.0 else "absent")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.config import peft_config
 from fedlora_kernels.adapters.folder import OutputFolder
+from fedlora_kernels.adapters.inits import KEEPS_ALPHA, check_kept_rank, kept_init
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.names import path_name
 from fedlora_kernels.adapters.options import WriteOptions
@@ -84,6 +85,7 @@ class Delivery:
     ) -> None:
         self._settings, self._cohort, self._extras, self._dtype = settings, cohort, extras, dtype
         self._metadata, self._folder = dict(metadata), folder
+        self._init = kept_init(cohort.adapters[0].config)
         method = settings.method
         self._gives_state = "state" in method.gives
         # on disc as asked; in memory what for_client cannot make from the common pair
@@ -99,6 +101,7 @@ class Delivery:
     def add(self, modules: Sequence[ModuleOutput]) -> None:
         """Take what some modules leave."""
         for module in modules:
+            self._keep_init(module)
             self._add_common(module)
             self._add_clients(module)
             if module.residual is not None:
@@ -171,6 +174,22 @@ class Delivery:
         ranks = output.ranks
         largest = max(ranks.values(), default=0) if self._settings.write.pads else None
         return sum(sum(self._cohort.shape(name)) * (largest or rank) for name, rank in ranks.items())
+
+    def _keep_init(self, module: ModuleOutput) -> None:
+        """Bring a common pair to the clients' rank, and to their scale if need be, where they keep their initialisation."""
+        if self._init is None or module.common is None:
+            return
+        B, A = module.common
+        own = self._cohort.spec(module.name)
+        check_kept_rank(own, max(own.rank, A.shape[0]), self._init)
+        if A.shape[0] < own.rank:
+            settings = self._settings
+            B, A = resize_pair(
+                B, A, own.rank, seed=settings.seed, round=settings.round, module=module.name, fill=settings.write.fill
+            )
+        if self._init == KEEPS_ALPHA:
+            B = (B.to(torch.float64) / own.scale).to(B.dtype)
+        module.common = B, A
 
     def _add_common(self, module: ModuleOutput) -> None:
         if module.common is not None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedlora_kernels.adapters.inits import kept_init
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.adapters.policy import Policy
@@ -15,11 +16,12 @@ from fedlora_kernels.adapters.validation import ClientCheck, Failure, failure_te
 from fedlora_kernels.engine.clients import Client, present
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.extras import scan_extras
+from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.errors import FedLoRAError, InputError, MismatchError
 from fedlora_kernels.methods.contract import Method
 from fedlora_kernels.methods.norm_rules import clip_factors
 
-__all__ = ["admit", "blame", "check_ranks", "clip", "common_ground", "drop"]
+__all__ = ["admit", "blame", "check_kept", "check_ranks", "clip", "common_ground", "drop"]
 
 
 def admit(roster: Sequence[Client], policy: Policy, read: ReadOptions) -> ClientCheck:
@@ -74,6 +76,42 @@ def check_ranks(method: Method, modules: Iterable[str], roster: Sequence[Client]
                     f"{printable(first.name)!r}; method {method.name!r} needs one rank. florist, flexlora, prelort and "
                     "zero_pad take mixed ranks"
                 )
+
+
+def check_kept(cohort: Cohort, settings: Settings) -> None:
+    """Refuse what would leave the residual base of clients that keep their initialisation."""
+    init = kept_init(cohort.adapters[0].config)
+    if init is None:
+        return
+    whole = math.fsum(cohort.weights)
+    method, write = settings.method, settings.write
+    ranks = {max(row) for row in cohort.ranks}
+    checks = (
+        (abs(whole - 1.0) > 1e-9, f"the weights sum to {whole:g}; 1 needed"),
+        (
+            settings.read.missing != "error",
+            f"missing={settings.read.missing!r}; the same modules needed, missing='error'",
+        ),
+        (write.drop_zero, "drop_zero=True leaves modules out; all of them needed"),
+        (
+            write.pads and len(ranks) > 1,
+            f"uniform_rank=True changes ranks from {min(ranks)} to {max(ranks)}; equal needed",
+        ),
+        (settings.robust is not None, "a robust rule compares updates, which these factors are not; none needed"),
+        (
+            settings.policy.measures,
+            f"policy {settings.policy.kind!r} compares norms of updates, which these factors are not",
+        ),
+        (
+            not {"common", "state"}.issuperset(method.gives),
+            f"method {method.name!r} gives {', '.join(method.gives)}; a common pair alone needed",
+        ),
+    )
+    for wrong, text in checks:
+        if wrong:
+            raise InputError(
+                f"init='keep' of {printable(init)}: {text}. Use init_factors=, and the result fits the original base"
+            )
 
 
 def blame(clients: Sequence[Client], errors: Mapping[int, FedLoRAError], extras: Sequence[str]) -> list[Client]:

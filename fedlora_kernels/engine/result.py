@@ -91,7 +91,7 @@ class Result:
             B, A = resize_pair(pair.B, pair.A, wanted, seed=self.report["seed"], round=self.state.round, module=module)
             scales[module] = spec.scale if own and spec is not None else 1.0
             pairs[module] = (
-                _divided(B, scales[module], f"client {printable(name)!r}, module {printable(module)!r}"),
+                _divided(B, scales[module] / pair.scale, f"client {printable(name)!r}, module {printable(module)!r}"),
                 A,
             )
         if not pairs:

@@ -23,7 +23,7 @@ from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.combine import combine
 from fedlora_kernels.engine.delivery import Delivered, Delivery
 from fedlora_kernels.engine.extras import combine_extra, own_extra
-from fedlora_kernels.engine.policy import admit, blame, check_ranks, clip, common_ground, drop
+from fedlora_kernels.engine.policy import admit, blame, check_kept, check_ranks, clip, common_ground, drop
 from fedlora_kernels.engine.report import SCHEMA, certificates, efficiency, number, totals
 from fedlora_kernels.engine.robust import apply_rule
 from fedlora_kernels.engine.settings import Settings
@@ -52,6 +52,7 @@ class Run:
         self.warnings += _dropped(roster)
         check_ranks(settings.method, check.modules, roster)
         self.walk = Walk(settings, self._cohort())
+        check_kept(self.walk.cohort, settings)
         self.passes = 1
         self.robust: dict[str, Any] | None = None
         if settings.state is not None:
