@@ -18,41 +18,8 @@
 
 namespace {
 
-constexpr int64_t kTile = 1024;      // float64 accumulators: 8 KiB
-constexpr int64_t kChunk = 1 << 16;  // numbers of the sum in one task
-
 #include "element.hpp"
-
-// acc[0..count) += w x. The run is asked for where it goes on: the next tile lies there, and meanwhile other blocks are read.
-template <class T>
-inline void add(double *acc, const T *x, int64_t stride, double w, int64_t count) {
-    constexpr int64_t line = 64 / sizeof(T);
-    if (stride == 1)
-        for (int64_t begin = 0; begin < count; begin += line) {
-            __builtin_prefetch(x + begin + count);
-            const int64_t end = begin + line < count ? begin + line : count;
-            for (int64_t i = begin; i < end; ++i) acc[i] += w * widen(x[i]);
-        }
-    else
-        for (int64_t i = 0; i < count; ++i) acc[i] += w * widen(x[i * stride]);
-}
-
-#define FEDLORA_ADD(name, T) \
-    FEDLORA_CLONES void name(double *acc, const T *x, int64_t stride, double w, int64_t count) { add(acc, x, stride, w, count); }
-FEDLORA_ADD(add_float32, float)
-FEDLORA_ADD(add_float64, double)
-FEDLORA_ADD(add_bfloat16, Bfloat16)
-FEDLORA_ADD(add_float16, Float16)
-
-void add_any(const fedlora_block &X, int64_t offset, int64_t stride, double *acc, double w, int64_t count) {
-    const char *x = (const char *)X.data + offset * size_of(X.dtype);
-    switch (X.dtype) {
-        case FEDLORA_FLOAT64: return add_float64(acc, (const double *)x, stride, w, count);
-        case FEDLORA_FLOAT32: return add_float32(acc, (const float *)x, stride, w, count);
-        case FEDLORA_BFLOAT16: return add_bfloat16(acc, (const Bfloat16 *)x, stride, w, count);
-        default: return add_float16(acc, (const Float16 *)x, stride, w, count);
-    }
-}
+#include "add.hpp"
 
 struct Problem {
     const fedlora_block *X;
@@ -73,16 +40,6 @@ bool is_packed(const Problem &p) {
     return all;
 }
 
-int64_t rows_of_chunk(const fedlora_block &sum) {
-    const int64_t rows = kChunk / (sum.cols > 0 ? sum.cols : 1);
-    return rows > 0 ? rows : 1;
-}
-
-int64_t chunks_of(const fedlora_block &sum) {
-    const int64_t step = rows_of_chunk(sum);
-    return (sum.rows + step - 1) / step;
-}
-
 // Columns [begin, begin + count) of the run that starts at element (row, 0): packed runs go on over the rows.
 void run_tile(const Problem &p, bool packed_run, int64_t i, int64_t row, int64_t begin, int64_t count, Partial &partial) {
     double acc[kTile];
@@ -93,7 +50,7 @@ void run_tile(const Problem &p, bool packed_run, int64_t i, int64_t row, int64_t
         const int64_t there = whole - begin < count ? whole - begin : count;
         if (there <= 0) continue;
         const int64_t offset = i * X.batch_stride + row * X.row_stride + begin * X.col_stride;
-        add_any(X, offset, X.col_stride, acc, weight(p, i, k), there);
+        add_any(X.dtype, (const char *)X.data + offset * size_of(X.dtype), X.col_stride, acc, weight(p, i, k), there);
     }
     const int64_t offset = i * p.sum.batch_stride + row * p.sum.row_stride + begin * p.sum.col_stride;
     store_any(p.sum, offset, acc, p.sum.col_stride, count, partial);

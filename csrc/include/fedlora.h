@@ -34,6 +34,15 @@ typedef struct fedlora_block {
     int64_t batch_stride;
 } fedlora_block;
 
+/* One matrix by rows in a file; the bytes of a number are in the order of the machine. */
+typedef struct fedlora_range {
+    int64_t file;   /* a descriptor open for reading; where it stands does not matter and does not change */
+    int64_t offset; /* of element (0, 0), in bytes; need not be aligned */
+    int64_t rows;
+    int64_t cols;
+    int64_t dtype;
+} fedlora_range;
+
 enum { FEDLORA_FLOAT32 = 0, FEDLORA_FLOAT64 = 1, FEDLORA_INT32 = 2, FEDLORA_BFLOAT16 = 3, FEDLORA_FLOAT16 = 4, FEDLORA_BOOL = 5 };
 
 /* Status of a call. */
@@ -42,7 +51,8 @@ enum {
     FEDLORA_BAD_SHAPE = 1,     /* descriptors of one group do not fit each other, or a size is not served */
     FEDLORA_BAD_DTYPE = 2,     /* a dtype that the op does not take, or several in one group */
     FEDLORA_BAD_WORKSPACE = 3, /* fewer bytes than the workspace query answers */
-    FEDLORA_BAD_ARGUMENT = 4   /* a null table, a negative count, fewer than one thread */
+    FEDLORA_BAD_ARGUMENT = 4,  /* a null table, a negative count, fewer than one thread */
+    FEDLORA_UNREADABLE = 5     /* a file ends before a matrix that should lie in it, or cannot be read; outputs are undefined */
 };
 
 /* Per matrix: info is trouble, notes are facts (docs/numerics.md, special inputs). */
@@ -97,6 +107,32 @@ FEDLORA_API int fedlora_weighted_sum(const fedlora_block *X, const int64_t *coun
                                      const fedlora_block *sum, const fedlora_block *norm, const fedlora_block *rounding,
                                      const fedlora_block *info, const fedlora_block *notes, int64_t groups,
                                      void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
+
+/* Bytes of scratch that fedlora_read_sum needs for the groups sum[0..groups) with so many threads. */
+FEDLORA_API int fedlora_read_sum_workspace(const fedlora_block *sum, int64_t groups, int64_t threads, int64_t *bytes);
+
+/* fedlora_weighted_sum of matrices that lie in files, read on the way, bit for bit.
+ *
+ *   X         for every matrix of every group one after the other, counts[g] ranges: p_k x q_k, any float dtype
+ *   weights   batch x counts[g] float64 (batch 1); what has weight 0 is not read
+ *   sum       p x q by rows without gaps, p >= p_k, q >= q_k, any float dtype
+ *   norm, rounding, info, notes  as for fedlora_weighted_sum
+ */
+FEDLORA_API int fedlora_read_sum(const fedlora_range *X, const int64_t *counts, const fedlora_block *weights,
+                                 const fedlora_block *sum, const fedlora_block *norm, const fedlora_block *rounding,
+                                 const fedlora_block *info, const fedlora_block *notes, int64_t groups, void *workspace,
+                                 int64_t workspace_bytes, int64_t threads, void *stream);
+
+/* Bytes of scratch that fedlora_read_alike needs with so many threads. */
+FEDLORA_API int fedlora_read_alike_workspace(int64_t threads, int64_t *bytes);
+
+/* Whether matrices in files are the same: counts[i] ranges for each of so many comparisons.
+ *
+ *   alike     1 where every matrix of a comparison holds, bit for bit, as many of the first rows of its first matrix as it has
+ *             rows; 0 where one does not, or has other columns, more rows or another dtype
+ */
+FEDLORA_API int fedlora_read_alike(const fedlora_range *X, const int64_t *counts, int64_t matrices, int32_t *alike,
+                                   void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
 
 /* Bytes of scratch that fedlora_mixed_sum needs for these groups with so many threads. */
 FEDLORA_API int fedlora_mixed_sum_workspace(const fedlora_block *mixers, const int64_t *counts, const fedlora_block *sum,

@@ -140,6 +140,10 @@ class SafetensorsFile:
             end = place[0] + len(place[1])
         self._read_run(run)
 
+    def place(self, key: str) -> tuple[int, int]:
+        """The descriptor of the open file and the byte of it where tensor ``key`` begins, for who reads by itself."""
+        return self._fd, self._offsets[key]
+
     def check_unchanged(self) -> None:
         """Raise FormatError where somebody wrote into the file since it was opened: what was read may be of both versions."""
         if self._stamp() != self._opened:

@@ -63,6 +63,10 @@ class ShardedFile:
         for file in self._files.values():
             file.read_stacks(parts.get(id(file), []))
 
+    def place(self, key: str) -> tuple[int, int]:
+        """Where tensor ``key`` lies, as `SafetensorsFile.place` says."""
+        return self._owners[key].place(key)
+
     def check_unchanged(self) -> None:
         """Raise FormatError where somebody wrote into a file since it was opened."""
         for file in self._files.values():

@@ -17,7 +17,8 @@ from fedlora_kernels.engine.faults import nonfinite_factor, nonfinite_previous
 from fedlora_kernels.engine.frozen import check_frozen
 from fedlora_kernels.engine.report import module_rows
 from fedlora_kernels.engine.slabs import Block, Drain
-from fedlora_kernels.engine.walk import Walk
+from fedlora_kernels.engine.sums import Summing
+from fedlora_kernels.engine.walk import Summed, Walk
 from fedlora_kernels.errors import ConvergenceError, OutputOverflowError, RunError
 from fedlora_kernels.methods.contract import Group, Method, Outcome, Pair, Previous
 
@@ -35,12 +36,11 @@ def combine(walk: Walk, plan: Any, sink: Callable[[Sequence[ModuleOutput]], None
 
     # what streams is done as fast as it is read: its sums leave a processor to the reader and the writer
     spared = int(walk.settings.method.streams and not walk.settings.measure)
-    with walk.slabs("combine", keep=False) as slabs, Drain(write) as drain, spare_threads(spared):
+    with walk.slabs("combine", False, Summing.of(walk, plan)) as slabs, Drain(write) as drain, spare_threads(spared):
         for slab in slabs:
             modules: list[ModuleOutput] = []
             for block in slab:
-                with walk.timed("compute"):
-                    made, described = _combine_block(walk, block, plan)
+                made, described = _made(walk, *_combined(walk, block, plan))
                 for module, row in zip(made, described, strict=True):
                     module.spectrum = row["singular_values"]
                     if walk.settings.write.drop_zero:
@@ -53,7 +53,14 @@ def combine(walk: Walk, plan: Any, sink: Callable[[Sequence[ModuleOutput]], None
     return sorted(rows, key=lambda row: index[row["name"]])
 
 
-def _combine_block(walk: Walk, block: Block, plan: Any) -> tuple[list[ModuleOutput], list[dict[str, Any]]]:
+def _combined(walk: Walk, block: Block | Summed, plan: Any) -> tuple[Group, Outcome]:
+    if isinstance(block, Summed):
+        return block.group, block.outcome
+    with walk.timed("compute"):
+        return _combine_block(walk, block, plan)
+
+
+def _combine_block(walk: Walk, block: Block, plan: Any) -> tuple[Group, Outcome]:
     group, method = walk.group(block), walk.settings.method
     previous = walk.previous(block)
     frozen = method.frozen_factor(group.round)
@@ -64,6 +71,11 @@ def _combine_block(walk: Walk, block: Block, plan: Any) -> tuple[list[ModuleOutp
     _check_given(method, outcome)
     if walk.comparison is not None:
         walk.comparison.add_group(group)
+    return group, outcome
+
+
+def _made(walk: Walk, group: Group, outcome: Outcome) -> tuple[list[ModuleOutput], list[dict[str, Any]]]:
+    """What the modules of a group leave, and their rows of the report."""
     made = [_module(name, i, outcome) for i, name in enumerate(group.modules)]
     trained = [walk.cohort.ranks[walk.cohort.index[name]] for name in group.modules]
     return made, module_rows(group.modules, group.kind, group.m, group.n, trained, outcome)

@@ -89,6 +89,7 @@ def make_survey(walk: Walk, *, gram: bool, own: bool) -> Survey:
     with walk.slabs("survey", keep=True) as slabs:
         for slab in slabs:
             for block in slab:
+                assert isinstance(block, Block)  # nothing takes its place here
                 with walk.timed("compute"):
                     _add_block(survey, walk, block, own)
                 del block  # its memory takes the next one

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,12 +18,21 @@ from fedlora_kernels.engine.comparison import Comparison
 from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.engine.slabs import Block, Plan, Prefetch, load_block, plan_slabs
 from fedlora_kernels.memory import Pool
-from fedlora_kernels.methods.contract import Group, Previous
+from fedlora_kernels.methods.contract import Group, Outcome, Previous
 
-__all__ = ["Walk"]
+__all__ = ["Summed", "Walk"]
 
 PIECE = 32 << 20
 """Bytes of a block of a method that streams: enough for its fixed costs, and little enough to be summed from the caches."""
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A plan with its answer, made while it was read; the factors of ``group`` have shapes and no numbers."""
+
+    plan: Plan
+    group: Group
+    outcome: Outcome
 
 
 class Walk:
@@ -50,17 +60,30 @@ class Walk:
         self.seconds[stage] += time.perf_counter() - started
 
     @contextmanager
-    def slabs(self, stage: str, keep: bool) -> Iterator[Iterator[Iterator[Block]]]:
-        """Slabs as iterators over blocks, to be taken in order, read ahead, or from the cache; ``keep`` caches them if all fit at once."""
+    def slabs(
+        self, stage: str, keep: bool, instead: Callable[[Plan], Summed | None] | None = None
+    ) -> Iterator[Iterator[Iterator[Block | Summed]]]:
+        """Slabs as iterators over blocks, to be taken in order, read ahead, or from the cache; ``keep`` caches them if all fit at once.
+
+        What ``instead`` makes of a plan that is not in the cache takes the place of its block; where it makes nothing, the plan is read.
+        """
         if self._cached is not None:
-            yield self._counted(stage, self._cached, itertools.chain.from_iterable(self._cached))
+            yield self._counted(
+                stage, [[block.plan for block in slab] for slab in self._cached], iter(itertools.chain(*self._cached))
+            )
             return
-        plans = [[part for plan in slab for part in plan.parts(self._piece())] for slab in self._plans()]
+        piece = self._piece() if instead is None else self.settings.memory
+        plans = [[part for plan in slab for part in plan.parts(piece)] for slab in self._plans()]
         every = list(itertools.chain.from_iterable(plans))
         keep = keep and sum(plan.nbytes for plan in every) <= self.settings.memory // 2
         stored: list[Block] = []
 
-        def load(plan: Plan) -> Block:
+        def load(plan: Plan) -> Block | Summed:
+            if instead is not None:
+                with self.timed("compute"):
+                    made = instead(plan)
+                if made is not None:
+                    return made
             with self.timed("read"):
                 block = load_block(plan, self.sources, None if self.settings.device.type == "cuda" else self._pool)
             if keep:
@@ -74,10 +97,10 @@ class Walk:
             self._cached = [list(itertools.islice(kept, len(slab))) for slab in plans]
 
     def _counted(
-        self, stage: str, slabs: Sequence[Sequence[Plan | Block]], blocks: Iterator[Block]
-    ) -> Iterator[Iterator[Block]]:
+        self, stage: str, slabs: Sequence[Sequence[Plan]], blocks: Iterator[Block | Summed]
+    ) -> Iterator[Iterator[Block | Summed]]:
         """``blocks`` slab by slab, saying how far they are."""
-        sizes = [sum((x.plan if isinstance(x, Block) else x).nbytes for x in slab) for slab in slabs]
+        sizes = [sum(plan.nbytes for plan in slab) for slab in slabs]
         done = 0
         self.settings.progress(stage, done, sum(sizes))
         for slab, size in zip(slabs, sizes, strict=True):
@@ -91,15 +114,27 @@ class Walk:
 
     def group(self, block: Block) -> Group:
         """The problem that a block is to a method, on the device."""
+        count, device = len(self.cohort.clients), self.settings.device
+        B, A = (tuple(x.to(device, non_blocking=True) for x in factors[:count]) for factors in (block.B, block.A))
+        return self._problem(block.plan, B, A)
+
+    def outline(self, plan: Plan) -> Group:
+        """The problem that a plan will be; its factors have shapes and no numbers."""
+        count, clients = len(plan.modules), range(len(self.cohort.clients))
+        B = [torch.empty(count, plan.m, plan.ranks[k], dtype=plan.dtypes[2 * k], device="meta") for k in clients]
+        A = [torch.empty(count, plan.ranks[k], plan.n, dtype=plan.dtypes[2 * k + 1], device="meta") for k in clients]
+        return self._problem(plan, tuple(B), tuple(A))
+
+    def _problem(self, plan: Plan, B: tuple[Tensor, ...], A: tuple[Tensor, ...]) -> Group:
         settings, cohort = self.settings, self.cohort
-        rows = [cohort.index[name] for name in block.plan.modules]
+        rows = [cohort.index[name] for name in plan.modules]
         return Group(
-            modules=block.plan.modules,
-            kind=block.plan.kind,
-            m=block.plan.m,
-            n=block.plan.n,
-            B=tuple(B.to(settings.device, non_blocking=True) for B in block.B[: len(cohort.clients)]),
-            A=tuple(A.to(settings.device, non_blocking=True) for A in block.A[: len(cohort.clients)]),
+            modules=plan.modules,
+            kind=plan.kind,
+            m=plan.m,
+            n=plan.n,
+            B=B,
+            A=A,
             scale=torch.from_numpy(cohort.scales(rows)),
             weight=torch.from_numpy(cohort.module_weights(rows)),
             clients=tuple(cohort.positions),
@@ -108,7 +143,7 @@ class Walk:
             seed=settings.seed,
             round=settings.round,
             measure=settings.measure,
-            carry=tuple(self._carried(name) for name in block.plan.modules),
+            carry=tuple(self._carried(name) for name in plan.modules),
         )
 
     def as_sent(self, group: Group) -> Group:

@@ -11,10 +11,20 @@ from torch import Tensor
 
 from fedlora_kernels.backends.contract import U64, Info
 from fedlora_kernels.linalg import WeightedSum, update_gram, weighted_sum
-from fedlora_kernels.methods.contract import Group, Outcome
+from fedlora_kernels.methods.contract import Group, Outcome, Sums
 from fedlora_kernels.methods.factors import GRAM_ERROR, norms, sums_outcome, zero_outcome
 
-__all__ = ["common_A", "flagged", "holders", "leaders", "summed", "summed_norms", "with_common_A", "with_common_B"]
+__all__ = [
+    "common_A",
+    "flagged",
+    "holders",
+    "leaders",
+    "summed",
+    "summed_norms",
+    "sums_with_common",
+    "with_common_A",
+    "with_common_B",
+]
 
 
 def with_common_A(group: Group) -> Outcome:
@@ -64,6 +74,18 @@ def with_common_B(group: Group) -> Outcome:
         return _exact(part, B, A, (len(part.B) + 6) * U64 * terms + rounding)
 
     return flagged(sums_outcome(group, *pair(group, slice(None), group.dtype), gap), group, group.B)
+
+
+def sums_with_common(group: Group, factor: str) -> Sums | None:
+    """The sums that the pair with ``factor`` in common is, where that factor is the same in all clients; None where it takes more.
+
+    For "B" the scales of the clients are equal as well.
+    """
+    leader = leaders(group)
+    if bool((torch.tensor(group.ranks)[leader] < max(group.ranks)).any()):
+        return None
+    one = torch.nn.functional.one_hot(leader, len(group.ranks)).to(torch.float64)
+    return Sums(group.weight * group.scale, one) if factor == "A" else Sums(one * group.scale, group.weight)
 
 
 def holders(group: Group) -> Tensor:

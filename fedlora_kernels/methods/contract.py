@@ -30,6 +30,7 @@ __all__ = [
     "Pair",
     "Previous",
     "Spectrum",
+    "Sums",
     "Survey",
     "make_method",
     "method_class",
@@ -170,6 +171,18 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
+class Sums:
+    """A pair that is no more than two sums of the clients' factors, padded to the largest rank of the group.
+
+    ``B`` and ``A`` are the coefficients (N, K), host float64: ``sum_k B[:, k] B_k`` and ``sum_k A[:, k] A_k``. What has coefficient
+    0 does not enter.
+    """
+
+    B: Tensor
+    A: Tensor
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a method made of a group.
 
@@ -233,6 +246,14 @@ class Method:
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group. ``plan`` is what `decide` returned (None without), ``previous`` what the round before left of it."""
         raise NotImplementedError
+
+    def sums(self, group: Group, plan: Any) -> Sums | None:
+        """What `combine` makes of the group without being measured, where it is no more than sums of factors; else None.
+
+        Such sums are taken while the factors are read. The factors of ``group`` have shapes and no numbers (device "meta"); where
+        the method has a frozen factor, all clients hold the same, and scales of a frozen B are equal and not 0.
+        """
+        return None
 
     def surveys(self, memory: Memory | None) -> bool:
         """Whether `decide` needs a pass over all data; ``memory`` is that of the round before."""

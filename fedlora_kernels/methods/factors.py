@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from fedlora_kernels.backends.contract import U64, Note
 from fedlora_kernels.errors import MismatchError
 from fedlora_kernels.linalg import Ragged, WeightedSum, update_gram, weighted_sum
-from fedlora_kernels.methods.contract import Group, Outcome, Pair, Spectrum
+from fedlora_kernels.methods.contract import Group, Outcome, Pair, Spectrum, Sums
 
 __all__ = [
     "GRAM_ERROR",
@@ -29,6 +29,7 @@ __all__ = [
     "in_chunks",
     "joined",
     "mean_outcome",
+    "mean_sums",
     "measured_dtype",
     "norms",
     "owned",
@@ -41,6 +42,7 @@ __all__ = [
     "share",
     "stack_error",
     "sums_outcome",
+    "unmeasured",
     "zero_outcome",
 ]
 
@@ -191,6 +193,12 @@ def factor_sums(group: Group, weight: Tensor, dtype: torch.dtype) -> tuple[Weigh
     return B, weighted_sum(list(group.A), weights=weight, **options)
 
 
+def mean_sums(group: Group, weight: Tensor | None = None) -> Sums:
+    """The sums that `mean_outcome` answers."""
+    p = group.weight if weight is None else share(group, weight)
+    return Sums(p * group.scale, p)
+
+
 def mean_outcome(group: Group, weight: Tensor | None = None) -> Outcome:
     """Outcome of the padded factor means with weights ``weight`` (K,), by default the group's, with its exact drift."""
     p = group.weight if weight is None else share(group, weight)
@@ -221,12 +229,16 @@ def sums_outcome(
     return _sums_outcome(group, B, A, in_chunks(gap))
 
 
-def _sums_outcome(group: Group, B: WeightedSum, A: WeightedSum, gap: Gap) -> Outcome:
+def unmeasured(group: Group, B: WeightedSum, A: WeightedSum) -> Outcome:
+    """The outcome of two sums in the dtype of the group, of full rank P, without a distance."""
     unknown = torch.full((group.batch,), math.nan, dtype=torch.float64)
-    error, bound, energy = unknown, unknown, None
-    if group.measure:
-        error, bound, energy = gap(group, slice(0, group.batch), rounding_of(B, A))
-    return _outcome(group, B, A, error, bound, energy)
+    return _outcome(group, B, A, unknown, unknown, None)
+
+
+def _sums_outcome(group: Group, B: WeightedSum, A: WeightedSum, gap: Gap) -> Outcome:
+    if not group.measure:
+        return unmeasured(group, B, A)
+    return _outcome(group, B, A, *gap(group, slice(0, group.batch), rounding_of(B, A)))
 
 
 def in_chunks(gap: Gap) -> Gap:
@@ -315,11 +327,9 @@ def pair_outcome(
     distance from D; it is called only if the group is to be measured.
     """
     left, right = (rounded(group, x) for x in (B, A))
-    unknown = torch.full((group.batch,), math.nan, dtype=torch.float64)
-    error, bound, energy = unknown, unknown, None
-    if group.measure:
-        error, bound, energy = gap(rounding_of(left, right))
-    return _outcome(group, left, right, error, bound, energy)
+    if not group.measure:
+        return unmeasured(group, left, right)
+    return _outcome(group, left, right, *gap(rounding_of(left, right)))
 
 
 def rounded(group: Group, x: Tensor, factor: Tensor | None = None) -> WeightedSum:

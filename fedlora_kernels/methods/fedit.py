@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
-from fedlora_kernels.methods.factors import mean_outcome, require_equal_ranks
+from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, Sums, register
+from fedlora_kernels.methods.factors import mean_outcome, mean_sums, require_equal_ranks
 
 __all__ = ["FedIT"]
 
@@ -31,3 +31,8 @@ class FedIT(Method):
         """Combine one group. MismatchError where ranks differ."""
         require_equal_ranks(group, self.name)
         return mean_outcome(group)
+
+    def sums(self, group: Group, plan: Any) -> Sums:
+        """The factor means. MismatchError where ranks differ."""
+        require_equal_ranks(group, self.name)
+        return mean_sums(group)

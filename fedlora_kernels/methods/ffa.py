@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fedlora_kernels.methods.common import with_common_A
-from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
+from fedlora_kernels.methods.common import sums_with_common, with_common_A
+from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, Sums, register
 
 __all__ = ["FFALoRA"]
 
@@ -31,6 +31,10 @@ class FFALoRA(Method):
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group."""
         return with_common_A(group)
+
+    def sums(self, group: Group, plan: Any) -> Sums | None:
+        """The mean of B and one A."""
+        return sums_with_common(group, "A")
 
     def client_rank(self, client_rank: int, rank: int) -> int:
         """A client receives its own rank."""

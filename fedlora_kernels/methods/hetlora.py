@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from fedlora_kernels.methods.contract import Census, Group, Method, Outcome, Previous, register
-from fedlora_kernels.methods.factors import mean_outcome
+from fedlora_kernels.methods.contract import Census, Group, Method, Outcome, Previous, Sums, register
+from fedlora_kernels.methods.factors import mean_outcome, mean_sums
 
 __all__ = ["HetLoRA"]
 
@@ -43,6 +43,10 @@ class HetLoRA(Method):
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group with the weights of ``plan``, over the owners where missing modules renormalise."""
         return mean_outcome(group, torch.from_numpy(plan))
+
+    def sums(self, group: Group, plan: Any) -> Sums:
+        """The padded means with the weights of ``plan``."""
+        return mean_sums(group, torch.from_numpy(plan))
 
     def describe(self, plan: np.ndarray, clients: Sequence[str]) -> dict[str, Any]:
         """Weight of each client."""

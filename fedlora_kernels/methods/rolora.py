@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fedlora_kernels.methods.common import with_common_A, with_common_B
-from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
+from fedlora_kernels.methods.common import sums_with_common, with_common_A, with_common_B
+from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, Sums, register
 from fedlora_kernels.methods.factors import require_equal_ranks
 
 __all__ = ["RoLoRA"]
@@ -36,6 +36,11 @@ class RoLoRA(Method):
         require_equal_ranks(group, self.name)
         work = with_common_A if self.frozen_factor(group.round) == "A" else with_common_B
         return work(group)
+
+    def sums(self, group: Group, plan: Any) -> Sums | None:
+        """The mean of the trained factor and one of the frozen ones. MismatchError where ranks differ."""
+        require_equal_ranks(group, self.name)
+        return sums_with_common(group, self.frozen_factor(group.round))
 
     def frozen_factor(self, round: int) -> str:  # noqa: A002
         """A in even rounds, B in odd ones."""

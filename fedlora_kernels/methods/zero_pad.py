@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
-from fedlora_kernels.methods.factors import mean_outcome
+from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, Sums, register
+from fedlora_kernels.methods.factors import mean_outcome, mean_sums
 
 __all__ = ["ZeroPad"]
 
@@ -29,3 +29,7 @@ class ZeroPad(Method):
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group."""
         return mean_outcome(group)
+
+    def sums(self, group: Group, plan: Any) -> Sums:
+        """The padded means."""
+        return mean_sums(group)

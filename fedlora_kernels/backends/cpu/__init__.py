@@ -20,7 +20,7 @@ from fedlora_kernels.backends.contract import (
     RuleSpec,
     Stack,
 )
-from fedlora_kernels.backends.cpu import gram, procrustes, product, qr, sums, svd
+from fedlora_kernels.backends.cpu import gram, procrustes, product, qr, ranges, sums, svd
 from fedlora_kernels.backends.cpu.library import HEADERS, LIBRARY, Library
 
 __all__ = ["BACKEND", "CpuBackend"]
@@ -92,6 +92,19 @@ class CpuBackend:
     def weighted_sum(self, groups: Sequence[Blocks], dtype: torch.dtype) -> list[RawSum]:
         """Weighted sum of the blocks of each group; see `Backend.weighted_sum`."""
         return sums.weighted_sum(self.library, groups, dtype)
+
+    def read_sum(
+        self,
+        groups: Sequence[tuple[ranges.Ranges, Tensor]],
+        shapes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+    ) -> list[RawSum] | None:
+        """Weighted sums of matrices in files; see `backends.cpu.ranges.read_sum`."""
+        return ranges.read_sum(self.library, groups, shapes, dtype)
+
+    def read_alike(self, matrices: Sequence[ranges.Ranges]) -> bool:
+        """Whether matrices in files are the same; see `backends.cpu.ranges.read_alike`."""
+        return ranges.read_alike(self.library, matrices)
 
     def mixed_sum(self, groups: Sequence[Mixed], dtype: torch.dtype) -> list[RawSum]:
         """``sum_k X_k M_k`` of each group; see `Backend.mixed_sum`."""

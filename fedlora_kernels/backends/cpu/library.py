@@ -18,14 +18,14 @@ from torch import Tensor
 
 from fedlora_kernels.errors import BackendError
 
-__all__ = ["HEADERS", "LIBRARY", "Library", "abi_stamp", "counts", "numbers", "rows", "table"]
+__all__ = ["DTYPE_CODE", "HEADERS", "LIBRARY", "Library", "abi_stamp", "counts", "numbers", "rows", "table"]
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 LIBRARY = _PACKAGE / "_lib" / "libfedlora_cpu.so"
 HEADERS = tuple(root / "include" / "fedlora.h" for root in (_PACKAGE / "_csrc", _PACKAGE.parent / "csrc"))
 _REBUILD = "rebuild it with `pip install --force-reinstall fedlora-kernels`, in a checkout `python setup.py build_ext --inplace`"
 
-_DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.int32: 2, torch.bfloat16: 3, torch.float16: 4, torch.bool: 5}
+DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.int32: 2, torch.bfloat16: 3, torch.float16: 4, torch.bool: 5}
 _STATUS_TEXT = {
     1: "descriptors do not fit each other, or a size is not served",
     2: "a dtype that the op does not take",
@@ -76,7 +76,10 @@ class Library:
 
     def call(self, op: str, function: str, *arguments: Any) -> None:
         """One call of a C function; BackendError where it refuses."""
-        status = getattr(self.functions(op), function)(*arguments)
+        self.require(op, getattr(self.functions(op), function)(*arguments))
+
+    def require(self, op: str, status: int) -> None:
+        """BackendError for the status of a call that was refused."""
         if status:
             text = _STATUS_TEXT.get(status, status)
             raise BackendError(f"backend 'cpu', {op}: the library refused the call: {text}")
@@ -107,7 +110,7 @@ def table(groups: Sequence[Tensor]) -> ctypes.Array[Block]:
 
 def _block(t: Tensor) -> Block:
     shape, stride = t.shape, t.stride()
-    code, missing = _DTYPE_CODE[t.dtype], 3 - len(shape)
+    code, missing = DTYPE_CODE[t.dtype], 3 - len(shape)
     if missing == 0:
         return Block(t.data_ptr(), shape[1], shape[2], stride[1], stride[2], code, shape[0], stride[0])
     cols, col_stride = (shape[1], stride[1]) if missing == 1 else (1, 1)
@@ -166,6 +169,10 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fedlora_core_svd": [*[_TABLE] * 6, _COUNT, _COUNT, *_SCRATCH, *_END],
     "fedlora_weighted_sum_workspace": [_TABLE, _COUNT, _COUNTS],
     "fedlora_weighted_sum": [_TABLE, _COUNTS, *[_TABLE] * 6, _COUNT, *_SCRATCH, *_END],
+    "fedlora_read_sum_workspace": [_TABLE, _COUNT, _COUNT, _COUNTS],
+    "fedlora_read_sum": [_ADDRESS, _COUNTS, *[_TABLE] * 6, _COUNT, *_SCRATCH, *_END],
+    "fedlora_read_alike_workspace": [_COUNT, _COUNTS],
+    "fedlora_read_alike": [_ADDRESS, _COUNTS, _COUNT, _ADDRESS, *_SCRATCH, *_END],
     "fedlora_mixed_sum_workspace": [_TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
     "fedlora_mixed_sum": [*[_TABLE] * 2, _COUNTS, *[_TABLE] * 5, _COUNT, *_SCRATCH, *_END],
     "fedlora_gram_workspace": [_TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],

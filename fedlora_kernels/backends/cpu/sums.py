@@ -12,14 +12,14 @@ from fedlora_kernels.backends.cpu.answers import ANSWERS
 from fedlora_kernels.backends.cpu.library import Library, counts, rows, table
 from fedlora_kernels.backends.cpu.threads import thread_count
 
-__all__ = ["mix", "mixed_sum", "weighted_sum"]
+__all__ = ["mix", "mixed_sum", "room", "weighted_sum"]
 
 
 def weighted_sum(library: Library, groups: Sequence[Blocks], dtype: torch.dtype) -> list[RawSum]:
     """Weighted sum of the blocks of each group; see `Backend.weighted_sum`."""
     op = "weighted_sum"
     library.functions(op)
-    results = [_about(ANSWERS.empty((group.batch, group.p, group.q), dtype)) for group in groups]
+    results = [room((group.batch, group.p, group.q), dtype) for group in groups]
     blocks = table([block for group in groups for block in group.blocks])
     numbers = counts([len(group.blocks) for group in groups])
     weights = table([group.weights[None] for group in groups])
@@ -53,6 +53,11 @@ def mix(library: Library, groups: Sequence[Mixed], sums: Sequence[Tensor]) -> li
     library.call(op, "fedlora_mixed_sum", blocks, mixers, numbers, *tables, len(groups), *scratch, threads, None)
     del memory
     return results
+
+
+def room(shape: tuple[int, int, int], dtype: torch.dtype) -> RawSum:
+    """Room for sums (N, p, q) in ``dtype`` and for what is said of them."""
+    return _about(ANSWERS.empty(shape, dtype))
 
 
 def _about(sums: Tensor) -> RawSum:

@@ -1,0 +1,90 @@
+"""Matrices that lie in files: their sums, and whether they are the same, without holding them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora_kernels.backends.contract import RawSum
+from fedlora_kernels.backends.cpu.library import DTYPE_CODE, Library, counts, rows, table
+from fedlora_kernels.backends.cpu.sums import room
+from fedlora_kernels.backends.cpu.threads import thread_count
+
+__all__ = ["Ranges", "read_alike", "read_sum"]
+
+_UNREADABLE = 5
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Matrices of K clients in N problems: ``places`` (N, K, 5) int64 is what `fedlora_range` holds."""
+
+    places: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        files: Sequence[Sequence[tuple[int, int]]],
+        shapes: Sequence[tuple[int, int]],
+        dtypes: Sequence[torch.dtype],
+    ) -> Ranges:
+        """``files[k]`` holds the descriptor and the offset of each of client k's N matrices, ``shapes[k]`` their one shape."""
+        places = np.empty((len(files[0]), len(files), 5), dtype=np.int64)
+        for k, (own, shape, dtype) in enumerate(zip(files, shapes, dtypes, strict=True)):
+            places[:, k, :2] = own
+            places[:, k, 2:] = (*shape, DTYPE_CODE[dtype])
+        return cls(places)
+
+
+def read_sum(
+    library: Library, groups: Sequence[tuple[Ranges, Tensor]], shapes: Sequence[tuple[int, int]], dtype: torch.dtype
+) -> list[RawSum] | None:
+    """`Backend.weighted_sum` of matrices in files with weights (N, K) float64, (p, q) being the ``shapes`` of the sums.
+
+    The same bits; what has weight 0 is not read. None where a file cannot be read.
+    """
+    op = "weighted_sum"
+    results = [room((len(weights), *shape), dtype) for (_, weights), shape in zip(groups, shapes, strict=True)]
+    places = _joined([ranges for ranges, _ in groups])
+    numbers = counts([ranges.places.shape[1] for ranges, _ in groups])
+    weights = table([weights[None] for _, weights in groups])
+    tables = [table([rows(getattr(result, field)) for result in results]) for field in RawSum._fields]
+    threads = thread_count()
+    memory, *scratch = library.workspace(op, "fedlora_read_sum_workspace", tables[0], len(groups), threads)
+    status = library.functions(op).fedlora_read_sum(
+        places.ctypes.data, numbers, weights, *tables, len(groups), *scratch, threads, None
+    )
+    del memory
+    if status == _UNREADABLE:
+        return None
+    library.require(op, status)
+    return results
+
+
+def read_alike(library: Library, ranges: Sequence[Ranges]) -> bool:
+    """Whether in every problem all matrices hold, bit for bit, as many of the first rows of the first as they have rows.
+
+    False where a file cannot be read, too.
+    """
+    op = "weighted_sum"
+    places = _joined(ranges)
+    numbers = counts([own.places.shape[1] for own in ranges for _ in range(len(own.places))])
+    alike = np.zeros(sum(len(own.places) for own in ranges), dtype=np.int32)
+    threads = thread_count()
+    memory, *scratch = library.workspace(op, "fedlora_read_alike_workspace", threads)
+    status = library.functions(op).fedlora_read_alike(
+        places.ctypes.data, numbers, len(alike), alike.ctypes.data, *scratch, threads, None
+    )
+    del memory
+    if status != _UNREADABLE:
+        library.require(op, status)
+    return status != _UNREADABLE and bool(alike.all())
+
+
+def _joined(ranges: Sequence[Ranges]) -> np.ndarray:
+    """The ranges of all problems one after the other."""
+    return np.concatenate([own.places.reshape(-1, 5) for own in ranges])

@@ -1,0 +1,155 @@
+"""Sums of matrices in files have the bits of `weighted_sum`; whether matrices in files are the same."""
+
+import os
+
+import pytest
+import torch
+
+from fedlora_kernels import backends
+from fedlora_kernels.backends.cpu.ranges import Ranges
+from fedlora_kernels.linalg import weighted_sum
+
+AVAILABLE, REASON = backends.status()["cpu"]
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason=f"no cpu backend: {REASON}")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SHAPES = {
+    "equal": [(37, 5)] * 4,
+    "columns": [(37, 3), (37, 16), (37, 1), (37, 7)],
+    "rows": [(3, 41), (11, 41), (1, 41)],
+    "corners": [(2, 7), (5, 3)],
+    "an empty block": [(5, 0), (5, 3)],
+    "many": [(9, 2)] * 70,
+    "longer than a tile": [(3, 2049), (3, 2049)],
+    "wider than a span": [(2, 17001), (3, 16500)],
+    "longer than a chunk": [(70001, 2), (70001, 2)],
+    "more than the buffer": [(9000, 16)] * 9,
+}
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Writes blocks (N, p, q) of several clients into one file each, at odd places, and says where they lie."""
+    opened = []
+
+    def write(blocks, first=3):
+        files = []
+        for block in blocks:
+            path = tmp_path / f"file_{len(opened)}"
+            size = block[0].nbytes
+            content = b"".join(b"?" * 5 + x.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for x in block)
+            path.write_bytes(b"!" * first + content)
+            opened.append(os.open(path, os.O_RDONLY))
+            files.append([(opened[-1], first + 5 + i * (size + 5)) for i in range(len(block))])
+        shapes, dtypes = [tuple(block.shape[1:]) for block in blocks], [block.dtype for block in blocks]
+        return Ranges.of(files, shapes, dtypes)
+
+    yield write
+    for fd in opened:
+        os.close(fd)
+
+
+def draw(shapes, dtypes, batch=2, seed=0):
+    made = torch.Generator().manual_seed(seed)
+    blocks = [
+        (torch.randn(batch, *shape, generator=made, dtype=torch.float64) * 10.0 ** (3 - k % 7)).to(
+            dtypes[k % len(dtypes)]
+        )
+        for k, shape in enumerate(shapes)
+    ]
+    return blocks, torch.randn(batch, len(shapes), generator=made, dtype=torch.float64)
+
+
+def read(groups, dtype):
+    corners = [tuple(max(block.shape[axis] for block in blocks) for axis in (1, 2)) for _, blocks, _ in groups]
+    return backends.get("cpu").read_sum([(ranges, w) for ranges, _, w in groups], corners, dtype)
+
+
+def same(raw, wanted):
+    for field in ("sum", "norm", "rounding", "info", "notes"):
+        assert torch.equal(getattr(raw, field), getattr(wanted, field)), field
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float64], DTYPES], ids=["single", "double", "mixed"])
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_sums_have_the_bits_of_weighted_sum(shapes, dtypes, stored, poisoned_empty):
+    blocks, weights = draw(shapes, dtypes)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        (raw,) = read([(stored(blocks), blocks, weights)], dtype)
+        same(raw, weighted_sum(blocks, weights=weights, dtype=dtype, check=False, backend="cpu"))
+
+
+def test_what_has_weight_zero_is_not_read(stored):
+    blocks, weights = draw(SHAPES["columns"], [torch.float32])
+    weights[0, 1] = weights[1, 0] = weights[1, 2] = 0.0
+    ranges = stored(blocks)
+    for i, k in ((0, 1), (1, 0), (1, 2)):
+        ranges.places[i, k, 1] = 1 << 40  # behind the end
+    (raw,) = read([(ranges, blocks, weights)], torch.float32)
+    same(raw, weighted_sum(blocks, weights=weights, check=False, backend="cpu"))
+    ranges.places[1, 1, 1] = 1 << 40
+    assert read([(ranges, blocks, weights)], torch.float32) is None
+
+
+def test_groups_of_any_shape_stand_side_by_side_and_threads_change_nothing(stored, monkeypatch):
+    groups = []
+    for number, shapes in enumerate(SHAPES.values()):
+        blocks, weights = draw(shapes, [torch.float32], batch=1 + number % 3, seed=number)
+        groups.append((stored(blocks), blocks, weights))
+    for threads in ("1", "3"):
+        monkeypatch.setenv("FEDLORA_NUM_THREADS", threads)
+        for raw, (_, blocks, weights) in zip(read(groups, torch.float32), groups, strict=True):
+            same(raw, weighted_sum(blocks, weights=weights, check=False, backend="cpu"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+def test_trouble_stands_in_info(bad, stored):
+    blocks, weights = draw(SHAPES["equal"], [torch.float32])
+    weights.abs_().add_(1.0)
+    blocks[2][1, 5, 3] = bad
+    (raw,) = read([(stored(blocks), blocks, weights)], torch.float32)
+    assert raw.info.tolist() == [0, 4 if bad == 3e38 else 1]
+
+
+def test_a_file_that_ends_early_or_is_closed_is_no_sum(stored, tmp_path):
+    blocks, weights = draw(SHAPES["equal"], [torch.float32])
+    ranges = stored(blocks)
+    os.truncate(tmp_path / "file_2", os.path.getsize(tmp_path / "file_2") - 1)
+    assert read([(ranges, blocks, weights)], torch.float32) is None
+    ranges = stored(blocks)
+    ranges.places[0, 0, 0] = 1 << 20
+    assert read([(ranges, blocks, weights)], torch.float32) is None
+
+
+def test_sizes_that_do_not_fit_are_refused(stored):
+    blocks, weights = draw(SHAPES["equal"], [torch.float32])
+    ranges = stored(blocks)
+    for shape in ((36, 5), (37, 4)):
+        with pytest.raises(backends.BackendError, match="do not fit"):
+            backends.get("cpu").read_sum([(ranges, weights)], [shape], torch.float32)
+
+
+def alike(stored, blocks):
+    return backends.get("cpu").read_alike([stored(blocks)])
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (70001, 2)])
+def test_alike_are_matrices_with_the_same_first_rows(shape, stored):
+    whole = torch.randn(3, *shape)
+    part = whole[:, : shape[0] - 2].contiguous()
+    assert alike(stored, [whole, part, whole])
+    for i, row in ((0, 0), (2, shape[0] - 3), (1, shape[0] // 2)):
+        other = part.clone()
+        other[i, row, 1] = other[i, row, 1].nextafter(torch.tensor(9.0))
+        assert not alike(stored, [whole, part, other])
+    assert not alike(stored, [part, whole])
+    assert not alike(stored, [whole, whole.double()])
+    assert not alike(stored, [whole, whole[:, :, :1].contiguous()])
+    assert alike(stored, [whole])
+
+
+def test_a_file_that_ends_early_is_like_no_other(stored, tmp_path):
+    whole = torch.randn(1, 9, 4)
+    ranges = stored([whole, whole])
+    assert backends.get("cpu").read_alike([ranges])
+    os.truncate(tmp_path / "file_1", 20)
+    assert not backends.get("cpu").read_alike([ranges])

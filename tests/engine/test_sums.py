@@ -1,0 +1,227 @@
+"""Sums taken while factors are read: the same bits as of factors that were read before, and the same errors."""
+
+import json
+import os
+
+import pytest
+import torch
+from adapter_problems import FIRST, SHAPES, changed, client, clients, poison, without
+from safetensors.torch import save_file
+
+from fedlora_kernels import backends
+from fedlora_kernels.adapters.options import ReadOptions
+from fedlora_kernels.adapters.policy import Policy
+from fedlora_kernels.adapters.reader import open_adapter
+from fedlora_kernels.aggregate import aggregate
+from fedlora_kernels.engine import walk
+from fedlora_kernels.engine.sums import Summing
+from fedlora_kernels.errors import FormatError, MismatchError, NonFiniteError, OutputOverflowError
+
+AVAILABLE, REASON = backends.status()["cpu"]
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason=f"no cpu backend: {REASON}")
+METHODS = ["fedit", "zero_pad", "hetlora", "ffa", "rolora"]
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Writes clients as folders."""
+
+    def write(pairs):
+        folders = []
+        for k, (state, config) in enumerate(pairs):
+            folder = tmp_path / f"client_{k}"
+            folder.mkdir(exist_ok=True)
+            save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "adapter_model.safetensors")
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+            folders.append(folder)
+        return {f"client_{k}": folder for k, folder in enumerate(folders)}
+
+    return write
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What was summed on the way, and what was read after all."""
+    seen = {"summed": 0, "read": 0}
+    call, load = Summing.__call__, walk.load_block
+
+    def summed(self, plan):
+        answer = call(self, plan)
+        seen["summed"] += answer is not None
+        return answer
+
+    def read(*args):
+        seen["read"] += 1
+        return load(*args)
+
+    monkeypatch.setattr(Summing, "__call__", summed)
+    monkeypatch.setattr(walk, "load_block", read)
+    return seen
+
+
+def problem(method, round=0):  # noqa: A002
+    """Clients that a method takes: of one rank, with one A or one B, or of several ranks."""
+    pairs = clients((4, 4, 4) if method in ("fedit", "rolora") else (4, 2, 5))
+    if method in ("ffa", "rolora"):
+        letter = "B" if round % 2 else "A"
+        state, _ = max(pairs, key=lambda pair: pair[1]["r"])
+        for own, config in pairs:
+            config["lora_alpha"] = 2 * config["r"]
+            for key in own:
+                if f".lora_{letter}." in key:
+                    own[key] = state[key][: config["r"]].clone() if letter == "A" else state[key].clone()
+    return pairs
+
+
+def in_memory(pairs):
+    """The same clients without files, their tensors in the order of the file."""
+    return {f"client_{k}": (dict(sorted(state.items())), config) for k, (state, config) in enumerate(pairs)}
+
+
+def same(found, wanted):
+    assert list(found.adapter) == list(wanted.adapter)
+    for name in found.adapter:
+        own, other = found.adapter[name], wanted.adapter[name]
+        assert own.B.dtype == other.B.dtype
+        assert torch.equal(own.B, other.B)
+        assert torch.equal(own.A, other.A)
+    assert found.report["modules"] == wanted.report["modules"]
+    assert found.report["totals"] == wanted.report["totals"]
+
+
+@pytest.mark.parametrize("memory", [1, "1GiB"])
+@pytest.mark.parametrize(("method", "round"), [*((m, 0) for m in METHODS), ("rolora", 1)])
+def test_the_bits_are_those_of_factors_that_were_read(method, round, memory, stored, made):  # noqa: A002
+    pairs = problem(method, round)
+    weights = None if method == "hetlora" else [3.0, 1.0, 2.0]
+    options = {"weights": weights, "measure": False, "round": round, "memory": memory}
+    wanted = aggregate(in_memory(pairs), method, **options)
+    assert made["summed"] == 0
+    made["read"] = 0
+    same(aggregate(stored(pairs), method, **options), wanted)
+    # hetlora looks at all norms first, and keeps what fits in memory
+    surveyed = method == "hetlora"
+    assert made["summed"] == (0 if surveyed and memory != 1 else 4 if memory == 1 else 2)
+    assert made["read"] == (0 if not surveyed else 4 if memory == 1 else 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": [1.0, 0.0, 2.0]},
+        {"weights": [1.0, -0.5, 2.0], "normalize": False},
+        {"policy": Policy("clip", max_update_norm=3.0)},
+        {"robust": "trimmed_mean", "method": "zero_pad"},
+        {"dtype": "float64"},
+        {"dtype": "bfloat16"},
+        {"backend": "cpu"},
+    ],
+    ids=str,
+)
+def test_weights_policies_and_dtypes_change_nothing_of_that(options, stored, made):
+    options = {"method": "zero_pad", "measure": False, "memory": 1, **options}
+    pairs = clients((4, 2, 5))
+    pairs[1] = client(seed=1, rank=2, alpha=9, dtype=torch.bfloat16)
+    wanted = aggregate(in_memory(pairs), **options)
+    same(aggregate(stored(pairs), **options), wanted)
+    assert made["summed"] == 4
+
+
+@pytest.mark.parametrize("missing", ["renormalize", "zero"])
+def test_modules_that_a_client_lacks(missing, stored, made):
+    pairs = clients((4, 2, 5))
+    pairs[0] = without(pairs[0], FIRST)
+    options = {"method": "zero_pad", "measure": False, "read": ReadOptions(missing=missing)}
+    wanted = aggregate(in_memory(pairs), **options)
+    same(aggregate(stored(pairs), **options), wanted)
+    assert made["summed"] == 3
+
+
+@pytest.mark.parametrize("why", ["measure", "backend", "memory"])
+def test_what_takes_more_is_read(why, stored, made):
+    pairs = problem("fedit")
+    options = {"measure": why == "measure", "backend": "torch" if why == "backend" else "auto"}
+    aggregate(in_memory(pairs) if why == "memory" else stored(pairs), "fedit", **options)
+    assert made["summed"] == 0
+    assert made["read"] == 2
+
+
+def test_out_of_files_into_a_file(stored, made, tmp_path):
+    pairs = problem("fedit")
+    wanted = aggregate(in_memory(pairs), "fedit", measure=False)
+    aggregate(stored(pairs), "fedit", measure=False, out=tmp_path / "out")
+    adapter = open_adapter(tmp_path / "out")
+    assert made["summed"] == 2
+    for name in SHAPES:
+        assert torch.equal(adapter[name].B, wanted.adapter[name].B)
+        assert torch.equal(adapter[name].A, wanted.adapter[name].A)
+
+
+def raised(kind, source, method, **options):
+    with pytest.raises(kind) as caught:
+        aggregate(source, method, measure=False, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_named_as_ever(value, stored):
+    pairs = problem("fedit")
+    pairs[1] = changed(pairs[1], "B", poison(value))
+    text = raised(NonFiniteError, stored(pairs), "fedit")
+    assert text == raised(NonFiniteError, in_memory(pairs), "fedit")
+    assert "client_1" in text
+    assert FIRST in text
+
+
+def test_a_result_beyond_its_dtype_is_named_as_ever(stored):
+    pairs = [changed(pair, "B", lambda B: B * 1e30) for pair in problem("fedit")]
+    text = raised(OutputOverflowError, stored(pairs), "fedit", dtype="float16")
+    assert text == raised(OutputOverflowError, in_memory(pairs), "fedit", dtype="float16")
+
+
+@pytest.mark.parametrize(("method", "letter", "round"), [("ffa", "A", 0), ("rolora", "A", 0), ("rolora", "B", 1)])
+def test_frozen_factors_that_differ_are_named_as_ever(method, letter, round, stored):  # noqa: A002
+    pairs = problem(method, round)
+    pairs[1] = changed(pairs[1], letter, lambda x: x * 1.5)
+    text = raised(MismatchError, stored(pairs), method, round=round)
+    assert text == raised(MismatchError, in_memory(pairs), method, round=round)
+    assert FIRST in text
+
+
+@pytest.mark.parametrize("letter", ["A", "B"])
+def test_a_frozen_factor_may_have_zeros_of_two_signs(letter, stored, made):
+    pairs = problem("rolora", 0 if letter == "A" else 1)
+
+    def zeros(sign):
+        def change(x):
+            x[1] = sign * 0.0
+            return x
+
+        return change
+
+    pairs = [changed(pair, letter, zeros(1.0 if k else -1.0)) for k, pair in enumerate(pairs)]
+    options = {"measure": False, "round": 0 if letter == "A" else 1}
+    wanted = aggregate(in_memory(pairs), "rolora", **options)
+    same(aggregate(stored(pairs), "rolora", **options), wanted)
+    assert made["summed"] == 1  # the modules of the other shape
+
+
+def test_scales_that_differ_make_another_frozen_B(stored):
+    pairs = problem("rolora", 1)
+    pairs[1][1]["lora_alpha"] = 16
+    text = raised(MismatchError, stored(pairs), "rolora", round=1)
+    assert text == raised(MismatchError, in_memory(pairs), "rolora", round=1)
+
+
+def test_a_file_that_is_cut_off_meanwhile_is_named(stored, monkeypatch):
+    folders = stored(problem("fedit"))
+    call = Summing.__call__
+
+    def cut(self, plan):
+        os.truncate(folders["client_1"] / "adapter_model.safetensors", 4096)
+        return call(self, plan)
+
+    monkeypatch.setattr(Summing, "__call__", cut)
+    text = raised(FormatError, folders, "fedit")
+    assert "client_1" in text
+    assert "truncated" in text
