@@ -57,5 +57,7 @@ from fedlora_kernels.methods.krum import Krum as Krum
 from fedlora_kernels.methods.krum import MultiKrum as MultiKrum
 from fedlora_kernels.methods.norm_rules import NormClip as NormClip
 from fedlora_kernels.methods.norm_rules import TrimmedMean as TrimmedMean
+from fedlora_kernels.resize import resize as resize
+from fedlora_kernels.resize import resize_all as resize_all
 
 logging.getLogger("fedlora_kernels").addHandler(logging.NullHandler())

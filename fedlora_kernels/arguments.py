@@ -65,13 +65,21 @@ def _build() -> _Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     texts = {
         "aggregate": "combine the adapters of several clients into one",
+        "resize": "cut adapters to smaller ranks, each for itself",
         "inspect": "ranks, spectra, norms and cosines of adapters, and what looks wrong",
         "validate": "every kernel of every backend here on generated cases: worst error and limit",
         "bench": "this machine's speed beside the libraries', with the accuracy of both and the floor",
         "env": "versions, backends, why each is on or off, a one-second self-test",
         "demo": "federated LoRA on real text with a small model, end to end",
     }
-    add = {"aggregate": _aggregate, "inspect": _inspect, "validate": _validate, "bench": _bench, "demo": _demo}
+    add = {
+        "aggregate": _aggregate,
+        "resize": _resize,
+        "inspect": _inspect,
+        "validate": _validate,
+        "bench": _bench,
+        "demo": _demo,
+    }
     for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         command.add_argument("--verbose", action="store_true", help="log every step; a failure shows its traceback")
@@ -82,12 +90,51 @@ def _build() -> _Parser:
 
 def _aggregate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("clients", nargs="+", metavar="CLIENT", help="a PEFT folder, or name=folder")
+    _out(parser)
+    _aggregate_method(parser)
+    _rules(parser)
+    _aggregate_clients(parser)
+    group = parser.add_argument_group("output")
+    _format(group)
+    _aggregate_output(group)
+    _machine(parser)
+
+
+def _resize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="ADAPTER",
+        help="a PEFT folder, or name=folder; of several, each goes to OUT/NAME",
+    )
+    _out(parser)
+    _rules(parser)
+    group = parser.add_argument_group("adapters")
+    group.add_argument(
+        "--extras",
+        choices=("strict", "ignore"),
+        default="strict",
+        help="unknown tensors that are no factors: refuse or drop; default: strict",
+    )
+    _reading(group)
+    group = parser.add_argument_group("output")
+    _format(group)
+    _report(group, "a copy of the report, as JSON or, of one adapter, as a page for a browser")
+    group.add_argument("--quiet", action="store_true", help="no table, no progress bar")
+    _machine(parser)
+
+
+def _out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", required=True, metavar="OUT", help="folder to write; replaced with --overwrite")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds only files written here")
-    _aggregate_method(parser)
-    _aggregate_clients(parser)
-    _aggregate_output(parser)
-    _aggregate_machine(parser)
+
+
+def _rules(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rank rule, one of, and an upper bound beside it")
+    rules = group.add_mutually_exclusive_group()
+    for name, (_, kind, metavar, text) in RULE_FLAGS.items():
+        rules.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text)
+    group.add_argument("--max-rank", type=_positive, metavar="K", help="an upper bound on the rank, beside any rule")
 
 
 def _aggregate_method(parser: argparse.ArgumentParser) -> None:
@@ -106,11 +153,6 @@ def _aggregate_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--previous", metavar="DIR", help="the result of the round before")
     group.add_argument("--client-state", metavar="FILE.json", help="what clients report, by name (method fedtree)")
     group.add_argument("--round", type=_count, metavar="N", help="0-based; default: the round of --previous + 1, or 0")
-    group.add_argument("--seed", type=_count, default=0, metavar="N", help="for padding rows; default: 0")
-    rules = parser.add_argument_group("rank rule, one of").add_mutually_exclusive_group()
-    for name, (_, kind, metavar, text) in RULE_FLAGS.items():
-        rules.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text)
-    group.add_argument("--max-rank", type=_positive, metavar="K", help="an upper bound on the rank, beside any rule")
 
 
 def _aggregate_clients(parser: argparse.ArgumentParser) -> None:
@@ -141,8 +183,7 @@ def _aggregate_clients(parser: argparse.ArgumentParser) -> None:
     _reading(group)
 
 
-def _aggregate_output(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output")
+def _format(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--target", choices=("peft", "vllm"), default="peft", help="who loads OUT; vllm needs one rank; default: peft"
     )
@@ -151,7 +192,16 @@ def _aggregate_output(parser: argparse.ArgumentParser) -> None:
         "--uniform-rank", action=argparse.BooleanOptionalAction, help="pad every module to the largest rank"
     )
     group.add_argument("--fill", choices=("zero", "random"), default="zero", help="rows of A in the padding")
-    group.add_argument("--drop-zero", action="store_true", help="leave out modules whose update is zero")
+    group.add_argument("--seed", type=_count, default=0, metavar="N", help="of random padding rows; default: 0")
+    group.add_argument(
+        "--drop-zero",
+        action="store_true",
+        help="leave out modules whose update is zero, or for which --budget has no room",
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="default: float32, or float64 if an input is float64")
+
+
+def _aggregate_output(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--per-client", action="store_true", help="also write OUT/clients/NAME, what each client receives"
     )
@@ -166,12 +216,11 @@ def _aggregate_output(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="report norms, cosines and cancellation of the clients and the spectra of their sum; part of every FILE.html",
     )
-    group.add_argument("--dtype", choices=DTYPES, help="default: float32, or float64 if a client is float64")
     _report(group, "a copy of the report, as JSON or as a page for a browser")
     group.add_argument("--quiet", action="store_true", help="no table, no progress bar")
 
 
-def _aggregate_machine(parser: argparse.ArgumentParser) -> None:
+def _machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--backend", default="auto", metavar="NAME", help="default: auto; see fedlora env")
     group.add_argument(

@@ -68,6 +68,7 @@ def _run(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "aggregate": _aggregate,
+        "resize": _resize,
         "inspect": _inspect,
         "validate": _validate,
         "bench": _bench,
@@ -95,6 +96,28 @@ def _aggregate(options: argparse.Namespace) -> int:
         write_json(path, result.report)
     if not options.quiet:
         show(aggregate_tables(result.report, options.out))
+    return 0
+
+
+def _resize(options: argparse.Namespace) -> int:
+    from fedlora_kernels.reporting.json import check_target, write_json
+    from fedlora_kernels.reporting.resized import resize_tables
+    from fedlora_kernels.reporting.terminal import ProgressBar, show
+    from fedlora_kernels.request import resize_request
+    from fedlora_kernels.resize import summary
+
+    reports = [check_target(path) for path in options.report]
+    run = resize_request(options)
+    with ProgressBar(quiet=options.quiet) as progress:
+        results = run(progress)
+    for result in results.values():
+        if result.adapter is not None:
+            result.adapter.close()
+    found = [result.report for result in results.values()]
+    for path in reports:
+        write_json(path, found[0] if len(found) == 1 else summary(results))
+    if not options.quiet:
+        show(resize_tables(found, options.out))
     return 0
 
 

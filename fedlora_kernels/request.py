@@ -24,12 +24,13 @@ from fedlora_kernels.engine.settings import check_delivery, method_of
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.linalg import rules
 from fedlora_kernels.methods.contract import Method, make_method, method_class
-from fedlora_kernels.methods.florist import DEFAULT_RULE
+from fedlora_kernels.methods.florist import DEFAULT_RULE, Florist
+from fedlora_kernels.resize import resize, resize_all
 
 if TYPE_CHECKING:
     from fedlora_kernels.engine.result import Result
 
-__all__ = ["aggregate_request", "check_backend", "named_paths", "read_options"]
+__all__ = ["aggregate_request", "check_backend", "named_paths", "read_options", "resize_request"]
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
@@ -49,6 +50,7 @@ def aggregate_request(options: argparse.Namespace) -> Callable[[Callable[[str, i
     made = _named("--set", lambda: method_of(options.method, rule, write, settings))
     _named("--per-client", lambda: check_delivery(made, options.out, options.per_client))
     call: dict[str, Any] = {
+        **_run_options(options),
         "weights": options.weights,
         "normalize": options.normalize,
         "previous": _previous(options.previous),
@@ -58,19 +60,50 @@ def aggregate_request(options: argparse.Namespace) -> Callable[[Callable[[str, i
         "policy": _policy(options),
         "read": read_options(options, missing=options.missing, extras=options.extras),
         "write": write,
-        "out": options.out,
-        "overwrite": options.overwrite,
         "per_client": options.per_client,
         "measure": options.measure,
         "compare": options.compare or any(path.lower().endswith(".html") for path in options.report),
+    }
+    clients = named_paths(options.clients)
+    return lambda progress: aggregate(clients, made, progress=progress, **call)
+
+
+def resize_request(options: argparse.Namespace) -> Callable[[Callable[[str, int, int], None]], dict[str, Result]]:
+    """Return the call that ``fedlora resize`` asks for, waiting for its progress callback: results by name. Reads no tensor.
+
+    Raises InputError, or the ValueError of an option, naming the flag.
+    """
+    check_backend(options.backend)
+    check_out(options.out, options.overwrite)
+    call = {
+        **_run_options(options),
+        "rule": _rule(options, Florist),
+        "read": read_options(options, extras=options.extras),
+        "write": _write_options(options),
+    }
+    adapters = named_paths(options.adapters)
+    if len(adapters) > 1:
+        return lambda progress: resize_all(adapters, progress=progress, **call)
+    ((name, path),) = adapters.items() if isinstance(adapters, dict) else [(None, adapters[0])]
+
+    def one(progress: Callable[[str, int, int], None]) -> dict[str, Result]:
+        result = resize(path, name=name, progress=progress, **call)
+        return {result.report["clients"][0]["name"]: result}
+
+    return one
+
+
+def _run_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What aggregate and resize have in common: where to write, and how to compute."""
+    return {
+        "out": options.out,
+        "overwrite": options.overwrite,
         "seed": options.seed,
         "backend": options.backend,
         "device": None if options.device == "auto" else options.device,
         "dtype": None if options.dtype is None else getattr(torch, options.dtype),
         "memory": None if options.memory is None else _named("--memory", lambda: rules.parse_size(options.memory)),
     }
-    clients = named_paths(options.clients)
-    return lambda progress: aggregate(clients, made, progress=progress, **call)
 
 
 def check_backend(name: str) -> None:

@@ -77,14 +77,14 @@ def test_the_page_on_the_command_line_names_every_flag_and_no_other(capsys):
     page = (Path(__file__).parent.parent / "docs" / "command-line.md").read_text()
     written = set(re.findall(r"--[a-z][a-z-]+", page)) - {"--help"}
     known = set()
-    for command in ("aggregate", "inspect", "validate", "bench", "env", "demo"):
+    for command in ("aggregate", "resize", "inspect", "validate", "bench", "env", "demo"):
         with pytest.raises(SystemExit):
             parse([command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
     assert written == known
 
 
-@pytest.mark.parametrize("command", ["aggregate", "inspect", "validate", "bench", "env", "demo"])
+@pytest.mark.parametrize("command", ["aggregate", "resize", "inspect", "validate", "bench", "env", "demo"])
 def test_every_argument_has_help(command, capsys):
     with pytest.raises(SystemExit):
         parse([command, "--help"])

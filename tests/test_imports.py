@@ -16,7 +16,7 @@ FLOOR = {
     "backends": 1, "_lib": 1,
     "linalg": 2, "adapters": 2, "testing": 2, "training": 2,
     "methods": 3,
-    "engine": 4, "aggregate": 4.1,
+    "engine": 4, "aggregate": 4.1, "resize": 4.2,
     "arguments": 4.9, "reporting": 5, "environment": 5, "inspection": 5, "request": 5,
     "validate": 5.1, "bench": 5.1,
     "demo": 6, "cli": 7, "__main__": 8, "__init__": 8,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.adapters.config import rank_patterns
+from fedlora_kernels.adapters.extras import check_float
 from fedlora_kernels.adapters.keys import canonical_keys
 from fedlora_kernels.adapters.model import TensorSource, TensorSpec
 from fedlora_kernels.adapters.names import printable
-from fedlora_kernels.adapters.peft import check_float
 from fedlora_kernels.errors import FormatError
 
 __all__ = ["fold_adalora"]

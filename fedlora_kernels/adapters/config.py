@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from fedlora_kernels.adapters.forms import target_ranks
 from fedlora_kernels.adapters.inits import kept_fields
+from fedlora_kernels.adapters.keys import TOKENS
+from fedlora_kernels.adapters.lora_config import LoRAConfig
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.patterns import PatternTable
-from fedlora_kernels.adapters.peft import LoRAConfig
 from fedlora_kernels.errors import InputError
 
 __all__ = ["peft_config", "rank_patterns"]
@@ -63,8 +64,11 @@ def peft_config(
         config["alpha_pattern"] = dict(patterns)
     if any(extra.rule == "lora_bias" for extra in extras.values()):
         config["lora_bias"] = True
-    if configs[0].get("layer_replication"):
-        config["layer_replication"] = configs[0]["layer_replication"]
+    if any(name.endswith(f".{TOKENS}") for name in extras):
+        config["trainable_token_indices"] = configs[0]["trainable_token_indices"]
+    for key in ("layer_replication", "ensure_weight_tying"):
+        if configs[0].get(key):
+            config[key] = configs[0][key]
     return {**config, **kept_fields(adapters, ranks)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import re
 import secrets
@@ -18,7 +19,7 @@ from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.safetensors import disc_errors
 from fedlora_kernels.errors import InputError, RunError
 
-__all__ = ["OutputFolder", "check_out"]
+__all__ = ["OUR_FILES", "OUR_FOLDERS", "OutputFolder", "check_out"]
 
 OUR_FILES = (
     "adapter_config.json",
@@ -27,6 +28,8 @@ OUR_FILES = (
     "fedlora_state.safetensors",
     "README.md",
 )
+OUR_FOLDERS = ("clients", "residual")
+LARGEST_REPORT = 1 << 28
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 
@@ -179,6 +182,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
 
 def _stranger(folder: Path, prefix: str = "") -> str | None:
     """Return the first entry that is no file of ours, by its path within the output."""
+    adapters = frozenset() if prefix else _adapters(folder / "report.json")
     for entry in sorted(os.scandir(folder), key=lambda item: item.name):
         name = f"{prefix}{entry.name}"
         found: str | None = None
@@ -186,12 +190,26 @@ def _stranger(folder: Path, prefix: str = "") -> str | None:
             if entry.name == "clients" and not prefix:
                 found = _stranger_among_clients(Path(entry.path))
             else:
-                found = name if entry.name != "residual" else _stranger(Path(entry.path), f"{name}/")
+                ours = entry.name == "residual" or entry.name in adapters
+                found = _stranger(Path(entry.path), f"{name}/") if ours else name
         elif entry.name not in OUR_FILES or not entry.is_file(follow_symlinks=False):
             found = name
         if found is not None:
             return found
     return None
+
+
+def _adapters(report: Path) -> frozenset[str]:
+    """The folders of adapters that a report of ours names: without one, a folder of adapters is somebody's collection."""
+    try:
+        if report.stat().st_size > LARGEST_REPORT:
+            return frozenset()
+        content = json.loads(report.read_bytes())
+        if content["tool"]["name"] != "fedlora_kernels":
+            return frozenset()
+        return frozenset(str(row["folder"]) for row in content["adapters"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return frozenset()
 
 
 def _stranger_among_clients(folder: Path) -> str | None:

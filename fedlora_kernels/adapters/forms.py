@@ -20,7 +20,7 @@ def factor_keys(module: ModuleSpec) -> tuple[str, str]:
     """Keys of B and A of a module in a PEFT file."""
     if module.kind == "embedding":
         return f"{PREFIX}{module.form.path}.lora_embedding_B", f"{PREFIX}{module.form.path}.lora_embedding_A"
-    return f"{PREFIX}{module.form.path}.lora_B.weight", f"{PREFIX}{module.form.path}.lora_A.weight"
+    return _linear_keys(module.form.path)
 
 
 def stored_shapes(module: ModuleSpec, rank: int) -> dict[str, tuple[int, ...]]:
@@ -28,7 +28,11 @@ def stored_shapes(module: ModuleSpec, rank: int) -> dict[str, tuple[int, ...]]:
     key_B, key_A = factor_keys(module)
     kernel, parts = module.form.kernel, module.form.parts
     ones = (1,) * len(kernel[1:])
-    return {key_A: (parts * rank, *(kernel or (module.n,))), key_B: (module.m, parts * rank, *ones)}
+    shapes = {key_A: (parts * rank, *(kernel or (module.n,))), key_B: (module.m, parts * rank, *ones)}
+    if module.form.tied:
+        head_B, head_A = _linear_keys(module.form.tied)
+        shapes |= {head_A: (rank, module.m), head_B: (module.n, rank)}
+    return shapes
 
 
 def stored_tensors(unit: Sequence[NamedPair], modules: Mapping[str, ModuleSpec]) -> Iterator[tuple[str, Tensor]]:
@@ -45,7 +49,8 @@ def stored_tensors(unit: Sequence[NamedPair], modules: Mapping[str, ModuleSpec])
         else:
             _, B, A = parts[0]
             rank = A.shape[0]
-        for (key, shape), tensor in zip(stored_shapes(module, rank).items(), (A, B), strict=True):
+        heads = tuple(x.mT.clone(memory_format=torch.contiguous_format) for x in (B, A)) if module.form.tied else ()
+        for (key, shape), tensor in zip(stored_shapes(module, rank).items(), (A, B, *heads), strict=True):
             yield key, tensor.reshape(shape)
 
 
@@ -113,6 +118,10 @@ def whole_units(pairs: Iterable[NamedPair], modules: Mapping[str, ModuleSpec]) -
     for pair in pairs:
         yield from units.add(pair)
     yield from units.rest()
+
+
+def _linear_keys(path: str) -> tuple[str, str]:
+    return f"{PREFIX}{path}.lora_B.weight", f"{PREFIX}{path}.lora_A.weight"
 
 
 def _padded(pair: NamedPair, rank: int) -> NamedPair:

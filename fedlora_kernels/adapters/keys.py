@@ -6,14 +6,16 @@ import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from fedlora_kernels.adapters.model import TensorSpec
 from fedlora_kernels.adapters.names import printable
-from fedlora_kernels.adapters.variants import LATER, refuse_key, refuse_variant
+from fedlora_kernels.adapters.variants import refuse_key, refuse_variant
 from fedlora_kernels.errors import FedLoRAError, FormatError, UnsupportedVariantError
 
-__all__ = ["PREFIX", "TensorKey", "canonical_keys"]
+__all__ = ["PREFIX", "TOKENS", "TensorKey", "canonical_keys", "is_embedding"]
 
 PREFIX = "base_model.model."
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+TOKENS = "trainable_tokens_delta"
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")
 KEPT = 1 << 14
 """Parsed keys that are kept: the clients of a round have the same ones."""
@@ -27,6 +29,11 @@ class TensorKey:
     part: str
     name: str
     adapter: str | None = None
+
+
+def is_embedding(tensor: TensorSpec) -> bool:
+    """Whether this is a factor of an embedding: the key says so, not a shape."""
+    return ".lora_embedding_" in f".{tensor.key}"
 
 
 def canonical_keys(keys: Iterable[str], who: str, adapter_name: str | None = None) -> list[TensorKey]:
@@ -100,9 +107,6 @@ def _factor(key: str, path: list[str], factor: str, tail: list[str], who: str) -
     module = ".".join(path)
     if not path:
         raise FormatError(f"{who}: malformed key {printable(key)!r}; a module path needed")
-    if "base_layer" in path:
-        variant = "nested base layers, as of target_parameters or MultiheadAttention"
-        refuse_variant(variant, printable(key), LATER, who)
     letter = factor[-1]
     if factor.startswith("lora_embedding_"):
         if len(tail) > 1 or tail == ["weight"]:
@@ -119,7 +123,9 @@ def _factor(key: str, path: list[str], factor: str, tail: list[str], who: str) -
 
 
 def _extra(key: str, segments: list[str]) -> TensorKey:
-    """``score.modules_to_save.default.weight`` of a live model is ``score.weight`` of a file."""
+    """``score.modules_to_save.default.weight`` of a live model is ``score.weight`` of a file; token rows likewise."""
+    if segments[-2:-1] == [TOKENS]:
+        return TensorKey(key, "extra", ".".join(segments[:-1]), segments[-1])
     if "modules_to_save" in segments[1:-2]:
         at = segments.index("modules_to_save", 1)
         return TensorKey(key, "extra", ".".join(segments[:at] + segments[at + 2 :]), segments[at + 1])

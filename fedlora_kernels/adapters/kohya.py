@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from fedlora_kernels.adapters.extras import FLOATS, check_float
 from fedlora_kernels.adapters.keys import KEPT, PREFIX
+from fedlora_kernels.adapters.lora_config import LoRAConfig
 from fedlora_kernels.adapters.model import Form, ModuleSpec, TensorSource, TensorSpec
 from fedlora_kernels.adapters.names import printable
-from fedlora_kernels.adapters.peft import FLOATS, Layout, LoRAConfig, check_float
+from fedlora_kernels.adapters.peft import Layout
 from fedlora_kernels.adapters.policy import Limits
 from fedlora_kernels.adapters.safetensors import parse_json
 from fedlora_kernels.adapters.variants import CONVERT, GROUPS, MERGE, refuse_variant

@@ -69,15 +69,16 @@ class Form:
 
     ``kind`` is "linear" (whatever stores a pair as its matrices), "embedding", "conv1d", "conv2d", "conv3d" or "expert".
     ``path`` stands in the keys, ``target`` in the configuration; all pairs of one target are written at one rank.
-    ``kernel`` is (c_in, *k) of a convolution. Where ``parts`` pairs share one flat tensor, A holds them one after another and
-    B interleaved, and this is number ``part``. ``spelling`` is what follows ``path`` in the keys of B and A of a kohya file;
-    None in PEFT's own.
+    ``kernel`` is (c_in, *k) of a convolution, ``tied`` the path of a head that holds an embedding's transposes. Where
+    ``parts`` pairs share one flat tensor, A holds them one after another and B interleaved, and this is number ``part``.
+    ``spelling`` is what follows ``path`` in the keys of B and A of a kohya file; None in PEFT's own.
     """
 
     kind: str
     path: str
     target: str
     kernel: tuple[int, ...] = ()
+    tied: str = ""
     part: int = 0
     parts: int = 1
     spelling: tuple[str, str] | None = None
@@ -87,7 +88,8 @@ class Form:
 class ModuleSpec:
     """A module's pair as its header describes it. ``name`` is the path in the base model, and unique.
 
-    ``B`` and ``A`` are the tensors as stored; `matrix` makes the (m, r) and (r, n) of them.
+    ``B`` and ``A`` are the tensors as stored; `matrix` makes the (m, r) and (r, n) of them. ``heads`` are those of a tied
+    head, which are the transposes of A and B.
     """
 
     name: str
@@ -98,6 +100,7 @@ class ModuleSpec:
     scale: float
     B: TensorSpec
     A: TensorSpec
+    heads: tuple[TensorSpec, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -105,16 +108,17 @@ class ModuleSpec:
         return self.form.kind
 
     @property
-    def signature(self) -> tuple[str, int, int, tuple[int, ...], int]:
+    def signature(self) -> tuple[str, int, int, tuple[int, ...], int, str]:
         """What must be equal among clients."""
-        return self.form.kind, self.m, self.n, self.form.kernel, self.form.parts
+        return self.form.kind, self.m, self.n, self.form.kernel, self.form.parts, self.form.tied
 
     @property
     def shape_text(self) -> str:
         """Kind and shape for messages."""
         shape = " x ".join(str(size) for size in (self.m, *(self.form.kernel or (self.n,))))
         parts = f", {self.form.parts} of them" if self.form.parts > 1 else ""
-        return shape if self.kind == "linear" else f"{self.kind} {shape}{parts}"
+        tied = f", tied to {printable(self.form.tied)!r}" if self.form.tied else ""
+        return shape if self.kind == "linear" else f"{self.kind} {shape}{parts}{tied}"
 
     @property
     def whole(self) -> bool:

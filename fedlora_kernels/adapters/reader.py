@@ -25,6 +25,7 @@ from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.adapters.safetensors import SafetensorsFile, open_file, read_json
 from fedlora_kernels.adapters.shards import INDEX_NAME, ShardedFile
+from fedlora_kernels.adapters.tied import check_tied
 from fedlora_kernels.errors import FedLoRAError, FormatError, InputError
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StateDict", "open_adapter", "open_initial"]
@@ -83,6 +84,8 @@ class StateDict:
 def open_adapter(source: Any, options: ReadOptions | None = None, *, name: str | None = None) -> Adapter:
     """Open an adapter: headers and configuration are read and checked, tensors stay where they are.
 
+    The one thing read of the data is whether a tied head holds its embedding's transposes.
+
     Args:
         source: path of a PEFT folder or of a kohya or diffusers file (``.safetensors``), an Adapter (returned as it is), a
             (state_dict, config) pair, or a bare state dict with ``options.config`` or with kohya's keys. A config is a mapping
@@ -110,6 +113,7 @@ def open_adapter(source: Any, options: ReadOptions | None = None, *, name: str |
     who = f"client {printable(name)!r}" if name is not None else f"adapter {printable(label)!r}"
     try:
         adapter = assemble(label, tensors, config, metadata, who, options)
+        check_tied(adapter.modules, adapter.source, who)
         initial = open_initial(options.init_factors, options) if kept_init(adapter.config) is not None else None
         return adapter if initial is None else since_start(adapter, initial, who)
     except BaseException:

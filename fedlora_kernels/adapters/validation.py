@@ -18,7 +18,16 @@ from fedlora_kernels.errors import FedLoRAError, InputError, LimitError, Mismatc
 __all__ = ["ClientCheck", "Failure", "failure_text", "validate_clients"]
 
 MOST_LINES = 20
-EQUAL_FIELDS = ("fan_in_fan_out", "bias", "lora_bias", "layer_replication", "init_lora_weights")
+EQUAL_FIELDS = (
+    "fan_in_fan_out",
+    "bias",
+    "lora_bias",
+    "layer_replication",
+    "init_lora_weights",
+    "target_parameters",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+)
 """Of ``init_lora_weights`` only what changes the base weight counts."""
 T = TypeVar("T")
 

@@ -44,8 +44,6 @@ CONFIG_MARKERS = {
     "monteclora_config": ("MonteCLoRA", "Its factors are sampled; train plain LoRA"),
     "velora_config": ("VeLoRA", DROP),
     "target_parameters": ("target_parameters (mixture of experts)", LATER),
-    "trainable_token_indices": ("trainable tokens", LATER),
-    "ensure_weight_tying": ("tied embeddings", LATER),
 }
 KEY_MARKERS = {
     "lora_magnitude_vector": ("DoRA", MERGE),
@@ -55,7 +53,6 @@ KEY_MARKERS = {
     "lora_arrow": ("Arrow", "It routes between adapters; aggregate those instead"),
     "lora_monteclora_sampler": ("MonteCLoRA", "Its factors are sampled; train plain LoRA"),
     "lora_velora_embed": ("VeLoRA", DROP),
-    "trainable_tokens_delta": ("trainable tokens", LATER),
     "lora_down": ("the kohya format", KOHYA),
     "lora_up": ("the kohya format", KOHYA),
     "lora_mid": ("a Tucker decomposition of kohya", CONVERT),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from fedlora_kernels.engine.state import REPORT_NAME, STATE_NAME, State, StateWr
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.methods.contract import Memory
 
-__all__ = ["Delivered", "Delivery", "ModuleOutput", "client_folders"]
+__all__ = ["Delivered", "Delivery", "ModuleOutput", "client_folders", "folder_names", "write_report"]
 
 
 @dataclass
@@ -59,15 +59,20 @@ class Delivered:
 
 def client_folders(names: Sequence[str]) -> list[str]:
     """A folder for each client within the output: its name reduced to harmless characters, and no two alike on any file system."""
+    return [os.path.join("clients", folder) for folder in folder_names(names)]
+
+
+def folder_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """A folder's name for each of ``names``, as `client_folders` makes them; none of ``taken``."""
     folders: list[str] = []
-    taken: set[str] = set()
+    used = {name.lower() for name in taken}
     for name in names:
         base = path_name(name)
         folder, number = base, 2
-        while folder.lower() in taken:
+        while folder.lower() in used:
             folder, number = f"{base[:120]}-{number}", number + 1
-        taken.add(folder.lower())
-        folders.append(os.path.join("clients", folder))
+        used.add(folder.lower())
+        folders.append(folder)
     return folders
 
 
@@ -145,7 +150,7 @@ class Delivery:
         """Write the report, put the folder in place, and open what was handed over."""
         folder = self._folder
         if folder is not None:
-            _write_report(Path(folder.path) / REPORT_NAME, report)
+            write_report(Path(folder.path) / REPORT_NAME, report)
             folder.commit()
         out = None if folder is None else Path(folder.out)
         opened = {place: output.open(out and out / place) for place, output in self._outputs.items()}
@@ -254,7 +259,8 @@ def _lines(report: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
-def _write_report(target: Path, report: Mapping[str, Any]) -> None:
+def write_report(target: Path, report: Mapping[str, Any]) -> None:
+    """Write a report as JSON, durably. RunError for failures of the disc."""
     text = _lines(report)
     with disc_errors(target), open(target, "w", encoding="utf-8") as file:
         file.write(text)

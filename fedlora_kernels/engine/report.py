@@ -52,6 +52,7 @@ def _columns(outcome: Outcome, count: int) -> dict[str, list[Any]]:
         "residual_rank": unknown if residual is None else residual.rank.tolist(),
         "numerical_rank": unknown if spectrum is None else spectrum.numerical_rank.tolist(),
         "energy": unknown if energy is None else _numbers(energy),
+        "energy_kept": unknown if spectrum is None else [_kept(error) for error in _numbers(outcome.error)],
         "error": _numbers(outcome.error),
         "error_bound": _numbers(outcome.error_bound),
         # what cutting took of each client's own pair, relative to it
@@ -62,6 +63,11 @@ def _columns(outcome: Outcome, count: int) -> dict[str, list[Any]]:
         "notes": [[str(note.name) for note in Note if notes & note] for notes in outcome.notes.tolist()],
         "singular_values": unknown if spectrum is None else [[s for s in S if s > 0.0] for S in spectrum.S.tolist()],
     }
+
+
+def _kept(error: float | None) -> float | None:
+    """The share of the energy that a truncation keeps."""
+    return None if error is None else max(0.0, 1.0 - error**2)
 
 
 def _numbers(values: Tensor) -> list[float | None]:
@@ -90,15 +96,23 @@ def cut_row(row: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """The row of the same module cut to a shorter prefix of its spectrum; of rank 0, nothing of it is left."""
     values = row["singular_values"]
     if rank == 0:
-        return {**row, "rank": 0, "error": 1.0, "error_bound": 1.0, "singular_values": [], "rho": None}
+        return {
+            **row,
+            "rank": 0,
+            "energy_kept": 0.0,
+            "error": 1.0,
+            "error_bound": 1.0,
+            "singular_values": [],
+            "rho": None,
+        }
     # shares of what the row keeps: the energy itself may leave the range of float64
     squares = [(s / values[0]) ** 2 for s in values]
     tail = math.fsum(squares[rank:]) / math.fsum(squares) * (1.0 - row["error"] ** 2)
     error, bound = math.sqrt(row["error"] ** 2 + tail), row["error_bound"]
     if bound is not None:
         bound = math.sqrt(error**2 + max(0.0, bound**2 - row["error"] ** 2))
-    kept = {"rank": rank, "error": error, "error_bound": bound, "singular_values": values[:rank]}
-    return {**row, **kept, "rho": _scaled_rho(row, rank)}
+    kept = {"rank": rank, "energy_kept": _kept(error), "error": error, "error_bound": bound}
+    return {**row, **kept, "singular_values": values[:rank], "rho": _scaled_rho(row, rank)}
 
 
 def _scaled_rho(row: Mapping[str, Any], rank: int) -> float | None:
@@ -111,6 +125,7 @@ def _scaled_rho(row: Mapping[str, Any], rank: int) -> float | None:
 def totals(rows: Iterable[Mapping[str, Any]], clients: int, parameters: int, nbytes: int) -> dict[str, Any]:
     """Sums over all modules; the error is ``|D - B A|_F / |D|_F`` of the whole model."""
     rows = list(rows)
+    error = _overall(rows, "error")
     return {
         "modules": len(rows),
         "clients": clients,
@@ -118,7 +133,8 @@ def totals(rows: Iterable[Mapping[str, Any]], clients: int, parameters: int, nby
         "rank": sum(row["rank"] for row in rows),
         "parameters": parameters,
         "bytes": nbytes,
-        "error": _overall(rows, "error"),
+        "energy_kept": None if any(row["energy_kept"] is None for row in rows) else _kept(error),
+        "error": error,
         "error_bound": _overall(rows, "error_bound"),
     }
 

@@ -10,8 +10,8 @@ from fedlora_kernels.errors import InputError
 
 __all__ = ["REPORTS", "schema"]
 
-REPORTS = ("aggregate", "inspect", "validate", "bench")
-"""Commands with a report; that of ``resize`` is one of ``aggregate``."""
+REPORTS = ("aggregate", "resize", "inspect", "validate", "bench")
+"""Commands with a report; that of ``resize`` is for several adapters, of one it is that of ``aggregate``."""
 
 
 def schema(name: str) -> dict[str, Any]:

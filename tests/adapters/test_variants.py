@@ -18,8 +18,6 @@ FIELDS = {
     "monteclora_config": ({"n": 2}, "MonteCLoRA"),
     "velora_config": ({"rank": 2}, "VeLoRA"),
     "target_parameters": (["experts.gate_up_proj"], "target_parameters"),
-    "trainable_token_indices": ([1, 2], "trainable tokens"),
-    "ensure_weight_tying": (True, "tied embeddings"),
 }
 KEYS = {
     "q.lora_magnitude_vector": "DoRA",
@@ -30,7 +28,6 @@ KEYS = {
     "q.lora_arrow": "Arrow",
     "q.lora_monteclora_sampler.x": "MonteCLoRA",
     "q.lora_velora_embed": "VeLoRA",
-    "emb.token_adapter.trainable_tokens_delta": "trainable tokens",
     "lora_unet_q.lora_down.weight": "the kohya format",
     "lora_unet_q.lora_up.weight": "the kohya format",
     "q.lora_mid.weight": "a Tucker decomposition",
@@ -59,7 +56,7 @@ def test_configuration_markers_are_refused_by_name(field):
         open_adapter(one(**{field: value}), name="c")
     assert str(caught.value).startswith(f"client 'c': adapter uses {variant}")
     assert f"({field})" in str(caught.value)
-    plain = field in ("target_parameters", "trainable_token_indices", "ensure_weight_tying")
+    plain = field == "target_parameters"
     if field == "velora_config":
         assert "its tensors are more than B and A, so it cannot be aggregated here. " in str(caught.value)
         return

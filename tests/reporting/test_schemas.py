@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_schemas_are_schemas_and_leave_no_object_open_by_accident(name):
 
 
 def test_an_unknown_schema_is_named():
-    with pytest.raises(InputError, match="aggregate, inspect, validate, bench"):
+    with pytest.raises(InputError, match="aggregate, resize, inspect, validate, bench"):
         schema("../json")
 
 
@@ -90,7 +91,7 @@ def takes_round_1(method):
 
 
 RULES = (fk.Rank(2), fk.Energy(1.0), fk.Frobenius(0.5), fk.SingularValueSum(0.5), fk.SingularValueRatio(2.0),
-         fk.Absolute(0.1), fk.Energy(0.9).capped(2))  # fmt: skip
+         fk.Absolute(0.1), fk.Energy(0.9).capped(2), fk.Budget(5000))  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -99,6 +100,7 @@ def test_reports_of_every_rank_rule(rule):
     require("aggregate", result.report)
     if rule == fk.Energy(1.0):
         require("aggregate", result.at(fk.Energy(0.5)).report)
+        require("aggregate", result.at(fk.Budget(5000)).report)
 
 
 def zero_first(pairs):
@@ -166,15 +168,18 @@ def test_inspections(tmp_path, change):
 
 
 def test_files_of_the_command_line(tmp_path, capsys):
-    paths, files = make_clients(tmp_path), [tmp_path / f"{name}.json" for name in REPORTS]
-    assert main(["aggregate", *paths, "-o", str(tmp_path / "out"), "--compare", "--report", str(files[0])]) == 0
-    assert main(["inspect", *paths, "--report", str(files[1])]) == 0
-    assert main(["validate", "--backend", "reference", "--op", "select_rank", "core_svd", "--json", str(files[2])]) == 0
-    assert main(["bench", "--quick", "small_svd", "--seconds", "0.001", "--json", str(files[3])]) in (0, 1)
+    paths, files = make_clients(tmp_path), {name: str(tmp_path / f"{name}.json") for name in REPORTS}
+    assert main(["aggregate", *paths, "-o", str(tmp_path / "out"), "--compare", "--report", files["aggregate"]]) == 0
+    assert main(["resize", *paths, "-o", str(tmp_path / "several"), "--report", files["resize"]]) == 0
+    assert main(["inspect", *paths, "--report", files["inspect"]]) == 0
+    op = ["--op", "select_rank", "core_svd"]
+    assert main(["validate", "--backend", "reference", *op, "--json", files["validate"]]) == 0
+    assert main(["bench", "--quick", "small_svd", "--seconds", "0.001", "--json", files["bench"]]) in (0, 1)
     capsys.readouterr()
-    for name, file in zip(REPORTS, files, strict=True):
-        require(name, json.loads(file.read_text(), parse_constant=refuse))
-    assert json.loads(files[0].read_text())["comparison"] is not None
+    for name, file in files.items():
+        require(name, json.loads(Path(file).read_text(), parse_constant=refuse))
+    assert json.loads(Path(files["aggregate"]).read_text())["comparison"] is not None
+    require("resize", json.loads((tmp_path / "several" / "report.json").read_text(), parse_constant=refuse))
 
 
 @pytest.mark.parametrize(
