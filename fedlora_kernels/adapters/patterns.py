@@ -1,26 +1,25 @@
 """`rank_pattern` and `alpha_pattern`: which entry applies to a module, decided in bounded time.
 
-Patterns come from untrusted clients. Keys without operators are compared directly; any other pattern must be a regular expression
-without the constructs that make matching exponential (docs/formats.md, Scale).
+Patterns come from untrusted clients. Keys without operators are compared directly; any other pattern is a regular expression for an
+automaton (docs/formats.md, Scale).
 """
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from fedlora_kernels.adapters.expressions import Expressions
 from fedlora_kernels.adapters.names import printable
-from fedlora_kernels.errors import FormatError, LimitError
+from fedlora_kernels.errors import LimitError
 
-__all__ = ["PatternTable", "compile_pattern"]
+__all__ = ["PatternTable"]
 
-LONGEST = 256
-MOST_ENTRIES = 4096
-MOST_UNBOUNDED = 3
-MOST_WAYS = 4096
+MOST_LOOKUPS = 1 << 18
+"""Of keys that have dots elsewhere than the names."""
+AT_ONCE = 16
+"""Keys whose dots are compared in the time of one lookup."""
 
 
 class PatternTable:
@@ -34,16 +33,16 @@ class PatternTable:
         self._what = what
         self._values = dict(patterns)
         self._keys = list(patterns)
-        self._groups: dict[_Shape, dict[str, list[int]]] = {}
-        special = [position for position, key in enumerate(self._keys) if not _PLAIN.fullmatch(key)]
-        if len(special) > MOST_ENTRIES:
-            raise LimitError(
-                f"{what}: {len(special)} regular expressions; at most {MOST_ENTRIES}. Write plain module names"
-            )
-        self._expressions = [(position, compile_pattern(self._keys[position], what)) for position in special]
-        for position in sorted(set(range(len(self._keys))).difference(special)):
-            shape, letters = _plain(self._keys[position])
-            self._groups.setdefault(shape, {}).setdefault(letters, []).append(position)
+        plain = [position for position, key in enumerate(self._keys) if _PLAIN.fullmatch(key)]
+        self._special = sorted(set(range(len(self._keys))).difference(plain))
+        self._expressions = Expressions([self._keys[position] for position in self._special], what)
+        self._entries: dict[tuple[Dots, str], list[_Entry]] = {}
+        self._shapes: dict[int, dict[Dots, int]] = {}
+        for position in plain:
+            entry = _Entry.of(self._keys[position], position)
+            self._entries.setdefault((entry.dots, entry.letters), []).append(entry)
+            self._shapes.setdefault(entry.length, {})[entry.dots] = _mask(entry.dots)
+        self._lookups = 0
         self._used: set[str] = set()
         self._conflicts: dict[tuple[str, str], str] = {}
 
@@ -59,12 +58,9 @@ class PatternTable:
         return self._values[hits[0]] if hits else default
 
     def hits(self, name: str) -> list[str]:
-        """Return the keys of all entries that apply to ``name``, in file order."""
-        found = [position for position, pattern in self._expressions if pattern.fullmatch(name)]
-        for shape, group in self._groups.items():
-            letters = shape.letters(name)
-            if letters is not None:
-                found.extend(group.get(letters, ()))
+        """Return the keys of all entries that apply to ``name``, in file order. LimitError where that takes too long."""
+        found = [self._special[number] for number in self._expressions.hits(name)]
+        found.extend(entry.position for entry in self._plain_hits(name))
         return [self._keys[position] for position in sorted(found)]
 
     def warnings(self) -> list[str]:
@@ -79,116 +75,69 @@ class PatternTable:
         """Texts on entries that hit nothing."""
         return [f"{self._what}: {printable(key)!r} matches no module" for key in self._values if key not in self._used]
 
+    def _plain_hits(self, name: str) -> Iterator[_Entry]:
+        dots = [at for at, char in enumerate(name) if char == "."]
+        for passed, begin in enumerate([0, *(at + 1 for at in dots)]):
+            tail = name[begin:]
+            inside = tuple(at - begin for at in dots[passed:])
+            for shape in self._fitting(len(tail), inside):
+                for entry in self._entries.get((shape, _letters(tail, shape)), ()):
+                    if not (entry.anchored and begin) and all(tail[at] == "." for at in entry.literal):
+                        yield entry
 
-def compile_pattern(key: str, what: str) -> re.Pattern[str]:
-    """Compile an untrusted regular expression. FormatError where it is invalid, LimitError where it may run for ever."""
-    problem = _danger(key)
-    if problem:
-        raise LimitError(f"{what}: entry {printable(key)!r} {problem}; write plain module names instead")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return re.compile(rf"(?:.*\.)?(?:{key})")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise FormatError(f"{what}: entry {printable(key)!r} is not a regular expression: {printable(error)}") from None
+    def _fitting(self, length: int, inside: Dots) -> list[Dots]:
+        """Where keys of this length have dots, if they have one wherever the name does."""
+        shapes = self._shapes.get(length, {})
+        if len(shapes) == 1:
+            return list(shapes)
+        wanted = _mask(inside)
+        fitting = [shape for shape, mask in shapes.items() if not wanted & ~mask]
+        self._lookups += len(shapes) // AT_ONCE + len(fitting)
+        if self._lookups > MOST_LOOKUPS:
+            raise LimitError(
+                f"{self._what}: {len(self._keys)} entries on these modules take more than {MOST_LOOKUPS} comparisons; write full "
+                "module names"
+            )
+        return fitting
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """Lengths of the pieces between the dots of a key, and whether it is anchored by ``^``."""
+Dots = tuple[int, ...]
+"""Where the dots of a key or of a name are."""
 
-    lengths: tuple[int, ...]
+
+class _Entry(NamedTuple):
+    """A key without operators: its length, where its dots are, its other characters, which dots are escaped, ``^`` before it."""
+
+    position: int
+    length: int
+    dots: Dots
+    letters: str
+    literal: Dots
     anchored: bool
 
-    def letters(self, name: str) -> str | None:
-        """Return the end of ``name`` without the characters under the dots; None where a key cannot start there."""
-        begin = len(name) - sum(self.lengths) - len(self.lengths) + 1
-        if begin < 0 or (begin and (self.anchored or name[begin - 1] != ".")):
-            return None
-        pieces = []
-        for length in self.lengths:
-            pieces.append(name[begin : begin + length])
-            begin += length + 1
-        return "".join(pieces)
+    @classmethod
+    def of(cls, key: str, position: int) -> _Entry:
+        anchored = key.startswith("^")
+        chars = _CHAR.findall(key[anchored:])
+        text = "".join(char[-1] for char in chars)
+        dots = tuple(at for at, char in enumerate(text) if char == ".")
+        literal = tuple(at for at in dots if chars[at] != ".")
+        return cls(position, len(text), dots, _letters(text, dots), literal, anchored)
 
 
 _PLAIN = re.compile(r"\^?(?:[^\\^$*+?{}\[\]()|]|\\[^A-Za-z0-9\\])+")
-_DOT = re.compile(r"(?<!\\)\.")
-_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_CHAR = re.compile(r"\\?.", re.DOTALL)
 
 
-def _plain(key: str) -> tuple[_Shape, str]:
-    """Shape and letters of a key without operators; an escaped character is itself."""
-    anchored = key.startswith("^")
-    pieces = [_ESCAPE.sub(r"\1", piece) for piece in _DOT.split(key[anchored:])]
-    return _Shape(tuple(map(len, pieces)), anchored), "".join(pieces)
+def _letters(text: str, dots: Dots) -> str:
+    """The text without the characters at ``dots``."""
+    pieces, begin = [], 0
+    for at in dots:
+        pieces.append(text[begin:at])
+        begin = at + 1
+    return "".join((*pieces, text[begin:]))
 
 
-def _danger(pattern: str) -> str | None:
-    """Say what may make matching slow: too long, quantified groups, many quantifiers or alternatives, special groups.
-
-    ``MOST_WAYS`` bounds the paths through alternatives and bounded quantifiers, which backtrack as a product.
-    """
-    if len(pattern) > LONGEST:
-        return f"has {len(pattern)} characters, at most {LONGEST}"
-    unbounded, ways, group_open = 0, 1, [1]
-    tokens = list(_tokens(pattern))
-    for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
-        if token == "(?":
-            return "uses a special group; only (...) and (?:...) are read"
-        if token == "backreference":
-            return "uses a back reference"
-        if token == "(":
-            group_open.append(1)
-        elif token == "|":
-            group_open[-1] += 1
-        elif token == ")":
-            ways *= group_open.pop() if len(group_open) > 1 else 1
-            if following.startswith("quantifier"):
-                return "repeats a group"
-        elif token == "quantifier unbounded":
-            unbounded += 1
-        elif token.startswith("quantifier"):
-            ways *= int(token.split()[1]) + 1
-    for alternatives in group_open:
-        ways *= alternatives
-    if unbounded > MOST_UNBOUNDED:
-        return f"has {unbounded} unbounded quantifiers, at most {MOST_UNBOUNDED}"
-    return f"can match in more than {MOST_WAYS} ways" if ways > MOST_WAYS else None
-
-
-_TOKEN = re.compile(
-    r"(?P<escape>\\(?P<escaped>.))"
-    r"|(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])"
-    r"|(?P<special>\(\?(?!:))"
-    r"|(?P<open>\((?:\?:)?)"
-    r"|(?P<quantifier>[*+?]|\{(?P<low>[0-9]*)(?P<comma>,?)(?P<high>[0-9]*)\})(?P<lazy>[?+]?)"
-    r"|(?P<other>.)",
-    re.DOTALL,
-)
-
-
-def _tokens(pattern: str) -> Iterator[str]:
-    for match in _TOKEN.finditer(pattern):
-        if match["special"]:
-            yield "(?"
-        elif match["escaped"] and match["escaped"] in "123456789":
-            yield "backreference"
-        elif match["open"]:
-            yield "("
-        elif match["quantifier"]:
-            yield _quantifier(match)
-        else:
-            yield match["other"] or "literal"
-
-
-def _quantifier(match: re.Match[str]) -> str:
-    text = match["quantifier"]
-    if text == "{}":
-        return "literal"
-    if text == "?":
-        return "quantifier 1"
-    if text in "*+" or (match["comma"] and not match["high"]):
-        return "quantifier unbounded"
-    low, high = int(match["low"] or 0), int(match["high"] or match["low"])
-    return "quantifier unbounded" if high > 16 else f"quantifier {high - low if high >= low else high}"
+def _mask(dots: Dots) -> int:
+    """The set of places as the bits of a number."""
+    return sum(1 << at for at in dots)

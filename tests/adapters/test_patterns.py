@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
@@ -116,11 +116,105 @@ def test_the_number_of_expressions_is_capped_but_not_of_plain_names():
         PatternTable({f"layers.{i}.q+": 1 for i in range(4097)}, "rank_pattern")
 
 
-def test_the_worst_accepted_expression_is_fast_on_a_long_name():
-    table = PatternTable({".*a.*a.*a": 1, "(a|a|a|a)" * 6 + "c": 2}, "rank_pattern")
+ATOMS = st.sampled_from(["a", "b", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]", "[]a]", r"\x61", "1", "_", r"[\d_]"])
+TIMES = st.sampled_from(["", "", "", "*", "+", "?", "*?", "{2}", "{1,3}", "{,2}", "{0}"])
+PIECES = st.tuples(ATOMS, TIMES).map("".join)
+TEXTS = st.lists(PIECES, max_size=4).map("".join)
+GROUPS = st.lists(TEXTS, min_size=1, max_size=3).map(lambda texts: f"({'|'.join(texts)})")
+EXPRESSIONS = st.tuples(
+    st.sampled_from(["", "", "^", r"\A"]),
+    st.lists(st.one_of(PIECES, TEXTS, GROUPS), max_size=3).map("".join),
+    st.sampled_from(["", "", "$", r"\Z"]),
+).map("".join)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(keys=st.lists(EXPRESSIONS, min_size=1, max_size=3, unique=True), name=names)
+def test_the_automaton_equals_the_regular_expressions(keys, name):
+    try:
+        table = PatternTable(dict.fromkeys(keys, 1), "rank_pattern")
+    except LimitError:
+        reject()
+    wanted = [key for key in keys if re.fullmatch(rf"(?:.*\.)?(?:{key})", name)]
+    assert table.hits(name) == wanted
+    assert table.hits(name) == wanted  # by what it remembers
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "applies"),
+    [
+        ("^q|v", "m.q", False),
+        ("^q|v", "m.v", True),
+        ("(^q|v)", "q", True),
+        ("(^|k)q", "q", True),
+        ("a{}", "a{}", True),
+        ("a{}+", "m.a{}}}", True),
+        (r"q\Z", "m.q", True),
+        (r"layers\.(\d|1\d)\.(q|v)_proj", "model.layers.17.v_proj", True),
+        (r"layers\.(\d|1\d)\.(q|v)_proj", "model.layers.27.v_proj", False),
+        ("", "m.q", False),
+    ],
+)
+def test_anchors_and_braces_mean_what_python_says(key, name, applies):
+    assert hits(key, name) == applies
+    assert bool(re.fullmatch(rf"(?:.*\.)?(?:{key})", name)) == applies
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("a^b+", "uses ^ within"),
+        ("a$b+", "uses $ within"),
+        (r"\bq+", r"uses \b"),
+        ("a*+b", "uses *+"),
+        ("a{2,3}+b", "uses {2,3}+"),
+    ],
+)
+def test_what_the_automaton_does_not_read_is_refused_by_name(key, text):
+    with pytest.raises((LimitError, FormatError)) as caught:  # FormatError: before Python 3.11 the last two are invalid
+        PatternTable({key: 1}, "rank_pattern")
+    assert isinstance(caught.value, FormatError) or text in str(caught.value)
+
+
+def names_of(count, length=60):
+    return [f"model.layers.{i}.{'a' * (length - 24)}.q_proj" for i in range(count)]
+
+
+HOSTILE = {
+    "backtracking": ([".*a.*a.*a", "(a|a|a|a)" * 6 + "c", "[^c]*[^d]*[^e]*x"], ["a" * 1000 + "b", ".a" * 500 + "b"]),
+    "many expressions": ([f".*a.*{i}.*b" for i in range(4096)], names_of(65536)),
+    "many alternatives": ([f"(a|b|{i})(c|d)(a|b)" + ".*" for i in range(900)], names_of(65536)),
+    "much text": ([f"{i:05}" + "a?" * 5 + "[a-z]" * 40 + "+" for i in range(4000)], names_of(65536)),
+    "long repeats": ([f"a{{0,60000}}b{{{i}}}" for i in range(9)], names_of(65536)),
+    "shapes": (
+        ["".join("." if i >> k & 1 else "a" for k in range(16)) for i in range(1 << 15)],
+        ["m." + "b" * 16] * 65536,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_patterns_end_soon_whatever_the_modules(case):
+    keys, modules = HOSTILE[case]
     start = time.perf_counter()
-    table.resolve("a" * 150 + "b", 0)
-    assert time.perf_counter() - start < 5
+    try:
+        table = PatternTable(dict.fromkeys(keys, 1), "client 'c': rank_pattern")
+        for name in modules:
+            table.resolve(name, 0)
+    except LimitError as error:
+        assert str(error).startswith("client 'c': rank_pattern: ")  # noqa: PT017 - to be fast is enough
+    assert time.perf_counter() - start < 5  # on a busy machine; 1 s alone
+
+
+def test_hundreds_of_honest_expressions_on_thousands_of_modules_are_within_the_limit():
+    keys = [rf"layers\.{i}\.(self_attn|mlp)\.(q|k|v|down|up)_proj" for i in range(100)] + [
+        r".*\.lm_head",
+        r"encoder\..*",
+    ]
+    table = PatternTable({key: i for i, key in enumerate(keys)}, "rank_pattern")
+    for i in range(100):
+        for kind in ("self_attn.q", "self_attn.o", "mlp.down"):
+            assert table.resolve(f"model.layers.{i}.{kind}_proj", -1) == (-1 if "o" in kind[-1] else i)
 
 
 def test_thousands_of_full_names_resolve_quickly():
@@ -128,7 +222,7 @@ def test_thousands_of_full_names_resolve_quickly():
     table = PatternTable({name: i for i, name in enumerate(names)}, "rank_pattern")
     start = time.perf_counter()
     assert [table.resolve(name, -1) for name in names] == list(range(len(names)))
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 3
 
 
 def test_no_python_warning_leaves_the_compiler():
