@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.model import TensorSpec
 from fedlora_kernels.adapters.safetensors import CHUNK, DTYPES, disc_errors
+from fedlora_kernels.adapters.writeback import Writeback
 from fedlora_kernels.errors import InputError
 
 __all__ = ["SafetensorsWriter"]
@@ -51,6 +52,7 @@ class SafetensorsWriter:
         with disc_errors(self.path):
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             os.lseek(self._fd, 8 + self._reserved, os.SEEK_SET)
+        self._writeback = Writeback(self._fd, 0)
 
     def announce(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         """Announce a tensor after the start; its entry takes from ``spare``."""
@@ -72,6 +74,7 @@ class SafetensorsWriter:
                 _write_all(self._fd, data.view(torch.uint8).numpy().data)
         self._written[key] = _entry(dtype, shape, self._position, self._position + size)
         self._position += size
+        self._writeback.reached(8 + self._reserved + self._position)
 
     def close(self, metadata: Mapping[str, str] | None = None) -> None:
         """Fill in the header, make it durable and close. Idempotent."""
