@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor
 from fedlora_kernels.adapters.keys import PREFIX
 from fedlora_kernels.adapters.model import ModuleSpec
 
-__all__ = ["NamedPair", "Units", "factor_keys", "stored_shapes", "stored_tensors", "target_ranks", "whole_units"]
+__all__ = [
+    "NamedPair",
+    "Units",
+    "factor_keys",
+    "stored_shapes",
+    "stored_tensors",
+    "target_ranks",
+    "whole_units",
+    "written_numbers",
+]
 
 NamedPair = tuple[str, Tensor, Tensor]
 """A module's name, its B (m, p) and its A (p, n), scale in the factors."""
@@ -33,6 +43,11 @@ def stored_shapes(module: ModuleSpec, rank: int) -> dict[str, tuple[int, ...]]:
         head_B, head_A = _linear_keys(module.form.tied)
         shapes |= {head_A: (rank, module.m), head_B: (module.n, rank)}
     return shapes
+
+
+def written_numbers(module: ModuleSpec) -> int:
+    """Numbers that one component of a module's pair adds to a file: m + n, and as many for a tied head."""
+    return sum(math.prod(shape) for shape in stored_shapes(module, 1).values()) // module.form.parts
 
 
 def stored_tensors(unit: Sequence[NamedPair], modules: Mapping[str, ModuleSpec]) -> Iterator[tuple[str, Tensor]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.config import peft_config
 from fedlora_kernels.adapters.folder import OutputFolder
+from fedlora_kernels.adapters.forms import written_numbers
 from fedlora_kernels.adapters.inits import KEEPS_ALPHA, check_kept_rank, kept_init
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.names import path_name
@@ -178,7 +179,7 @@ class Delivery:
     def _count(self, output: Output) -> int:
         ranks = output.ranks
         largest = max(ranks.values(), default=0) if self._settings.write.pads else None
-        return sum(sum(self._cohort.shape(name)) * (largest or rank) for name, rank in ranks.items())
+        return sum(written_numbers(self._cohort.spec(name)) * (largest or rank) for name, rank in ranks.items())
 
     def _keep_init(self, module: ModuleOutput) -> None:
         """Bring a common pair to the clients' rank, and to their scale if need be, where they keep their initialisation."""

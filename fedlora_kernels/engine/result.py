@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.adapters.config import peft_config, rank_patterns
-from fedlora_kernels.adapters.forms import target_ranks
+from fedlora_kernels.adapters.forms import target_ranks, written_numbers
 from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.engine.budget import Share
@@ -178,8 +178,8 @@ class Result:
         common = target_ranks(ranks, self.adapter.modules)
         written = {name: common[self.adapter.modules[name].form.target] for name in ranks}
         config = peft_config([self.adapter], written, self.adapter.extras)
-        sizes = [(B.numel() + A.numel(), B.element_size()) for B, A in pairs.values()]
-        parameters, nbytes = sum(count for count, _ in sizes), sum(count * size for count, size in sizes)
+        parameters = sum(written_numbers(self.adapter.modules[name]) * rank for name, rank in written.items())
+        nbytes = parameters * next(iter(pairs.values()))[0].element_size()
         summary = totals(rows, self.report["totals"]["clients"], parameters, nbytes) | efficiency(self.method, rows)
         metadata = {**self.adapter.metadata, "fedlora.rule": str(rule), **certificates(summary)}
         adapter = adapter_in_memory(
@@ -201,7 +201,7 @@ class Result:
         rows = self.report["modules"]
         specs = self.adapter.modules
         dtype = next(iter(specs.values())).B.dtype
-        share = Share.of(rule, {name: spec.m + spec.n for name, spec in specs.items()}, dtype)
+        share = Share.of(rule, specs, dtype)
         ranks = share.ranks({row["name"]: row["singular_values"] for row in rows if row["name"] in specs})
         return [cut_row(row, ranks[row["name"]]) if row["singular_values"] else dict(row) for row in rows]
 

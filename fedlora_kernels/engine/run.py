@@ -13,6 +13,7 @@ import numpy as np
 from fedlora_kernels import backends
 from fedlora_kernels._version import __version__
 from fedlora_kernels.adapters.folder import OutputFolder
+from fedlora_kernels.adapters.inits import kept_init
 from fedlora_kernels.adapters.model import ExtraSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.validation import ClientCheck
@@ -30,6 +31,7 @@ from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.engine.state import State, check_modules, check_pair
 from fedlora_kernels.engine.survey import Survey, census, make_survey
 from fedlora_kernels.engine.walk import Walk
+from fedlora_kernels.errors import InputError
 from fedlora_kernels.methods.contract import Method
 from fedlora_kernels.methods.robust import RobustRule
 
@@ -103,8 +105,13 @@ class Run:
         budget, walk, write = self.settings.budget, self.walk, self.settings.write
         if budget is None:
             return combine(walk, plan, delivery.add)
-        parameters = {name: sum(walk.cohort.shape(name)) for name in walk.cohort.modules}
-        share = Share.of(budget, parameters, walk.dtype, keep_all=not write.drop_zero, uniform=write.pads)
+        if (init := kept_init(walk.cohort.adapters[0].config)) is not None:
+            raise InputError(
+                f"{budget}: init='keep' keeps the ranks of the clients, which {printable(init)} needs. Use init_factors=, or leave "
+                "the rule out"
+            )
+        specs = {name: walk.cohort.spec(name) for name in walk.cohort.modules}
+        share = Share.of(budget, specs, walk.dtype, keep_all=not write.drop_zero, uniform=write.pads)
         held = Held(share, walk.carry)
         rows = combine(walk, plan, held.add)
         with walk.timed("write"):

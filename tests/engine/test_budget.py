@@ -1,10 +1,12 @@
 """`Budget`: one size over all modules, against a greedy by the definition; what is held until then; files of the size promised."""
 
+import math
+import random
 from fractions import Fraction
 
 import pytest
 import torch
-from adapter_problems import FIRST, SHAPES, client, clients, distance, products, weighted
+from adapter_problems import FIRST, PREFIX, SHAPES, client, clients, config, distance, products, weighted
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -43,6 +45,21 @@ def by_definition(spectra, costs, size, keep_all=True, cap=None):
             closed.add(name)
 
 
+def jointly(spectra, costs, targets, size, keep_all=True, cap=None):
+    """The same where modules of one target are taken together: their components count as one, of all their squares and costs."""
+    members = {}
+    for name in costs:
+        members.setdefault(targets[name], []).append(name)
+    summed = {}
+    for target, names in members.items():
+        longest = max(len(spectra[name]) for name in names)
+        padded = [[*spectra[name], *[0.0] * (longest - len(spectra[name]))] for name in names]
+        summed[target] = [math.sqrt(math.fsum(s * s for s in column)) for column in zip(*padded, strict=True)]
+    prices = {target: sum(costs[name] for name in names) for target, names in members.items()}
+    ranks = by_definition(summed, prices, size, keep_all, cap)
+    return {name: max(int(keep_all), min(ranks[targets[name]], len(spectra[name]))) for name in costs}
+
+
 def spectra_of(numbers):
     return {f"m{i}": sorted(values, reverse=True) for i, values in enumerate(numbers)}
 
@@ -68,6 +85,23 @@ def test_ranks_are_those_of_the_definition(modules, room, keep_all, cap):
     found = share.ranks(spectra)
     assert found == by_definition(spectra, costs, size, keep_all, cap)
     assert sum(found[name] * costs[name] for name in costs) <= size
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(problem, st.integers(0, 400), st.booleans(), st.integers(1, 4), st.integers(0, 2**32))
+def test_modules_of_one_target_are_taken_together(modules, room, keep_all, count, seed):
+    made = random.Random(seed)
+    # irrational weights: sums of squares do not tie
+    spectra = spectra_of([[s * (1.0 + made.random()) for s in values if 1e-3 <= s <= 1e3] for _, values in modules])
+    costs = {f"m{i}": cost for i, (cost, _) in enumerate(modules)}
+    targets = {name: f"t{i // count}" for i, name in enumerate(costs)}
+    size = room + sum(costs.values())
+    share = Share("Budget", size, costs, keep_all=keep_all, targets=targets)
+    assert share.ranks(spectra) == jointly(spectra, costs, targets, size, keep_all)
+    seen = {}
+    for name in costs:
+        seen[name] = spectra[name]
+        assert all(min(share.ranks(spectra)[known], len(spectra[known])) <= share.most(seen)[known] for known in seen)
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)
@@ -123,6 +157,44 @@ def size_of(folder):
     """Bytes of the factors in a written file."""
     tensors = load_file(folder / "adapter_model.safetensors")
     return sum(t.numel() * t.element_size() for key, t in tensors.items() if ".lora_" in key)
+
+
+def attention_and_tied_head():
+    """A MultiheadAttention, whose two pairs are written at one rank, and an embedding whose head is written as well."""
+    made = torch.Generator().manual_seed(0)
+    shapes = {
+        "attn.lora_A.weight": (6, 23),
+        "attn.lora_B.weight": (69, 6),
+        "attn.base_layer.out_proj.lora_A.weight": (6, 23),
+        "attn.base_layer.out_proj.lora_B.weight": (23, 6),
+        "model.embed_tokens.lora_embedding_A": (6, 50),
+        "model.embed_tokens.lora_embedding_B": (11, 6),
+    }
+    state = {f"{PREFIX}{key}": torch.randn(*shape, generator=made) for key, shape in shapes.items()}
+    for head, embedding in (("A", "B"), ("B", "A")):
+        tensor = state[f"{PREFIX}model.embed_tokens.lora_embedding_{embedding}"].T.contiguous()
+        state[f"{PREFIX}lm_head.lora_{head}.weight"] = tensor
+    return state, config(6, 8, ensure_weight_tying=True, target_modules=["attn", "embed_tokens"])
+
+
+@pytest.mark.parametrize("size", [1600, 3000, 4444])
+def test_what_is_written_beside_a_pair_is_paid_for(tmp_path, size):
+    result = aggregate([attention_and_tied_head()], rule=Budget(size), out=tmp_path / "out")
+    assert result.adapter.modules["model.embed_tokens"].form.tied == "lm_head"
+    assert size_of(tmp_path / "out") == result.report["totals"]["bytes"] <= size
+    ranks = {row["name"]: row["rank"] for row in result.report["modules"]}
+    assert ranks["attn"] == ranks["attn.base_layer.out_proj"]
+    assert size - size_of(tmp_path / "out") < 4 * (92 + 46)
+    cut = aggregate([attention_and_tied_head()], rule=ALL).at(Budget(size))
+    assert cut.report["totals"]["bytes"] == result.report["totals"]["bytes"]
+    assert {row["name"]: row["rank"] for row in cut.report["modules"]} == ranks
+
+
+def test_an_initialisation_that_is_kept_keeps_its_ranks():
+    pair = client(init_lora_weights="pissa")
+    read = ReadOptions(init="keep")
+    with pytest.raises(InputError, match=r"Budget\('1MB'\): init='keep' keeps the ranks"):
+        aggregate([pair], rule=Budget("1MB"), read=read)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
