@@ -73,7 +73,7 @@ def test_dtype_and_placement(dtype):
     pair = client(rank=6)
     result = fk.resize(pair, rule=fk.Energy(1.0), dtype=dtype, write=WriteOptions(output="balanced", uniform_rank=True))
     assert {spec.B.dtype for spec in result.adapter.modules.values()} == {getattr(torch, dtype)}
-    assert distance(products(result.adapter), updates(pair)) < 4 * torch.finfo(getattr(torch, dtype)).eps
+    assert distance(products(result.adapter), updates(pair)) < 4 * torch.finfo(getattr(torch, dtype)).eps + 1e-14
     pair = result.adapter[FIRST]
     torch.testing.assert_close(pair.B.double().norm(dim=0), pair.A.double().norm(dim=1), rtol=1e-2, atol=0)
 
