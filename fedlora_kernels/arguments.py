@@ -252,6 +252,12 @@ def _reading(group: argparse._ActionsContainer) -> None:
         help="whose rank holds where they differ; config refuses it, tensor warns; default: config",
     )
     group.add_argument("--adapter-name", metavar="NAME", help="which adapter of a file that holds several")
+    group.add_argument(
+        "--parameter-order",
+        type=lambda text: tuple(text.split(",")),
+        metavar="NAME,NAME",
+        help="target parameters of experts in the order of the model, such as gate_up_proj,down_proj, where their ranks differ",
+    )
     group.add_argument("--adalora", choices=("fold",), help="read AdaLoRA, its singular values folded into B")
     group.add_argument("--drop-state", action="store_true", help="leave out what VeLoRA keeps beside its factors")
     choice = group.add_mutually_exclusive_group()

@@ -39,6 +39,7 @@ _SWITCHES = {
     "adapter_name=": "--adapter-name ",
     "init_factors=": "--init-factors",
     "drop_state=True": "--drop-state",
+    "parameter_order=": "--parameter-order ",
     "previous=": "--previous",
     "round=0": "--round 0",
     "round=": "--round",

@@ -135,7 +135,7 @@ def named_paths(arguments: Sequence[str]) -> list[str] | dict[str, str]:
 
 def read_options(options: argparse.Namespace, **more: Any) -> ReadOptions:
     """Return the reading options of a command."""
-    names = ("adapter_name", "rank_from", "adalora", "drop_state", "init", "init_factors")
+    names = ("adapter_name", "rank_from", "parameter_order", "adalora", "drop_state", "init", "init_factors")
     given = {name: getattr(options, name) for name in names}
     return ReadOptions(**given, limits=_limits(options.limit), **more)
 

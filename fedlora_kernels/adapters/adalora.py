@@ -101,6 +101,10 @@ class _FoldedSource:
         value = self._folded(*self._of[key]).to(self.tensors[key].dtype)
         return value if out is None else out.copy_(value)
 
+    def read_rows(self, key: str, start: int, out: Tensor) -> None:
+        """Copy rows of a tensor from ``start`` on, as many as ``out`` has."""
+        out.copy_(self.read(key)[start : start + len(out)])
+
     def check_unchanged(self) -> None:
         """Raise FormatError where somebody wrote into the file since it was opened."""
         self._source.check_unchanged()

@@ -41,7 +41,8 @@ def assemble(
     if options.drop_state:
         specs, config, warnings = _without_state(specs, config, who)
     chosen = kept_init(config) is not None and (options.init is not None or options.init_factors is not None)
-    layout = read_layout(specs, {**config, "init_lora_weights": True} if chosen else config, who, **common)
+    read = {**config, "init_lora_weights": True} if chosen else config
+    layout = read_layout(specs, read, who, parameter_order=options.parameter_order, **common)
     warnings += layout.warnings
     if chosen and options.init is not None:
         warnings.append(kept_warning(config, who))

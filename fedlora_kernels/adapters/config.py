@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, TypeVar
 
-from fedlora_kernels.adapters.forms import target_ranks
+from fedlora_kernels.adapters.forms import pattern_ranks, target_ranks
 from fedlora_kernels.adapters.inits import kept_fields
 from fedlora_kernels.adapters.keys import TOKENS
 from fedlora_kernels.adapters.lora_config import LoRAConfig
-from fedlora_kernels.adapters.model import Adapter, ExtraSpec
+from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
 from fedlora_kernels.adapters.patterns import PatternTable
 from fedlora_kernels.errors import InputError
 
@@ -24,6 +24,7 @@ def peft_config(
     ranks: Mapping[str, int],
     extras: Mapping[str, ExtraSpec] | None = None,
     *,
+    modules: Mapping[str, ModuleSpec] | None = None,
     uniform_rank: int | None = None,
 ) -> dict[str, Any]:
     """Return the configuration of an output adapter whose factors carry their scale (docs/formats.md, What is written).
@@ -32,6 +33,7 @@ def peft_config(
         adapters: the clients, the first one giving what they share.
         ranks: rank of every module that is written, by name; the largest of a target counts.
         extras: tensors written beside the factors, by name.
+        modules: what ``ranks`` speaks of, where it is more than the clients have.
         uniform_rank: the rank all modules are padded to, if they are.
 
     The top-level r is the largest rank and lora_alpha equals it; modules of another rank stand in rank_pattern and
@@ -40,8 +42,10 @@ def peft_config(
     if not ranks:
         raise InputError("no modules to write; every module was zero or left out")
     extras = extras or {}
-    modules = {name: module for adapter in reversed(adapters) for name, module in adapter.modules.items()}
-    ranks = target_ranks(ranks, modules)
+    if modules is None:
+        modules = {name: module for adapter in reversed(adapters) for name, module in adapter.modules.items()}
+    forms = [modules[name].form for name in ranks]
+    common, ranks = target_ranks(ranks, modules), pattern_ranks(ranks, modules)
     configs = [adapter.config for adapter in adapters]
     largest = uniform_rank or max(ranks.values())
     config: dict[str, Any] = {
@@ -53,7 +57,7 @@ def peft_config(
         "lora_dropout": _dropout(_common(configs, "lora_dropout", 0.0)),
         "bias": _bias(configs[0], extras),
         "fan_in_fan_out": bool(configs[0].get("fan_in_fan_out")),
-        "target_modules": _target_modules(adapters, ranks),
+        "target_modules": _target_modules(adapters, {form.target for form in forms if not form.parameters}),
         "modules_to_save": _modules_to_save(adapters, extras),
         "inference_mode": True,
         "init_lora_weights": True,
@@ -67,12 +71,18 @@ def peft_config(
         config["alpha_pattern"] = dict(patterns)
     if any(extra.rule == "lora_bias" for extra in extras.values()):
         config["lora_bias"] = True
+    parameters = {form.target: form.parameters for form in forms if form.parameters}
+    if parameters:
+        config["target_parameters"] = _target_parameters(adapters, parameters)
+        config["lora_dropout"] = 0.0  # PEFT refuses any other on parameters
+        if isinstance(version := configs[0].get("peft_version"), str):
+            config["peft_version"] = version  # says which axis of an expert A belongs to
     if any(name.endswith(f".{TOKENS}") for name in extras):
         config["trainable_token_indices"] = configs[0]["trainable_token_indices"]
     for key in ("layer_replication", "ensure_weight_tying"):
         if configs[0].get(key):
             config[key] = configs[0][key]
-    return {**config, **kept_fields(adapters, ranks)}
+    return {**config, **kept_fields(adapters, common)}
 
 
 def rank_patterns(ranks: Mapping[str, N], default: N) -> dict[str, N]:
@@ -116,7 +126,17 @@ def _modules_to_save(adapters: Sequence[Adapter], extras: Mapping[str, ExtraSpec
     return kept or None
 
 
-def _target_modules(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> Any:
+def _target_parameters(adapters: Sequence[Adapter], parameters: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the clients' own value if nothing that it selects is left out, else the full names."""
+    known = {
+        module.form.target for adapter in adapters for module in adapter.modules.values() if module.form.parameters
+    }
+    if known == set(parameters):
+        return _as_list(adapters[0].config.get("target_parameters")) or []
+    return sorted(name for names in parameters.values() for name in names)
+
+
+def _target_modules(adapters: Sequence[Adapter], written: Set[str]) -> Any:
     """Return the clients' own value if it is one list that selects exactly what is written, else the full paths."""
     first = adapters[0].config
     wanted = _as_list(first.get("target_modules"))
@@ -125,10 +145,10 @@ def _target_modules(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> An
         adapter.config.get(key) for adapter in adapters for key in ("layers_to_transform", "exclude_modules")
     )
     if same and not narrowed and wanted is not None:
-        known = set(ranks).union(module.form.target for adapter in adapters for module in adapter.modules.values())
-        if all(_selects(wanted, name) == (name in ranks) for name in known):
+        known = {module.form.target for adapter in adapters for module in adapter.modules.values()} | written
+        if all(_selects(wanted, name) == (name in written) for name in known):
             return wanted
-    return sorted(ranks)
+    return sorted(written)
 
 
 def _as_list(value: Any) -> list[str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from fedlora_kernels.adapters.model import ModuleSpec
 
 __all__ = [
     "NamedPair",
+    "Pad",
     "Units",
     "factor_keys",
+    "pattern_ranks",
     "stored_shapes",
     "stored_tensors",
     "target_ranks",
@@ -24,6 +26,8 @@ __all__ = [
 
 NamedPair = tuple[str, Tensor, Tensor]
 """A module's name, its B (m, p) and its A (p, n), scale in the factors."""
+Pad = Callable[[NamedPair, int], NamedPair]
+"""Brings a pair to a larger rank without changing its product."""
 
 
 def factor_keys(module: ModuleSpec) -> tuple[str, str]:
@@ -59,7 +63,7 @@ def stored_tensors(unit: Sequence[NamedPair], modules: Mapping[str, ModuleSpec])
         module = modules[parts[0][0]]
         if len(parts) > 1:
             parts.sort(key=lambda pair: modules[pair[0]].form.part)
-            B, A = torch.stack([pair[1] for pair in parts], 2), torch.stack([pair[2] for pair in parts])
+            B, A = torch.stack([pair[1] for pair in parts]).permute(1, 2, 0), torch.stack([pair[2] for pair in parts])
             rank = A.shape[1]
         else:
             _, B, A = parts[0]
@@ -74,10 +78,11 @@ class Units:
 
     Args:
         modules: everything that may come, by name, the pairs of a target one after another.
+        pad: brings a pair to a larger rank; with zeros where not given.
     """
 
-    def __init__(self, modules: Mapping[str, ModuleSpec]) -> None:
-        self._modules = modules
+    def __init__(self, modules: Mapping[str, ModuleSpec], pad: Pad | None = None) -> None:
+        self._modules, self._pad = modules, pad or _padded
         self._members: dict[str, list[str]] = {}
         for name, module in modules.items():
             self._members.setdefault(module.form.target, []).append(name)
@@ -109,9 +114,12 @@ class Units:
         _, B, A = next(iter(held.values()))
         rank = max(A.shape[0] for _, _, A in held.values())
         yield [
-            _padded(held.get(name) or self._zero(name, B, A), rank)
+            self._at_rank(held.get(name) or self._zero(name, B, A), rank)
             for name in self._members[self._modules[next(iter(held))].form.target]
         ]
+
+    def _at_rank(self, pair: NamedPair, rank: int) -> NamedPair:
+        return pair if pair[2].shape[0] == rank else self._pad(pair, rank)
 
     def _zero(self, name: str, B: Tensor, A: Tensor) -> NamedPair:
         module = self._modules[name]
@@ -125,6 +133,13 @@ def target_ranks(ranks: Mapping[str, int], modules: Mapping[str, ModuleSpec]) ->
         target = modules[name].form.target if name in modules else name
         common[target] = max(rank, common.get(target, 0))
     return common
+
+
+def pattern_ranks(ranks: Mapping[str, int], modules: Mapping[str, ModuleSpec]) -> dict[str, int]:
+    """The largest rank of each target, by the names that patterns are matched with."""
+    common = target_ranks(ranks, modules)
+    forms = {form.target: form for form in (modules[name].form for name in ranks)}
+    return {name: common[target] for target, form in forms.items() for name in form.names}
 
 
 def whole_units(pairs: Iterable[NamedPair], modules: Mapping[str, ModuleSpec]) -> Iterator[list[NamedPair]]:
@@ -141,8 +156,6 @@ def _linear_keys(path: str) -> tuple[str, str]:
 
 def _padded(pair: NamedPair, rank: int) -> NamedPair:
     name, B, A = pair
-    if A.shape[0] == rank:
-        return pair
     wide, tall = B.new_zeros(B.shape[0], rank), A.new_zeros(rank, A.shape[1])
     wide[:, : A.shape[0]] = B
     tall[: A.shape[0]] = A

@@ -135,6 +135,10 @@ class _Difference:
             value = torch.cat([pair.B.to(dtype), change.to(dtype)], 1)
         return value if out is None else out.copy_(value)
 
+    def read_rows(self, key: str, start: int, out: Tensor) -> None:
+        """Copy rows of a tensor from ``start`` on, as many as ``out`` has."""
+        out.copy_(self.read(key)[start : start + len(out)])
+
     def check_unchanged(self) -> None:
         """Raise FormatError where one of both files was written into since it was opened."""
         self._source.check_unchanged()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedlora_kernels.adapters.moe import TargetParameters
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.patterns import PatternTable
 from fedlora_kernels.adapters.variants import check_variant
@@ -25,11 +26,13 @@ class LoRAConfig:
 
     raw: Mapping[str, Any]
     who: str
+    parameter_order: Sequence[str] | None = None
     rank: int = field(init=False)
     alpha: float = field(init=False)
     rslora: bool = field(init=False)
     bias: str = field(init=False)
     modules_to_save: tuple[str, ...] = field(init=False)
+    parameters: TargetParameters = field(init=False)
     tied: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,6 +48,7 @@ class LoRAConfig:
         self.modules_to_save = self._names("modules_to_save")
         self.tied = self._flag("ensure_weight_tying")
         self._tokens = self._token_counts()
+        self.parameters = TargetParameters(self._names("target_parameters"), self.parameter_order)
         self._ranks = self._table("rank_pattern", self._rank)
         self._alphas = self._table("alpha_pattern", self._number)
 
@@ -80,6 +84,18 @@ class LoRAConfig:
         segments = name.split(".")
         paths = [".".join(segments[: i + 1]) for i in range(len(segments) - 1)]
         return any(path.endswith(module) for path in paths for module in modules)
+
+    def is_parameter(self, module: str, rows: int) -> bool:
+        """Whether a pair on ``module`` with ``rows`` rows in A belongs to one of its parameters, not to the module itself.
+
+        An entry of ``target_parameters`` without a module may mean any; then ``target_modules`` decides.
+        """
+        if self.parameters.names(module) or not self.parameters.of(module):
+            return self.parameters.names(module)
+        targets = self.raw.get("target_modules")
+        if isinstance(targets, list | tuple):
+            return not any(module == name or module.endswith(f".{name}") for name in targets)
+        return targets is None or self.resolve(module)[0] != rows
 
     def _flag(self, key: str) -> bool:
         value = self.raw.get(key, False)

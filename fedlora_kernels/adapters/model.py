@@ -43,6 +43,9 @@ class TensorSource(Protocol):
     def read(self, key: str, out: Tensor | None = None) -> Tensor:
         """Return the tensor in its stored dtype; into ``out`` (contiguous, same shape and dtype) if given."""
 
+    def read_rows(self, key: str, start: int, out: Tensor) -> None:
+        """Read rows of a tensor from ``start`` on, as many as ``out`` (contiguous, of its dtype, on the host) has."""
+
     def check_unchanged(self) -> None:
         """Raise FormatError where the content is no longer what it was on opening."""
 
@@ -71,7 +74,8 @@ class Form:
     ``path`` stands in the keys, ``target`` in the configuration; all pairs of one target are written at one rank.
     ``kernel`` is (c_in, *k) of a convolution, ``tied`` the path of a head that holds an embedding's transposes. Where
     ``parts`` pairs share one flat tensor, A holds them one after another and B interleaved, and this is number ``part``.
-    ``spelling`` is what follows ``path`` in the keys of B and A of a kohya file; None in PEFT's own.
+    ``spelling`` is what follows ``path`` in the keys of B and A of a kohya file; None in PEFT's own. ``parameters``: full names of
+    what ``target_parameters`` may mean by the target.
     """
 
     kind: str
@@ -82,6 +86,12 @@ class Form:
     part: int = 0
     parts: int = 1
     spelling: tuple[str, str] | None = None
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that ``rank_pattern`` and ``alpha_pattern`` are matched with."""
+        return self.parameters or (self.target,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +172,7 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    _flat: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __repr__(self) -> str:
         ranks = sorted({module.rank for module in self.modules.values()})
@@ -178,19 +189,21 @@ class Adapter:
         return name in self.modules
 
     def __getitem__(self, name: str) -> LoRAFactors:
-        """Read one pair: B (m, r), A (r, n)."""
+        """Read one pair: B (m, r), A (r, n). Tensors that hold many pairs are kept until one in others is asked for."""
         module = self.modules[name]
-        return _factors(module, self.source.read(module.B.key), self.source.read(module.A.key))
+        if module.whole:
+            return _factors(module, self.source.read(module.B.key), self.source.read(module.A.key))
+        keys = (module.B.key, module.A.key)
+        if tuple(self._flat) != keys:
+            self._flat.clear()
+            self._flat.update({key: self.source.read(key) for key in keys})
+        return _factors(module, *self._flat.values())
 
     def pairs(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, LoRAFactors]]:
         """Read pairs in order, all or those of ``names``; a tensor that holds several in a row is read once."""
-        keys: tuple[str, str] | None = None
         for name in self.modules if names is None else names:
-            module = self.modules[name]
-            if keys != (module.B.key, module.A.key):
-                keys = (module.B.key, module.A.key)
-                B, A = (self.source.read(key) for key in keys)
-            yield name, _factors(module, B, A)
+            yield name, self[name]
+        self._flat.clear()
 
     def extra(self, name: str) -> Tensor:
         """Read one tensor that is no factor."""
@@ -216,6 +229,7 @@ class Adapter:
 
     def close(self) -> None:
         """Close the file behind the adapter."""
+        self._flat.clear()
         self.source.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,8 @@ class ReadOptions:
             them with a warning, "owners" averages over those who have one, "first" takes the first client's.
         missing: modules that some clients lack: "error", "renormalize" (mean over owners) or "zero".
         limits: size caps.
+        parameter_order: parameters of a module that ``target_parameters`` names, such as ("gate_up_proj", "down_proj"), in the
+            order in which the model registers them; needed where the patterns give them different ranks or alphas.
         adalora: "fold" reads AdaLoRA with its singular values folded into B; None refuses it.
         drop_state: leave out what VeLoRA keeps beside its factors.
         init: "keep" takes adapters whose initialisation changed the base weights (PiSSA, OLoRA, ...) as they are: the result is
@@ -43,6 +45,7 @@ class ReadOptions:
     init: str | None = None
     init_factors: Any = None
     limits: Limits = field(default_factory=Limits)
+    parameter_order: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         _one_of("rank_from", self.rank_from, ("config", "tensor"))
@@ -58,6 +61,11 @@ class ReadOptions:
             raise InputError(f"ReadOptions: config is of type {type(self.config).__name__}; a mapping needed")
         if self.adapter_name is not None and (not isinstance(self.adapter_name, str) or not self.adapter_name):
             raise InputError(f"ReadOptions: adapter_name is {printable(self.adapter_name)!r}; a name needed")
+        order = self.parameter_order
+        if order is not None and not (
+            isinstance(order, list | tuple) and all(isinstance(name, str) and name for name in order)
+        ):
+            raise InputError(f"ReadOptions: parameter_order is {printable(order)!r}; a list of names needed")
         if not isinstance(self.limits, Limits):
             raise InputError(f"ReadOptions: limits is of type {type(self.limits).__name__}; Limits(...) needed")
 

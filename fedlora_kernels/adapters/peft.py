@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from fedlora_kernels.adapters.extras import FLOATS, Findings, check_float, read_
 from fedlora_kernels.adapters.keys import TensorKey, canonical_keys, is_embedding
 from fedlora_kernels.adapters.lora_config import LoRAConfig
 from fedlora_kernels.adapters.model import ExtraSpec, Form, ModuleSpec, TensorSpec
+from fedlora_kernels.adapters.moe import Stored, expert_modules, nesting
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.policy import Limits
 from fedlora_kernels.adapters.tied import tie
@@ -21,6 +22,7 @@ __all__ = ["Layout", "read_layout"]
 
 ATTENTION_OUTPUT = ".base_layer.out_proj"
 """Where MultiheadAttention keeps its output projection; PEFT gives both projections one rank."""
+ALPHA_ZERO = "lora_alpha is 0, so the update is zero"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def read_layout(
     rank_from: str = "config",
     extras: str = "strict",
     limits: Limits | None = None,
+    parameter_order: Sequence[str] | None = None,
 ) -> Layout:
     """Match tensors with configuration: modules with their scales, extra tensors with their rules.
 
@@ -53,10 +56,11 @@ def read_layout(
         rank_from: "config" refuses a rank that differs from the tensor's; "tensor" takes the tensor's and warns.
         extras: "ignore" drops unknown tensors with a warning; anything else refuses them.
         limits: caps; the number of modules counts here, before each is looked up in the patterns.
+        parameter_order: target parameters of a module in the order in which the model registers them.
     """
     if not tensors:
         raise FormatError(f"{who}: no tensors; an adapter needs at least one pair of lora_A and lora_B")
-    config = LoRAConfig(raw, who)
+    config = LoRAConfig(raw, who, parameter_order)
     keys = canonical_keys(tensors, who, adapter_name)
     findings: Findings = {}
     modules = tie(_modules(keys, tensors, config, rank_from, findings, limits or Limits()), config)
@@ -91,35 +95,61 @@ def _modules(
         raise FormatError(f"{config.who}: no lora_A and lora_B among {len(keys)} tensors; is this a LoRA adapter?")
     if len(factors) > limits.modules_per_client:
         raise LimitError(f"{config.who}: {limits.over('modules_per_client', len(factors))}")
+    nested = {nesting(path)[0] for path in factors if nesting(path)[1]}
     targets: dict[str, list[ModuleSpec]] = {}
+    experts: dict[str, dict[int, Stored]] = {}
     for path, pair in factors.items():
-        target = _target(path, factors, config.who)
-        targets.setdefault(target, []).extend(_pairs(path, target, pair, config, rank_from, findings))
+        module, depth = nesting(path)
+        target = _target(module, factors, next(iter(pair.values())).key, config.who)
+        A, B = _checked(pair, f"{config.who}, module {printable(path)!r}")
+        if module in nested or config.is_parameter(module, A.shape[0]):
+            experts.setdefault(module, {})[depth] = A, B
+            targets.setdefault(module, [])
+        else:
+            targets.setdefault(target, []).append(_module(path, target, A, B, config, rank_from, findings))
+    count = len(factors)
+    for module, pairs in experts.items():
+        targets[module] += _experts(module, pairs, config, findings, limits)
+        count += len(targets[module]) - len(pairs)
+        if count > limits.modules_per_client:
+            raise LimitError(f"{config.who}: {limits.over('modules_per_client', count)}")
     # the pairs of one target side by side, as the writer wants them
-    return {module.name: module for modules in targets.values() for module in modules}
+    modules: dict[str, ModuleSpec] = {}
+    for made in (module for group in targets.values() for module in group):
+        if made.name in modules:
+            raise FormatError(
+                f"{config.who}: module {printable(made.name)!r} is ambiguous: two pairs mean it. Rename one"
+            )
+        modules[made.name] = made
+    return modules
 
 
-def _target(path: str, factors: Mapping[str, Mapping[str, TensorSpec]], who: str) -> str:
+def _target(path: str, factors: Mapping[str, Mapping[str, TensorSpec]], key: str, who: str) -> str:
     """The name by which the configuration knows a path: that of MultiheadAttention for its output projection."""
     attention = path.removesuffix(ATTENTION_OUTPUT)
     if attention != path and attention in factors:
         return attention
     if "base_layer" in path.split("."):
-        key = next(iter(factors[path].values())).key
         refuse_variant("nested base layers", printable(key), GROUPS, who)
     return path
 
 
-def _pairs(
-    path: str, target: str, pair: Mapping[str, TensorSpec], config: LoRAConfig, rank_from: str, findings: Findings
+def _experts(
+    module: str, pairs: Mapping[int, Stored], config: LoRAConfig, findings: Findings, limits: Limits
 ) -> list[ModuleSpec]:
-    """The modules whose factors two tensors hold."""
-    A, B = pair.get("A"), pair.get("B")
-    if A is None or B is None or not _fit(A, B):
-        raise _misfit(f"{config.who}, module {printable(path)!r}", A, B)
+    """The experts of the parameters of one module."""
+    made = expert_modules(module, pairs, config.parameters, config, limits)
+    if any(expert.scale == 0.0 for expert in made):
+        findings.setdefault(("module", ALPHA_ZERO), []).append(module)
+    return made
+
+
+def _module(
+    path: str, target: str, A: TensorSpec, B: TensorSpec, config: LoRAConfig, rank_from: str, findings: Findings
+) -> ModuleSpec:
     rank = A.shape[0]
     scale = _scale(path, target, rank, config, rank_from, findings)
-    return [ModuleSpec(path, _form(path, target, A), B.shape[0], math.prod(A.shape[1:]), rank, scale, B, A)]
+    return ModuleSpec(path, _form(path, target, A), B.shape[0], math.prod(A.shape[1:]), rank, scale, B, A)
 
 
 def _form(path: str, target: str, A: TensorSpec) -> Form:
@@ -128,6 +158,13 @@ def _form(path: str, target: str, A: TensorSpec) -> Form:
     if len(A.shape) > 2:
         return Form(f"conv{len(A.shape) - 2}d", path, target, A.shape[1:])
     return Form("linear", path, target)
+
+
+def _checked(pair: Mapping[str, TensorSpec], where: str) -> Stored:
+    A, B = pair.get("A"), pair.get("B")
+    if A is None or B is None or not _fit(A, B):
+        raise _misfit(where, A, B)
+    return A, B
 
 
 def _fit(A: TensorSpec, B: TensorSpec) -> bool:
@@ -173,5 +210,5 @@ def _scale(name: str, target: str, rank: int, config: LoRAConfig, rank_from: str
             )
         findings.setdefault(("module", f"{found}; the tensors' rank is used"), []).append(name)
     if alpha == 0:
-        findings.setdefault(("module", "lora_alpha is 0, so the update is zero"), []).append(name)
+        findings.setdefault(("module", ALPHA_ZERO), []).append(name)
     return config.scale(alpha, rank)

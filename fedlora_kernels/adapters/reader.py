@@ -65,6 +65,10 @@ class StateDict:
             raise ValueError(f"out must be a {spec.dtype} tensor of shape {spec.shape}")
         return out.copy_(tensor)
 
+    def read_rows(self, key: str, start: int, out: Tensor) -> None:
+        """Copy rows of a tensor from ``start`` on, as many as ``out`` has."""
+        out.copy_(self.read(key)[start : start + len(out)])
+
     def check_unchanged(self) -> None:
         """Nothing to check: the tensors belong to the caller."""
 

@@ -144,6 +144,14 @@ class SafetensorsFile:
         """The descriptor of the open file and the byte of it where tensor ``key`` begins, for who reads by itself."""
         return self._fd, self._offsets[key]
 
+    def read_rows(self, key: str, start: int, out: Tensor) -> None:
+        """Read rows of tensor ``key`` from ``start`` on into ``out`` (rows, ...), contiguous, of its dtype, on the host."""
+        spec = self.tensors[key]
+        fits = tuple(out.shape[1:]) == spec.shape[1:] and 0 <= start <= spec.shape[0] - len(out)
+        if not fits or out.dtype != spec.dtype or not out.is_contiguous():
+            raise ValueError(f"out must hold contiguous rows of a {spec.dtype} tensor of shape {spec.shape}")
+        self._pread(_memory(out), self._offsets[key] + start * (spec.nbytes // spec.shape[0]), _tensor(key))
+
     def check_unchanged(self) -> None:
         """Raise FormatError where somebody wrote into the file since it was opened: what was read may be of both versions."""
         if self._stamp() != self._opened:

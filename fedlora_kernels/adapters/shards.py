@@ -67,6 +67,10 @@ class ShardedFile:
         """Where tensor ``key`` lies, as `SafetensorsFile.place` says."""
         return self._owners[key].place(key)
 
+    def read_rows(self, key: str, start: int, out: Tensor) -> None:
+        """Read rows of tensor ``key`` as `SafetensorsFile.read_rows` does."""
+        self._owners[key].read_rows(key, start, out)
+
     def check_unchanged(self) -> None:
         """Raise FormatError where somebody wrote into a file since it was opened."""
         for file in self._files.values():

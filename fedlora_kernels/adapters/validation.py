@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
+from fedlora_kernels.adapters.expert_check import expert_misfits
 from fedlora_kernels.adapters.inits import KEEPS_ALPHA, kept_init
+from fedlora_kernels.adapters.majority import majority
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.policy import Limits
@@ -29,7 +30,8 @@ EQUAL_FIELDS = (
     "ensure_weight_tying",
 )
 """Of ``init_lora_weights`` only what changes the base weight counts."""
-T = TypeVar("T")
+Said = Mapping[str, frozenset[str]]
+"""Modules by client of which nothing more needs to be said."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def validate_clients(
     warnings = _duplicates(adapters) + _bases(adapters)
     _check_limits(adapters, limits, failures)
     _check_fields(adapters, extras, failures)
-    modules = _check_modules(adapters, missing, failures)
+    said = _check_experts(adapters, failures)
+    modules = _check_modules(adapters, missing, failures, said)
     _check_kept(adapters, modules, failures)
     _check_stack(adapters, modules, limits)
     found = _check_extras(adapters, modules, missing, extras, failures, warnings)
@@ -140,7 +143,7 @@ def _check_fields(adapters: Mapping[str, Adapter], extras: str, failures: list[F
     names = (*EQUAL_FIELDS, "modules_to_save") if extras == "strict" else EQUAL_FIELDS
     for name in names:
         values = {client: _field(adapter.config, name) for client, adapter in adapters.items()}
-        _, holder, reference = _majority(values)
+        _, holder, reference = majority(values)
         for client, value in values.items():
             if value != reference:
                 text = f"{name} is {printable(value)} but {printable(reference)} in client {printable(holder)!r}; equal values needed"
@@ -154,7 +157,7 @@ def _check_kept(adapters: Mapping[str, Adapter], modules: Mapping[str, ModuleSpe
         owners = {client: adapter.modules[name] for client, adapter in kept.items() if name in adapter.modules}
         for what in ("rank", "scale") if KEEPS_ALPHA in map(kept_init, _configs(kept)) else ("rank",):
             values = {client: getattr(spec, what) for client, spec in owners.items()}
-            _, holder, reference = _majority(values)
+            _, holder, reference = majority(values)
             for client, value in values.items():
                 if value != reference:
                     text = f"{what} {value} but {reference} in client {printable(holder)!r}; init='keep' needs one. Use init_factors="
@@ -171,52 +174,64 @@ def _field(config: Mapping[str, Any], name: str) -> str:
         value = kept_init(config) or False
     if name == "bias" and value == "none":
         value = False
-    if name == "modules_to_save" and isinstance(value, list | tuple):
-        value = sorted(value)
+    if name in ("modules_to_save", "target_parameters") and isinstance(value, list | tuple):
+        value = sorted(set(value))
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _check_modules(adapters: Mapping[str, Adapter], missing: str, failures: list[Failure]) -> dict[str, ModuleSpec]:
+def _check_experts(adapters: Mapping[str, Adapter], failures: list[Failure]) -> Said:
+    said: dict[str, frozenset[str]] = {}
+    for misfit in expert_misfits(adapters):
+        failures.append(Failure(misfit.client, misfit.where, MismatchError, misfit.text))
+        said[misfit.client] = said.get(misfit.client, frozenset()) | misfit.modules
+    return said
+
+
+def _check_modules(
+    adapters: Mapping[str, Adapter], missing: str, failures: list[Failure], said: Said
+) -> dict[str, ModuleSpec]:
     names = _reference_names(adapters, missing == "error", lambda adapter: adapter.modules)
-    disjoint = _check_disjoint(adapters, missing == "error", names, failures)
+    disjoint = _check_disjoint(adapters, missing == "error", names, failures, said)
     modules: dict[str, ModuleSpec] = {}
     for name in names:
         owners = {client: adapter.modules[name] for client, adapter in adapters.items() if name in adapter.modules}
-        modules[name], holder, shape = _majority(owners, lambda spec: spec.signature)
+        modules[name], holder, shape = majority(owners, lambda spec: spec.signature)
         for client, spec in owners.items():
-            if spec.signature != shape:
+            # what holds of one expert holds of all
+            if spec.signature != shape and not spec.form.part and name not in said.get(client, ()):
                 text = f"{spec.shape_text} but {modules[name].shape_text} in client {printable(holder)!r}; equal shapes needed"
                 failures.append(Failure(client, _at(name), MismatchError, text))
     if missing == "error":
-        _check_missing(adapters, names, disjoint, failures)
+        _check_missing(adapters, names, disjoint, failures, said)
     return modules
 
 
 def _check_missing(
-    adapters: Mapping[str, Adapter], names: list[str], disjoint: set[str], failures: list[Failure]
+    adapters: Mapping[str, Adapter], names: list[str], disjoint: set[str], failures: list[Failure], said: Said
 ) -> None:
     known = set(names)
     for client, adapter in adapters.items():
         if client in disjoint:
             continue
+        silent = said.get(client, frozenset())
         for name in names:
-            if name not in adapter.modules:
+            if name not in adapter.modules and name not in silent:
                 text = "missing here, present in most clients; the same modules needed. Allow it with missing='renormalize'"
                 failures.append(Failure(client, _at(name), MismatchError, text))
         for name in adapter.modules:
-            if name not in known:
+            if name not in known and name not in silent:
                 text = "present here, missing in most clients; the same modules needed. Allow it with missing='renormalize'"
                 failures.append(Failure(client, _at(name), MismatchError, text))
 
 
 def _check_disjoint(
-    adapters: Mapping[str, Adapter], majority: bool, names: list[str], failures: list[Failure]
+    adapters: Mapping[str, Adapter], most: bool, names: list[str], failures: list[Failure], said: Said
 ) -> set[str]:
     """Clients that share no module with the others: nearly always another prefix."""
-    main = [c for c, adapter in adapters.items() if adapter.modules.keys() & names] if majority else _largest(adapters)
+    main = [c for c, adapter in adapters.items() if adapter.modules.keys() & names] if most else _largest(adapters)
     disjoint = set(adapters).difference(main)
     theirs = next(iter(adapters[main[0]].modules))
-    for client in disjoint:
+    for client in disjoint.difference(said):
         mine = next(iter(adapters[client].modules))
         text = (
             f"no module in common with client {printable(main[0])!r}: {printable(mine)!r} here, {printable(theirs)!r} there; "
@@ -261,7 +276,7 @@ def _check_extras(
     found: dict[str, ExtraSpec] = {}
     for name in _union(adapters, lambda adapter: adapter.extras):
         owners = {client: adapter.extras[name] for client, adapter in adapters.items() if name in adapter.extras}
-        spec, holder, shape = _majority(owners, lambda extra: (extra.rule, extra.tensor.shape))
+        spec, holder, shape = majority(owners, lambda extra: (extra.rule, extra.tensor.shape))
         if spec.module is not None and spec.module not in modules:
             continue
         lacking = [c for c, adapter in adapters.items() if c not in owners and expected(adapter, spec)]
@@ -294,24 +309,16 @@ def _lacking_text(present: bool) -> str:
 
 
 def _reference_names(
-    adapters: Mapping[str, Adapter], majority: bool, names: Callable[[Adapter], Mapping[str, Any]]
+    adapters: Mapping[str, Adapter], most: bool, names: Callable[[Adapter], Mapping[str, Any]]
 ) -> list[str]:
-    if not majority:
+    if not most:
         return _union(adapters, names)
-    first, _, _ = _majority({client: names(adapter) for client, adapter in adapters.items()}, frozenset)
+    first, _, _ = majority({client: names(adapter) for client, adapter in adapters.items()}, frozenset)
     return list(first)
 
 
 def _union(adapters: Mapping[str, Adapter], names: Callable[[Adapter], Iterable[str]]) -> list[str]:
     return list(dict.fromkeys(name for adapter in adapters.values() for name in names(adapter)))
-
-
-def _majority(values: Mapping[str, T], key: Callable[[T], Any] = lambda value: value) -> tuple[T, str, Any]:
-    """First value whose key is the most common one (ties: the earliest), its holder, and that key."""
-    keys = {holder: key(value) for holder, value in values.items()}
-    common = Counter(keys.values()).most_common(1)[0][0]
-    holder = next(holder for holder in keys if keys[holder] == common)
-    return values[holder], holder, common
 
 
 def _duplicates(adapters: Mapping[str, Adapter]) -> list[str]:

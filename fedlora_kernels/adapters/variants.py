@@ -43,7 +43,6 @@ CONFIG_MARKERS = {
     "arrow_config": ("Arrow", "It routes between adapters; aggregate those instead"),
     "monteclora_config": ("MonteCLoRA", "Its factors are sampled; train plain LoRA"),
     "velora_config": ("VeLoRA", DROP),
-    "target_parameters": ("target_parameters (mixture of experts)", LATER),
 }
 KEY_MARKERS = {
     "lora_magnitude_vector": ("DoRA", MERGE),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.config import peft_config
 from fedlora_kernels.adapters.folder import OutputFolder
-from fedlora_kernels.adapters.forms import NamedPair, Units, stored_shapes, stored_tensors
+from fedlora_kernels.adapters.forms import NamedPair, Pad, Units, stored_shapes, stored_tensors
 from fedlora_kernels.adapters.inits import KEEPS_ALPHA, kept_init
 from fedlora_kernels.adapters.keys import PREFIX
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
@@ -41,6 +41,7 @@ class PeftFileWriter(SafetensorsWriter):
         extras: tensors that may come beside the factors, by name.
         dtype: of all tensors.
         metadata: strings for ``__metadata__``.
+        pad: brings pairs that share a target to one rank; with zeros where not given.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class PeftFileWriter(SafetensorsWriter):
         extras: Mapping[str, ExtraSpec],
         dtype: torch.dtype,
         metadata: Mapping[str, str] | None = None,
+        pad: Pad | None = None,
     ) -> None:
-        self._modules, self._units = modules, Units(modules)
+        self._modules, self._units = modules, Units(modules, pad)
         entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for module in modules.values():
             entries.update({key: (dtype, shape) for key, shape in stored_shapes(module, LARGEST_RANK).items()})

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedlora_kernels.adapters.forms import NamedPair, Units, stored_tensors, whole_units
+from fedlora_kernels.adapters.forms import NamedPair, Pad, Units, stored_tensors, whole_units
 from fedlora_kernels.adapters.keys import PREFIX
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
 from fedlora_kernels.adapters.options import WRITTEN_HERE, WriteOptions
@@ -99,7 +99,7 @@ class MemoryOutput:
         seed: int,
         round: int,  # noqa: A002
     ) -> None:
-        self._modules, self._units = modules, Units(modules)
+        self._modules, self._units = modules, Units(modules, _pad(write, seed, round))
         self._label, self._write = label, write
         self._seed, self._round = seed, round
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -149,6 +149,16 @@ class MemoryOutput:
         """Nothing is held."""
 
 
+def _pad(write: WriteOptions, seed: int, round: int) -> Pad:  # noqa: A002
+    """How pairs that share a target are brought to one rank."""
+
+    def pad(pair: NamedPair, rank: int) -> NamedPair:
+        name, B, A = pair
+        return name, *resize_pair(B, A, rank, seed=seed, round=round, module=name, fill=write.fill)
+
+    return pad
+
+
 def _own(tensor: Tensor) -> Tensor:
     """The tensor, in memory that holds nothing else."""
     alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
@@ -170,7 +180,7 @@ class FolderOutput:
         round: int,  # noqa: A002
     ) -> None:
         self._folder, self._write, self._seed, self._round = folder, write, seed, round
-        self._file = PeftFileWriter(folder / WEIGHTS_NAME, modules, extras, dtype, metadata)
+        self._file = PeftFileWriter(folder / WEIGHTS_NAME, modules, extras, dtype, metadata, _pad(write, seed, round))
         self._first: NamedPair | None = None
         self._last: NamedPair | None = None
 

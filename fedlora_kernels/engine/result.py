@@ -105,7 +105,7 @@ class Result:
             for extra, spec in source.extras.items()
             if spec.rule != "lora_bias" or spec.module in pairs
         }
-        config = self._config(client, source, {module: A.shape[0] for module, (_, A) in pairs.items()}, scales)
+        config = self._config(name, client, source, {module: A.shape[0] for module, (_, A) in pairs.items()}, scales)
         return adapter_in_memory(pairs, source.modules, extras, config, label=name)
 
     def _client(self, key: str | int) -> tuple[str, Adapter]:
@@ -138,11 +138,20 @@ class Result:
 
     @staticmethod
     def _config(
-        client: Adapter, source: Adapter, ranks: Mapping[str, int], scales: Mapping[str, float]
+        key: str, client: Adapter, source: Adapter, ranks: Mapping[str, int], scales: Mapping[str, float]
     ) -> dict[str, Any]:
         """The client's configuration with alphas that give back its own scales at the ranks handed out."""
-        config = peft_config([client], ranks, dict(source.extras))
-        alphas = {module: _plain(scales[module] * rank) for module, rank in ranks.items()}
+        config = peft_config([client], ranks, dict(source.extras), modules=source.modules)
+        common = target_ranks(ranks, source.modules)
+        alphas: dict[str, float] = {}
+        for module, scale in scales.items():
+            form = source.modules[module].form
+            for name in form.names:
+                if alphas.setdefault(name, alpha := _plain(scale * common[form.target])) != alpha:
+                    raise InputError(
+                        f"for_client: client {printable(key)!r}, module {printable(form.target)!r}: its pairs have different "
+                        "scales, and no key says which is whose; one scale needed. Use scale=1.0"
+                    )
         first = next(iter(alphas.values()))
         config["lora_alpha"] = first
         patterns = rank_patterns(alphas, first)

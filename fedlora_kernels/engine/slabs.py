@@ -21,7 +21,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fedlora_kernels.adapters.model import Adapter
+from fedlora_kernels.adapters.flat import read_flat
+from fedlora_kernels.adapters.model import Adapter, ModuleSpec, TensorSource
 from fedlora_kernels.adapters.safetensors import SafetensorsFile
 from fedlora_kernels.adapters.shards import ShardedFile
 from fedlora_kernels.memory import Pool
@@ -54,9 +55,10 @@ class Plan:
         return each * len(self.modules)
 
     def parts(self, limit: int) -> list[Plan]:
-        """The same in plans of at most ``limit`` bytes, of equal size but for one module, and of at least one."""
+        """The same in plans of at most ``limit`` bytes, of equal size but for one module, and of at least one; experts in one."""
         count = len(self.modules)
-        parts = min(count, -(-self.nbytes // max(limit, 1))) or 1
+        # for a part of a flat tensor all of it is read
+        parts = 1 if self.kind == "expert" else min(count, -(-self.nbytes // max(limit, 1))) or 1
         bounds = [count * i // parts for i in range(parts + 1)]
         return [
             dataclasses.replace(self, modules=self.modules[start:stop]) for start, stop in itertools.pairwise(bounds)
@@ -146,14 +148,26 @@ def _stacks(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], pool
 
 
 def _read(adapter: Adapter, modules: Sequence[str], B: Tensor, A: Tensor) -> None:
-    """Read the factors of equally shaped modules: whole tensors straight into place, parts of one tensor through it."""
+    """Read the factors of equally shaped modules: whole tensors straight into place, those of flat tensors through them."""
     specs = [adapter.modules[name] for name in modules]
-    if not specs[0].whole:
-        for (_, pair), place_B, place_A in zip(adapter.pairs(modules), B, A, strict=True):
-            place_B.copy_(pair.B)
-            place_A.copy_(pair.A)
-        return
-    source = adapter.source
+    done = 0
+    for flat, members in itertools.groupby(enumerate(specs), _run):
+        run = [spec for _, spec in members]
+        places = slice(done, done + len(run))
+        if flat is None:
+            _read_whole(adapter.source, run, B[places], A[places])
+        else:
+            read_flat(adapter.source, run, B[places], A[places])
+        done += len(run)
+
+
+def _run(member: tuple[int, ModuleSpec]) -> tuple[str, int] | None:
+    """The same for modules that follow one another in one flat tensor; None for whole tensors."""
+    place, spec = member
+    return None if spec.whole else (spec.B.key, spec.form.part - place)
+
+
+def _read_whole(source: TensorSource, specs: Sequence[ModuleSpec], B: Tensor, A: Tensor) -> None:
     stacks = (([spec.B for spec in specs], B), ([spec.A for spec in specs], A))
     if isinstance(source, SafetensorsFile | ShardedFile):
         source.read_stacks([([stored.key for stored in tensors], out) for tensors, out in stacks])
