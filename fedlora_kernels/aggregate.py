@@ -16,7 +16,7 @@ from fedlora_kernels import backends
 from fedlora_kernels.adapters.folder import OutputFolder, check_out
 from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
 from fedlora_kernels.adapters.policy import Policy
-from fedlora_kernels.engine.clients import check_apart, open_clients
+from fedlora_kernels.engine.clients import check_apart, open_clients, present
 from fedlora_kernels.engine.policy import admit
 from fedlora_kernels.engine.result import Result
 from fedlora_kernels.engine.run import Run
@@ -36,6 +36,7 @@ from fedlora_kernels.engine.settings import (
     round_of,
 )
 from fedlora_kernels.engine.state import check_state, previous_state
+from fedlora_kernels.engine.target import settle_target
 from fedlora_kernels.linalg.rules import RankRule
 from fedlora_kernels.methods.contract import Method
 
@@ -72,7 +73,7 @@ def aggregate(
     """Combine the LoRA adapters of several clients into one.
 
     Args:
-        clients: PEFT folders, Adapters or (state_dict, config) pairs, or a mapping from name to any of them. Their order
+        clients: PEFT folders, kohya files, Adapters or (state_dict, config) pairs, or a mapping from name to any of them. Their order
             is kept; names default to folder names, made unique.
         method: name of a method, or a Method; ``rule`` and ``method_options`` are its options.
         weights: one per client, such as sample counts; None is uniform. A client of weight 0 counts as absent: its headers are
@@ -86,7 +87,8 @@ def aggregate(
         policy: what happens to bad clients: "strict", "drop", "clip" or a `Policy`.
         read: how clients are read, `ReadOptions`.
         write: what the output looks like, `WriteOptions`.
-        out: folder to write, as a stream, atomically; None keeps the result in memory.
+        out: folder to write, as a stream, atomically, or ``FILE.safetensors`` where the clients are kohya files, with its report
+            beside it as ``FILE.safetensors.report.json``; None keeps the result in memory.
         seed: key of random padding rows; nothing else is random.
         backend: "auto" or a backend's name.
         device: where to compute; None is the GPU where there is one and the backend can use it.
@@ -149,7 +151,10 @@ def aggregate(
         names = [client.name for client in roster]
         settings = dataclasses.replace(settings, client_state=client_state_of(client_state, made, names))
         seen = stack.enter_context(backends.record())
-        run = Run(settings, roster, admit(roster, settings.policy, settings.read))
+        check = admit(roster, settings.policy, settings.read)
+        taking_part = {client.name: client.opened for client in present(roster)}
+        write = settle_target(write, taking_part, check.modules, made, out, per_client=per_client)
+        run = Run(dataclasses.replace(settings, write=write), roster, check)
         folder = None if out is None else stack.enter_context(OutputFolder(out, overwrite))
         delivered, report = run.execute(folder, seen, started)
     for text in report["warnings"]:

@@ -185,7 +185,9 @@ def _aggregate_clients(parser: argparse.ArgumentParser) -> None:
 
 def _format(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--target", choices=("peft", "vllm"), default="peft", help="who loads OUT; vllm needs one rank; default: peft"
+        "--target",
+        choices=("peft", "kohya", "vllm"),
+        help="who loads OUT; vllm needs one rank; default: as the first client",
     )
     group.add_argument("--output", choices=("left", "balanced"), default="left", help="where singular values sit")
     group.add_argument(

@@ -273,8 +273,8 @@ def _write_options(options: argparse.Namespace) -> WriteOptions:
 
 
 def _previous(path: str | None) -> str | None:
-    if path is not None and not os.path.isdir(path):
-        raise InputError(f"--previous {path}: there is no such folder; give the OUT of an earlier round")
+    if path is not None and not os.path.exists(path):
+        raise InputError(f"--previous {path}: there is no such folder or file; give the OUT of an earlier round")
     return path
 
 

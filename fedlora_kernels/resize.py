@@ -13,7 +13,9 @@ import torch
 
 from fedlora_kernels._version import __version__
 from fedlora_kernels.adapters.folder import OUR_FILES, OUR_FOLDERS, OutputFolder, check_out
+from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import WRITTEN_HERE, ReadOptions, WriteOptions
+from fedlora_kernels.adapters.output_file import names_file
 from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.adapters.reader import open_adapter
 from fedlora_kernels.aggregate import aggregate
@@ -24,6 +26,7 @@ from fedlora_kernels.engine.report import SCHEMA
 from fedlora_kernels.engine.result import Result
 from fedlora_kernels.engine.settings import Progress, options_of
 from fedlora_kernels.engine.state import REPORT_NAME
+from fedlora_kernels.errors import InputError
 from fedlora_kernels.linalg.rules import RankRule
 from fedlora_kernels.methods.florist import DEFAULT_RULE
 
@@ -115,6 +118,10 @@ def resize_all(
             are named together.
     """
     options_of("read", read, ReadOptions)
+    if out is not None and names_file(out):
+        raise InputError(
+            f"output {printable(out)} is a file, which holds one adapter; name a folder, without .safetensors"
+        )
     if out is not None:
         check_out(out, overwrite)
     with ExitStack() as stack:

@@ -52,7 +52,7 @@ def test_weights_may_start_with_a_minus(written):
         (["--seed", "1.5"], "--seed"),
         (["--max-update-norm", "nan"], "--max-update-norm"),
         (["--policy", "kind"], "--policy"),
-        (["--target", "kohya"], "--target"),
+        (["--target", "gguf"], "--target"),
         (["--dtype", "int8"], "--dtype"),
         (["--per-clients"], "--per-clients"),
         (["--resume"], "--resume"),

@@ -1,4 +1,4 @@
-"""An output folder that appears complete or not at all."""
+"""An output folder or file that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.adapters.output_file import check_file, names_file, place_file
 from fedlora_kernels.adapters.safetensors import disc_errors
 from fedlora_kernels.errors import InputError, RunError
 
@@ -35,10 +36,10 @@ RENAME_EXCHANGE = 2
 
 
 def check_out(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """Return the absolute path of an output folder that can be written, before any work is done for it.
+    """Return the absolute path of an output that can be written, before any work is done for it: a folder, or ``FILE.safetensors``.
 
-    Raises InputError where it exists (unless ``overwrite`` and it holds only files written here), is a link or a file, or
-    where the folder around it is missing or cannot be written: a mistyped path makes no folders.
+    Raises InputError where it exists (unless ``overwrite`` and it holds only files written here, or is a LoRA file), is a link or
+    another file, or where the folder around it is missing or cannot be written: a mistyped path makes no folders.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
@@ -49,8 +50,10 @@ def check_out(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
         raise InputError(f"output {where} is no folder that can be replaced; name a new one")
     _check_around(out)
     if out.is_symlink():
-        raise InputError(f"output {where} is a symbolic link; name the folder itself")
-    if os.path.lexists(out):
+        raise InputError(f"output {where} is a symbolic link; name what it leads to")
+    if names_file(out):
+        check_file(out, overwrite)
+    elif os.path.lexists(out):
         _check_replaceable(out, overwrite)
     return out
 
@@ -104,8 +107,11 @@ class OutputFolder:
         self._sweep()
 
     def _swap(self) -> Path | None:
-        """Put the new folder in place; return where the old one is now."""
+        """Put the new folder in place, or its file; return where the old folder is now, or what is left of the new one."""
         with disc_errors(self.out):
+            if names_file(self.out):
+                place_file(self.path, self.out)
+                return self.path
             if not self.out.exists():
                 os.rename(self.path, self.out)
                 return None

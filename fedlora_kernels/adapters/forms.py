@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -17,6 +18,7 @@ __all__ = [
     "Units",
     "factor_keys",
     "pattern_ranks",
+    "spelled",
     "stored_shapes",
     "stored_tensors",
     "target_ranks",
@@ -31,10 +33,21 @@ Pad = Callable[[NamedPair, int], NamedPair]
 
 
 def factor_keys(module: ModuleSpec) -> tuple[str, str]:
-    """Keys of B and A of a module in a PEFT file."""
+    """Keys of B and A of a module in a PEFT file, or in a kohya file of its spelling."""
+    if module.form.spelling is not None:
+        up, down = module.form.spelling
+        return f"{module.form.path}{up}", f"{module.form.path}{down}"
     if module.kind == "embedding":
         return f"{PREFIX}{module.form.path}.lora_embedding_B", f"{PREFIX}{module.form.path}.lora_embedding_A"
     return _linear_keys(module.form.path)
+
+
+def spelled(modules: Mapping[str, ModuleSpec], spelling: tuple[str, str] | None) -> dict[str, ModuleSpec]:
+    """The modules with their keys in one spelling: that of a kohya file, or PEFT's (None)."""
+    return {
+        name: dataclasses.replace(module, form=dataclasses.replace(module.form, spelling=spelling))
+        for name, module in modules.items()
+    }
 
 
 def stored_shapes(module: ModuleSpec, rank: int) -> dict[str, tuple[int, ...]]:

@@ -24,7 +24,7 @@ from fedlora_kernels.adapters.safetensors import parse_json
 from fedlora_kernels.adapters.variants import CONVERT, GROUPS, MERGE, refuse_variant
 from fedlora_kernels.errors import FormatError, LimitError
 
-__all__ = ["ALPHA", "DIFFUSERS", "KOHYA", "carries_scales", "kohya_config", "read_kohya"]
+__all__ = ["ALPHA", "DIFFUSERS", "KOHYA", "alpha_tensor", "carries_scales", "is_factor", "kohya_config", "read_kohya"]
 
 KOHYA = (".lora_up.weight", ".lora_down.weight")
 """What kohya's own scripts write after a module's name: B, A."""
@@ -73,6 +73,17 @@ def carries_scales(keys: Iterable[str]) -> bool:
         return False
     others = any("lora_B" not in spelling[0] for _, spelling, _ in found)
     return others or (bool(found) and any(key.endswith(ALPHA) for key in keys))
+
+
+def is_factor(key: str) -> bool:
+    """Whether a key is that of an A or B, in any spelling, PEFT's included."""
+    return _factor(key) is not None
+
+
+def alpha_tensor(alpha: float) -> torch.Tensor:
+    """An alpha as it is stored: float32 where that holds it, else float64."""
+    single = torch.tensor(alpha, dtype=torch.float32)
+    return single if float(single.double()) == alpha else torch.tensor(alpha, dtype=torch.float64)
 
 
 def kohya_config(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -214,14 +214,20 @@ class Adapter:
         return iter(self.modules)
 
     @property
+    def spelling(self) -> tuple[str, str] | None:
+        """How a kohya file spells its keys; None for an adapter in PEFT's form."""
+        return next((module.form.spelling for module in self.modules.values()), None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.source.tensors.values())
 
     def save(self, path: Any, *, overwrite: bool = False) -> None:
-        """Write a PEFT folder atomically: the folder appears complete or not at all.
+        """Write a PEFT folder, or a kohya file where this was one, atomically: it appears complete or not at all.
 
-        Raises InputError where ``path`` exists (unless ``overwrite=True`` and it holds only files written here).
+        Raises InputError where ``path`` exists (unless ``overwrite=True`` and it holds only files written here, or is a LoRA file),
+        or does not end in ``.safetensors`` where a file is to be written.
         """
         from fedlora_kernels.adapters.writer import save_adapter
 

@@ -75,24 +75,23 @@ class WriteOptions:
     """What an output adapter looks like; checked on creation.
 
     Args:
-        target: "peft", or "vllm" (one rank, no extra tensors).
+        target: who loads the output: "peft", "kohya" (a file, from kohya clients), or "vllm" (one rank, no extra tensors); None:
+            as the first client.
         output: singular values on B ("left") or half on each factor ("balanced").
-        uniform_rank: pad all modules to the largest rank; None: only for targets other than peft.
+        uniform_rank: pad all modules to the largest rank; None: only for vllm.
         fill: padding rows of A are "zero", or "random" so that they can be trained (columns of B stay zero).
         drop_zero: leave modules out whose aggregate is zero.
     """
 
-    target: str = "peft"
+    target: str | None = None
     output: str = "left"
     uniform_rank: bool | None = None
     fill: str = "zero"
     drop_zero: bool = False
 
     def __post_init__(self) -> None:
-        if self.target == "kohya":
-            raise InputError("WriteOptions: target 'kohya' is not in this version; write target 'peft'")
         known: tuple[tuple[str, tuple[Any, ...]], ...] = (
-            ("target", ("peft", "vllm")),
+            ("target", (None, "peft", "kohya", "vllm")),
             ("output", ("left", "balanced")),
             ("uniform_rank", (None, True, False)),
             ("fill", ("zero", "random")),
@@ -109,7 +108,7 @@ class WriteOptions:
     @property
     def pads(self) -> bool:
         """Whether all modules are padded to one rank."""
-        return self.target != "peft" if self.uniform_rank is None else self.uniform_rank
+        return self.target == "vllm" if self.uniform_rank is None else self.uniform_rank
 
     def check_extras(self, names: Iterable[str]) -> None:
         """Raise InputError where the target cannot hold the extra tensors ``names``."""

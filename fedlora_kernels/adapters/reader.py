@@ -182,20 +182,27 @@ def _open_path(path: Path, options: ReadOptions) -> tuple[TensorSource, dict[str
 
 def _open_file(path: Path, options: ReadOptions) -> tuple[TensorSource, dict[str, Any] | None]:
     """A single file; where its keys say nothing of scales, it may belong to a folder whose configuration does."""
-    file = SafetensorsFile(path)
-    if DIFFUSERS in file.metadata or carries_scales(file.tensors):
+    if (file := _self_contained(path)) is not None:
         return file, None
     if options.config is not None:
-        return file, _plain_config(options.config)
+        return SafetensorsFile(path), _plain_config(options.config)
     if (path.parent / CONFIG_NAME).exists():
-        file.close()
         raise FormatError(
             f"{printable(path)}: {CONFIG_NAME} lies beside it and says its scale; give the folder {printable(path.parent)}"
         )
-    return file, None
+    return SafetensorsFile(path), None
 
 
-def _open_folder(folder: Path, options: ReadOptions) -> tuple[TensorSource, dict[str, Any]]:
+def _self_contained(path: Path) -> SafetensorsFile | None:
+    """The file, if it says its scales itself."""
+    file = SafetensorsFile(path)
+    if DIFFUSERS in file.metadata or carries_scales(file.tensors):
+        return file
+    file.close()
+    return None
+
+
+def _open_folder(folder: Path, options: ReadOptions) -> tuple[TensorSource, dict[str, Any] | None]:
     where = printable(folder)
     try:
         entries = sorted(entry.name for entry in os.scandir(folder))
@@ -209,6 +216,8 @@ def _open_folder(folder: Path, options: ReadOptions) -> tuple[TensorSource, dict
         config = read_json(folder / CONFIG_NAME, CONFIG_CAP)
     elif options.config is not None:
         config = _plain_config(options.config)
+    elif WEIGHTS_NAME in entries and (file := _self_contained(folder / WEIGHTS_NAME)) is not None:
+        return file, None
     else:
         raise FormatError(f"{where}: no {CONFIG_NAME}{_hint(folder, entries)}")
     if WEIGHTS_NAME in entries:

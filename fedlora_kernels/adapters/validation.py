@@ -233,12 +233,24 @@ def _check_disjoint(
     theirs = next(iter(adapters[main[0]].modules))
     for client in disjoint.difference(said):
         mine = next(iter(adapters[client].modules))
-        text = (
+        text = _formats_text(adapters[client], adapters[main[0]], main[0]) or (
             f"no module in common with client {printable(main[0])!r}: {printable(mine)!r} here, {printable(theirs)!r} there; "
             "the same names needed. Check the key prefixes"
         )
         failures.append(Failure(client, "", MismatchError, text))
     return disjoint
+
+
+def _formats_text(mine: Adapter, theirs: Adapter, holder: str) -> str | None:
+    """What to say of a kohya file among PEFT adapters, or the reverse: a key of each shows it best."""
+    if (mine.spelling is None) == (theirs.spelling is None):
+        return None
+    here, there = (next(iter(adapter.modules.values())).A.key for adapter in (mine, theirs))
+    formats = ("a PEFT adapter", "a kohya file") if mine.spelling is None else ("a kohya file", "a PEFT adapter")
+    return (
+        f"{formats[0]}, as its key {printable(here)!r} says, beside {formats[1]} in client {printable(holder)!r}, as {printable(there)!r} "
+        "says; one format needed. Convert one side first (fedlora convert)"
+    )
 
 
 def _largest(adapters: Mapping[str, Adapter]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Write PEFT folders: streaming, atomically, with the scale in the factors."""
+"""Write PEFT folders and kohya files: streaming, atomically, with the scale in the factors."""
 
 from __future__ import annotations
 
@@ -12,22 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora_kernels._version import __version__
 from fedlora_kernels.adapters.config import peft_config
 from fedlora_kernels.adapters.folder import OutputFolder
 from fedlora_kernels.adapters.forms import NamedPair, Pad, Units, stored_shapes, stored_tensors
 from fedlora_kernels.adapters.inits import KEEPS_ALPHA, kept_init
 from fedlora_kernels.adapters.keys import PREFIX
+from fedlora_kernels.adapters.kohya import ALPHA, DIFFUSERS
+from fedlora_kernels.adapters.kohya_metadata import HASH, data_hash, diffusers_config, kept_metadata, network_facts
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import WRITTEN_HERE
+from fedlora_kernels.adapters.output_file import names_file
 from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
 from fedlora_kernels.adapters.safetensors import disc_errors
 from fedlora_kernels.adapters.safetensors_writer import SafetensorsWriter
 from fedlora_kernels.errors import InputError, OutputOverflowError, RunError
 from fedlora_kernels.rows import random_rows
 
-__all__ = ["PeftFileWriter", "pad_to_uniform", "save_adapter", "verify_adapter", "write_config"]
+__all__ = [
+    "KohyaFileWriter",
+    "PeftFileWriter",
+    "adapter_file",
+    "pad_to_uniform",
+    "save_adapter",
+    "verify_adapter",
+    "write_config",
+]
 
+Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 LARGEST_RANK = 10**7
 """No rank has more digits: what the header of a file reserves."""
 
@@ -54,11 +67,7 @@ class PeftFileWriter(SafetensorsWriter):
         pad: Pad | None = None,
     ) -> None:
         self._modules, self._units = modules, Units(modules, pad)
-        entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for module in modules.values():
-            entries.update({key: (dtype, shape) for key, shape in stored_shapes(module, LARGEST_RANK).items()})
-        entries.update({f"{PREFIX}{name}": (dtype, extra.tensor.shape) for name, extra in extras.items()})
-        super().__init__(path, entries, metadata)
+        super().__init__(path, self._announced(extras, dtype), metadata)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -76,13 +85,69 @@ class PeftFileWriter(SafetensorsWriter):
             self._append(unit)
         super().close(metadata)
 
+    def add_extra(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor that is no factor, under its canonical name."""
+        self.add(f"{PREFIX}{name}", tensor)
+
+    def _announced(self, extras: Mapping[str, ExtraSpec], dtype: torch.dtype) -> Entries:
+        entries: Entries = {}
+        for module in self._modules.values():
+            entries.update({key: (dtype, shape) for key, shape in stored_shapes(module, LARGEST_RANK).items()})
+        entries.update({f"{PREFIX}{name}": (dtype, extra.tensor.shape) for name, extra in extras.items()})
+        return entries
+
     def _append(self, unit: list[NamedPair]) -> None:
         for key, tensor in stored_tensors(unit, self._modules):
             self.add(key, tensor)
 
-    def add_extra(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor that is no factor, under its canonical name."""
-        self.add(f"{PREFIX}{name}", tensor)
+
+class KohyaFileWriter(PeftFileWriter):
+    """A kohya or diffusers file: alphas equal to the ranks after all factors, or a configuration in the metadata.
+
+    ``metadata`` holds what is kept of the first client (`kept_metadata`); a hash or a configuration in it is made anew.
+    """
+
+    def close(self, metadata: Mapping[str, str] | None = None) -> None:
+        """Append what is held back and the alphas, fill in the header, make it durable and close. Idempotent."""
+        if self._fd < 0:
+            return
+        for unit in self._units.rest():
+            self._append(unit)
+        ranks, facts = self.ranks, {}
+        if DIFFUSERS in self._metadata:
+            facts[DIFFUSERS] = diffusers_config(ranks)
+        else:
+            facts.update(network_facts(ranks, self._metadata.get("ss_network_module")))
+            for name, rank in ranks.items():
+                self.add(f"{self._modules[name].form.path}{ALPHA}", torch.tensor(float(rank)))
+        if HASH in self._metadata:
+            facts[HASH] = data_hash(self.path, 8 + self._reserved)
+        super().close({**facts, **(metadata or {})})
+
+    def _announced(self, extras: Mapping[str, ExtraSpec], dtype: torch.dtype) -> Entries:
+        alphas = {f"{module.form.path}{ALPHA}": (torch.float32, ()) for module in self._modules.values()}
+        return {**super()._announced(extras, dtype), **alphas}
+
+    def _bound(self) -> int:
+        """Room for a configuration that names every module three times, in JSON within JSON."""
+        return super()._bound() + sum(3 * (8 * len(name.encode()) + 64) for name in self._modules)
+
+
+def adapter_file(
+    path: str | os.PathLike[str],
+    modules: Mapping[str, ModuleSpec],
+    extras: Mapping[str, ExtraSpec],
+    dtype: torch.dtype,
+    metadata: Mapping[str, str] | None = None,
+    pad: Pad | None = None,
+) -> PeftFileWriter:
+    """The writer for these modules; their forms decide the format."""
+    writer = KohyaFileWriter if _spelled(modules) else PeftFileWriter
+    return writer(path, modules, extras, dtype, metadata, pad)
+
+
+def _spelled(modules: Mapping[str, ModuleSpec]) -> bool:
+    return any(module.form.spelling is not None for module in modules.values())
 
 
 def write_config(path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
@@ -95,9 +160,10 @@ def write_config(path: str | os.PathLike[str], config: Mapping[str, Any]) -> Non
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write an adapter as a PEFT folder, atomically, with the scale baked to 1; one that keeps an OLoRA start keeps its scale.
+    """Write an adapter as a PEFT folder, or as a kohya file where it was one, atomically.
 
-    The stored dtype is kept where all scales are 1 and all tensors of one dtype, else float32 (float64 if a tensor is).
+    The scale is baked to 1; an adapter that keeps an OLoRA start keeps its own. The stored dtype is kept where all scales are 1
+    and all tensors of one dtype, else float32 (float64 if a tensor is).
     Raises InputError as `check_out`, RunError for failures of the disc.
     """
     if kept_init(adapter.config) == KEEPS_ALPHA:
@@ -105,15 +171,25 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: b
         adapter = dataclasses.replace(adapter, modules=modules)
     dtype = _saved_dtype(adapter)
     ranks = {name: module.rank for name, module in adapter.modules.items()}
+    spelled, metadata = _spelled(adapter.modules), adapter.metadata
+    if spelled != names_file(path):
+        needed = (
+            "a kohya file; name one that ends in .safetensors"
+            if spelled
+            else "a PEFT folder; name one without .safetensors"
+        )
+        raise InputError(f"output {printable(path)}: this adapter is written as {needed}")
+    if spelled:
+        metadata = kept_metadata(metadata, f"written by fedlora_kernels {__version__}, scales in the factors")
     config = peft_config([adapter], ranks, adapter.extras)
     with OutputFolder(path, overwrite) as folder:
-        path = folder.path / WEIGHTS_NAME
-        with PeftFileWriter(path, adapter.modules, adapter.extras, dtype, adapter.metadata) as file:
+        with adapter_file(folder.path / WEIGHTS_NAME, adapter.modules, adapter.extras, dtype, metadata) as file:
             for name, pair in adapter.pairs():
                 file.add_pair(name, _scaled(pair.B, pair.scale, dtype, name), _scaled(pair.A, 1.0, dtype, name))
             for name, extra in adapter.extras.items():
                 file.add_extra(name, _scaled(adapter.extra(name), _extra_scale(adapter, extra), dtype, name))
-        write_config(folder.path / CONFIG_NAME, config)
+        if not spelled:
+            write_config(folder.path / CONFIG_NAME, config)
         verify_adapter(folder.path, ranks)
         folder.commit()
 
@@ -145,7 +221,7 @@ def pad_to_uniform(
     dtype = next(iter(adapter.modules.values())).A.dtype
     padded = folder / f"{WEIGHTS_NAME}.padded"
     try:
-        with PeftFileWriter(padded, adapter.modules, adapter.extras, dtype, adapter.metadata) as file:
+        with adapter_file(padded, adapter.modules, adapter.extras, dtype, adapter.metadata) as file:
             for name, pair in adapter.pairs():
                 module = adapter.modules[name]
                 B, A = pair.B.new_zeros(module.m, rank), pair.A.new_zeros(rank, module.n)
@@ -158,8 +234,9 @@ def pad_to_uniform(
                 file.add_extra(name, adapter.extra(name))
     finally:
         adapter.close()
-    config = {key: value for key, value in adapter.config.items() if key not in ("rank_pattern", "alpha_pattern")}
-    write_config(folder / CONFIG_NAME, {**config, "r": rank, "lora_alpha": rank})
+    if adapter.spelling is None:
+        config = {key: value for key, value in adapter.config.items() if key not in ("rank_pattern", "alpha_pattern")}
+        write_config(folder / CONFIG_NAME, {**config, "r": rank, "lora_alpha": rank})
     with disc_errors(target):
         os.replace(padded, target)
     verify_adapter(folder, dict.fromkeys(adapter.modules, rank))

@@ -117,13 +117,13 @@ def open_clients(
 
 
 def check_apart(roster: Sequence[Client], out: str | os.PathLike[str]) -> None:
-    """Raise InputError where the output is the folder of a client, or holds it: replacing it would destroy the client."""
+    """Raise InputError where the output is a client's folder or file, or holds it: replacing it would destroy the client."""
     place = os.path.realpath(out)
     for client in roster:
         folder = os.path.realpath(client.source)
-        if os.path.isdir(folder) and os.path.commonpath([place, folder]) == place:
+        if os.path.exists(folder) and os.path.commonpath([place, folder]) == place:
             raise InputError(
-                f"client {printable(client.name)!r}: the output {printable(place)} would replace its folder; name another folder"
+                f"client {printable(client.name)!r}: the output {printable(place)} would replace it; name another one"
             )
 
 

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora_kernels._version import __version__
 from fedlora_kernels.adapters.config import peft_config
 from fedlora_kernels.adapters.folder import OutputFolder
-from fedlora_kernels.adapters.forms import written_numbers
+from fedlora_kernels.adapters.forms import spelled, written_numbers
 from fedlora_kernels.adapters.inits import KEEPS_ALPHA, check_kept_rank, kept_init
+from fedlora_kernels.adapters.kohya_metadata import kept_metadata
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.names import path_name
 from fedlora_kernels.adapters.options import WriteOptions
@@ -232,14 +234,32 @@ class Delivery:
         settings = self._settings
         # what is merged into a base weight, or loaded by one client, needs no padding to a common rank but that client's
         write = WriteOptions() if place == "residual" else settings.write
-        modules = {name: self._cohort.spec(name) for name in self._cohort.modules}
+        modules = spelled({name: self._cohort.spec(name) for name in self._cohort.modules}, self._spelling)
+        metadata = self._metadata
+        if self._spelling is not None:
+            metadata = {**kept_metadata(self._origin(place).metadata, self._comment()), **metadata}
         if self._folder is None:
-            return MemoryOutput(place or "aggregate", modules, self._metadata, write, settings.seed, settings.round)
+            return MemoryOutput(place or "aggregate", modules, metadata, write, settings.seed, settings.round)
         folder = Path(self._folder.path) / place
         with disc_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         extras = {} if place == "residual" else self._extras
-        return FolderOutput(folder, modules, extras, self._dtype, self._metadata, write, settings.seed, settings.round)
+        return FolderOutput(folder, modules, extras, self._dtype, metadata, write, settings.seed, settings.round)
+
+    @property
+    def _spelling(self) -> tuple[str, str] | None:
+        """How the keys of a kohya output are spelled: as the first client's; None for PEFT's."""
+        return self._cohort.adapters[0].spelling
+
+    def _origin(self, place: str) -> Adapter:
+        """Whose metadata an output takes over: the client's own, else the first one's."""
+        return self._cohort.adapters[self._places.index(place) if place in self._places else 0]
+
+    def _comment(self) -> str:
+        method, rule = self._settings.method.name, self._settings.rule
+        how = method if rule is None else f"{method}, {rule}"
+        count = len(self._cohort.clients)
+        return f"{count} adapter{'s' * (count > 1)} by fedlora_kernels {__version__} ({how})"
 
     def _next_state(self, out: Path | None, adapter: Adapter | None) -> State:
         method, number = self._settings.method.name, self._settings.round

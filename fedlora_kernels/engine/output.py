@@ -1,4 +1,4 @@
-"""One adapter on its way out: into a PEFT folder, written as a stream, or into memory."""
+"""One adapter on its way out: into a folder, written as a stream, or into memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.forms import NamedPair, Pad, Units, stored_tensors, whole_units
 from fedlora_kernels.adapters.keys import PREFIX
+from fedlora_kernels.adapters.kohya import ALPHA, alpha_tensor
+from fedlora_kernels.adapters.lora_config import LoRAConfig
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
 from fedlora_kernels.adapters.options import WRITTEN_HERE, WriteOptions
 from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
-from fedlora_kernels.adapters.writer import PeftFileWriter, pad_to_uniform, verify_adapter, write_config
+from fedlora_kernels.adapters.writer import KohyaFileWriter, adapter_file, pad_to_uniform, verify_adapter, write_config
 from fedlora_kernels.rows import random_rows
 
 __all__ = ["FolderOutput", "MemoryOutput", "Output", "adapter_in_memory", "resize_pair"]
@@ -78,10 +80,15 @@ def adapter_in_memory(
     label: str,
     metadata: Mapping[str, str] | None = None,
 ) -> Adapter:
-    """An adapter over tensors in memory, under the keys of a PEFT file; ``modules`` say in which form, in order."""
+    """An adapter over tensors in memory, under the keys of a file; ``modules`` say in which form, in order."""
     state: dict[str, Tensor] = {}
     for unit in whole_units([(name, B, A) for name, (B, A) in pairs.items()], modules):
         state.update(stored_tensors(unit, modules))
+    if next(iter(modules.values())).form.spelling is not None:
+        known = LoRAConfig(config, label)
+        state.update({f"{name}{ALPHA}": alpha_tensor(known.resolve(name)[1]) for name in pairs})
+        adapter = open_adapter(state, WRITTEN_HERE, name=label)
+        return dataclasses.replace(adapter, label=label, config=config, metadata=dict(metadata or {}))
     state.update({f"{PREFIX}{name}": tensor for name, tensor in extras.items()})
     adapter = open_adapter((state, config), WRITTEN_HERE, name=label)
     return dataclasses.replace(adapter, label=label, metadata=dict(metadata or {}))
@@ -166,7 +173,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 class FolderOutput:
-    """A PEFT folder in the making."""
+    """A folder in the making: tensors and configuration as PEFT has them, or the tensors of a kohya file."""
 
     def __init__(
         self,
@@ -180,7 +187,7 @@ class FolderOutput:
         round: int,  # noqa: A002
     ) -> None:
         self._folder, self._write, self._seed, self._round = folder, write, seed, round
-        self._file = PeftFileWriter(folder / WEIGHTS_NAME, modules, extras, dtype, metadata, _pad(write, seed, round))
+        self._file = adapter_file(folder / WEIGHTS_NAME, modules, extras, dtype, metadata, _pad(write, seed, round))
         self._first: NamedPair | None = None
         self._last: NamedPair | None = None
 
@@ -203,7 +210,8 @@ class FolderOutput:
     def finish(self, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
         """Fill in the header, pad to one rank if asked, and read back: all shapes, and the numbers of two modules."""
         self._file.close(metadata)
-        write_config(self._folder / CONFIG_NAME, config)
+        if not isinstance(self._file, KohyaFileWriter):
+            write_config(self._folder / CONFIG_NAME, config)
         ranks = self.ranks
         if self._write.pads:
             rank = pad_to_uniform(self._folder, None, self._write.fill, seed=self._seed, round=self._round)

@@ -30,6 +30,7 @@ from fedlora_kernels.engine.robust import apply_rule
 from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.engine.state import State, check_modules, check_pair
 from fedlora_kernels.engine.survey import Survey, census, make_survey
+from fedlora_kernels.engine.target import target_findings
 from fedlora_kernels.engine.walk import Walk
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.methods.contract import Method
@@ -270,6 +271,7 @@ class Run:
         used = dict.fromkeys(entry.backend for entry in seen if isinstance(entry, backends.Choice))
         fallbacks = [entry._asdict() for entry in seen if isinstance(entry, backends.Fallback)]
         rule = settings.rule
+        warned, noted = target_findings(settings.write.target, [row["rank"] for row in rows])
         return {
             "schema": SCHEMA,
             "tool": {"name": "fedlora_kernels", "version": __version__},
@@ -296,8 +298,8 @@ class Run:
             "comparison": None if walk.comparison is None else walk.comparison.report(walk.cohort.modules),
             "extras": extras,
             "totals": summary,
-            "warnings": list(dict.fromkeys(self.warnings)),
-            "notes": self._notes(rows),
+            "warnings": list(dict.fromkeys([*self.warnings, *warned])),
+            "notes": [*self._notes(rows), *noted],
             "passes": self.passes,
             "seconds": {stage: round(spent, 6) for stage, spent in walk.seconds.items()},
         }

@@ -16,7 +16,7 @@ from fedlora_kernels._version import __version__
 from fedlora_kernels.adapters.model import Adapter, ModuleSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import WRITTEN_HERE
-from fedlora_kernels.adapters.reader import CONFIG_NAME, open_adapter
+from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
 from fedlora_kernels.adapters.safetensors import SafetensorsFile
 from fedlora_kernels.adapters.safetensors_writer import SafetensorsWriter
 from fedlora_kernels.errors import FormatError, InputError, MismatchError
@@ -64,7 +64,8 @@ class State:
         """
         path = Path(folder)
         method, number = _reported(path)
-        adapter = open_adapter(path, WRITTEN_HERE) if (path / CONFIG_NAME).exists() else None
+        held = (path / CONFIG_NAME).exists() or (path / WEIGHTS_NAME).exists()
+        adapter = open_adapter(path, WRITTEN_HERE) if held else None
         if not (path / STATE_NAME).exists():
             return cls(method, number, adapter=adapter)
         file = SafetensorsFile(path / STATE_NAME)
@@ -136,7 +137,7 @@ class StateWriter(SafetensorsWriter):
 
 
 def previous_state(previous: Any) -> State | None:
-    """The state that ``previous`` stands for: an output folder, an Adapter, a State, or anything with a ``state``."""
+    """The state that ``previous`` stands for: an output folder or file, an Adapter, a State, or anything with a ``state``."""
     if previous is None or isinstance(previous, State):
         return previous
     if isinstance(state := getattr(previous, "state", None), State):
@@ -146,6 +147,8 @@ def previous_state(previous: Any) -> State | None:
         return State(previous.metadata.get("fedlora.method", ""), int(found[0]) if found else -1, adapter=previous)
     if isinstance(previous, str) and not previous:
         raise InputError("previous is an empty path; an output folder needed")
+    if isinstance(previous, (str, os.PathLike)) and os.path.isfile(previous):
+        return previous_state(open_adapter(previous, WRITTEN_HERE))
     if isinstance(previous, (str, os.PathLike)):
         return State.load(previous)
     kind = type(previous).__name__

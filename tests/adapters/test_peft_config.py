@@ -120,8 +120,7 @@ def test_every_module_resolves_to_its_rank_in_any_order_of_entries(names, data):
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"target": "kohya"}, "target 'kohya' is not in this version"),
-        ({"target": "gguf"}, "target is 'gguf'; one of peft, vllm needed"),
+        ({"target": "gguf"}, "target is 'gguf'; one of None, peft, kohya, vllm needed"),
         ({"output": "usv"}, "output is 'usv'; one of left, balanced needed"),
         ({"uniform_rank": 8}, "uniform_rank is '8'; one of None, True, False needed"),
         ({"fill": 0}, "fill is '0'; one of zero, random needed"),

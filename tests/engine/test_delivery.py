@@ -222,7 +222,7 @@ def test_a_stranger_anywhere_in_the_output_protects_it(tmp_path, everything, pla
 def test_a_client_that_lives_in_the_old_output_is_not_destroyed(tmp_path):
     out = tmp_path / "out"
     aggregate({"a": client(0), "b": client(1)}, "fedsa", out=out, per_client=True)
-    with pytest.raises(InputError, match=r"client 'a': the output .* would replace its folder"):
+    with pytest.raises(InputError, match=r"client 'a': the output .* would replace it"):
         aggregate([out / "clients" / "a", out / "clients" / "b"], "fedsa", out=out, per_client=True, overwrite=True)
     assert fk.open_adapter(out / "clients" / "a")[FIRST].B.any()
 
