@@ -13,10 +13,13 @@ from typing import Any
 import torch
 
 from fedlora_kernels import backends
-from fedlora_kernels.adapters.folder import OutputFolder, check_out
+from fedlora_kernels.adapters.folder import KeptFolder, OutputFolder, check_out
+from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
 from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.engine.clients import check_apart, open_clients, present
+from fedlora_kernels.engine.fingerprint import fingerprint
+from fedlora_kernels.engine.journal import Journal
 from fedlora_kernels.engine.policy import admit
 from fedlora_kernels.engine.result import Result
 from fedlora_kernels.engine.run import Run
@@ -37,6 +40,7 @@ from fedlora_kernels.engine.settings import (
 )
 from fedlora_kernels.engine.state import check_state, previous_state
 from fedlora_kernels.engine.target import settle_target
+from fedlora_kernels.errors import InputError
 from fedlora_kernels.linalg.rules import RankRule
 from fedlora_kernels.methods.contract import Method
 
@@ -65,6 +69,7 @@ def aggregate(
     memory: int | str | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     per_client: bool = False,
     measure: bool = True,
     compare: bool = False,
@@ -95,8 +100,12 @@ def aggregate(
         dtype: of the result; None is float32, or float64 if a client is float64.
         memory: bytes for data in flight (1 GiB), an int or a text such as "512MiB". Two slabs of a quarter each are alive; a
             single module larger than that is still read whole.
-        progress: called as ``progress(stage, done_bytes, total_bytes)``.
+        progress: called as ``progress(stage, done, total)`` in the caller's thread: at the start of a stage ("survey", "combine")
+            and after each slab, in bytes of factors. What it raises ends the run.
         overwrite: replace an existing ``out`` that holds only files written here.
+        resume: keep ``out.partial-<hash of inputs and options>`` when the run is ended before its time, and go on after the last
+            slab of modules in it: the result is the same to the last bit. A survey is made again. Other files, options or
+            versions have another hash.
         per_client: also write ``out/clients/<name>/``, what each client receives, with scale 1.
         measure: report the distance of factor means from the weighted sum; it costs more than the means themselves.
         compare: also report how the clients' updates compare with each other and with their sum: norms, cosines, cancellation, what
@@ -115,6 +124,8 @@ def aggregate(
     write = options_of("write", write, WriteOptions)
     made = method_of(method, rule, write, method_options)
     check_delivery(made, out, per_client)
+    if resume and out is None:
+        raise InputError("resume=True goes on with what is on disc; give out=")
     before = previous_state(previous)
     number = round_of(round, before)
     whole, budget = budget_of(made)
@@ -154,9 +165,14 @@ def aggregate(
         check = admit(roster, settings.policy, settings.read)
         taking_part = {client.name: client.opened for client in present(roster)}
         write = settle_target(write, taking_part, check.modules, made, out, per_client=per_client)
-        run = Run(dataclasses.replace(settings, write=write), roster, check)
-        folder = None if out is None else stack.enter_context(OutputFolder(out, overwrite))
-        delivered, report = run.execute(folder, seen, started)
+        settings = dataclasses.replace(settings, write=write)
+        run = Run(settings, roster, check)
+        folder, journal = None, None
+        if out is not None and resume:
+            folder, journal = _kept(out, fingerprint(settings, roster), overwrite, run.warnings, stack)
+        elif out is not None:
+            folder = stack.enter_context(OutputFolder(out, overwrite))
+        delivered, report = run.execute(folder, seen, started, journal)
     for text in report["warnings"]:
         warnings.warn(text, UserWarning, stacklevel=2)
     readable = {client.name: client.adapter for client in roster if client.adapter is not None}
@@ -169,3 +185,19 @@ def aggregate(
         method=made,
         personal=delivered.clients,
     )
+
+
+def _kept(
+    out: str | os.PathLike[str], key: str, overwrite: bool, warned: list[str], stack: ExitStack
+) -> tuple[OutputFolder, Journal]:
+    """What an earlier run of the same key has kept, or the beginning of it; ``warned`` of what is there and not used."""
+    folder = stack.enter_context(KeptFolder(out, key, overwrite))
+    journal = Journal(folder, key)
+    stack.callback(journal.close)
+    warned += [
+        f"{printable(other)} is of a run with other files, options or versions and not used; go on with that run, or delete it"
+        for other in folder.others()
+    ]
+    if journal.warning is not None:
+        warned.append(journal.warning)
+    return folder, journal

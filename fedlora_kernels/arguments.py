@@ -91,6 +91,11 @@ def _build() -> _Parser:
 def _aggregate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("clients", nargs="+", metavar="CLIENT", help="a PEFT folder, or name=folder")
     _out(parser)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what is done when the run is ended, and go on with it in the next one",
+    )
     _aggregate_method(parser)
     _rules(parser)
     _aggregate_clients(parser)

@@ -34,6 +34,7 @@ _LIMIT = re.compile(r"ReadOptions\(limits=Limits\((\w+=[0-9]+)\)\)")
 _SWITCHES = {
     "normalize=False": "--no-normalize",
     "overwrite=True": "--overwrite",
+    "resume=True": "--resume",
     "per_client=True": "--per-client",
     "drop_zero=False": "no --drop-zero",
     "adapter_name=": "--adapter-name ",

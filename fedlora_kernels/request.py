@@ -60,6 +60,7 @@ def aggregate_request(options: argparse.Namespace) -> Callable[[Callable[[str, i
         "policy": _policy(options),
         "read": read_options(options, missing=options.missing, extras=options.extras),
         "write": write,
+        "resume": options.resume,
         "per_client": options.per_client,
         "measure": options.measure,
         "compare": options.compare or any(path.lower().endswith(".html") for path in options.report),

@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import re
+import sys
+import time
 
 import pytest
 import torch
@@ -225,14 +228,40 @@ def test_no_bar_in_a_pipe(capsys):
 
 
 def test_bar_on_a_terminal(capsys, monkeypatch):
-    import sys
-
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for quiet in (False, True):
         with ProgressBar(quiet=quiet) as progress:
             progress("read\x1b", 1, 2)
             progress("read\x1b", 2, 2)
         assert bool(capsys.readouterr().err) is not quiet
+
+
+def test_the_bar_tells_bytes_rate_and_time_left(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    wide = Console(file=shown, force_terminal=True, width=120)
+    monkeypatch.setattr("fedlora_kernels.reporting.terminal.console", lambda **_: wide)
+    with ProgressBar(quiet=False) as progress:
+        for done in range(4):
+            progress("combine", done << 20, 8 << 20)
+            time.sleep(0.05)
+        progress._bar.refresh()
+    text = shown.getvalue()
+    assert "3.0/8.0 MiB" in text
+    assert re.search(r"\d MB/s", text)
+    assert re.search(r"0:00:0\d", text)
+
+
+def test_a_bar_that_begins_in_the_middle_counts_only_what_is_new(monkeypatch):
+    """What an earlier run has done would make the rate of this one a thousandfold."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with ProgressBar(quiet=False) as progress:
+        progress("combine", 10**12, 2 * 10**12)
+        for k in range(1, 4):
+            time.sleep(0.02)
+            progress("combine", 10**12 + k * 1000, 2 * 10**12)
+        (task,) = progress._bar.tasks
+        assert task.speed < 10**6
 
 
 def test_what_was_decided_of_each_client_stands_beside_it(tmp_path, capsys):

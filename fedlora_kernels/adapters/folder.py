@@ -20,7 +20,7 @@ from fedlora_kernels.adapters.output_file import check_file, names_file, place_f
 from fedlora_kernels.adapters.safetensors import disc_errors
 from fedlora_kernels.errors import InputError, RunError
 
-__all__ = ["OUR_FILES", "OUR_FOLDERS", "OutputFolder", "check_out"]
+__all__ = ["OUR_FILES", "OUR_FOLDERS", "KeptFolder", "OutputFolder", "check_out"]
 
 OUR_FILES = (
     "adapter_config.json",
@@ -153,6 +153,63 @@ class OutputFolder:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+class KeptFolder(OutputFolder):
+    """An output in the making that outlives its run: ``OUT.partial-<key>``, which the next run of the same key finds again.
+
+    ``place`` is that folder, ``path`` within it is what will be the output. It is removed where ``keep`` is false or the input was
+    wrong, which no second run of the same key can mend. Raises InputError where another run is at work on it.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], key: str, overwrite: bool = False) -> None:
+        super().__init__(out, overwrite)
+        self._prefix = f"{_short(self.out.name)}.partial-"
+        self.place = self.out.with_name(f"{self._prefix}{key[:16]}")
+        self.path = self.place / "out"
+        self.keep = False
+
+    def __enter__(self) -> KeptFolder:
+        with disc_errors(self.place):
+            while self._lock < 0:
+                self.place.mkdir(exist_ok=True)
+                self._lock = self._locked()
+            self.path.mkdir(exist_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if not self.keep or isinstance(error, InputError):
+            shutil.rmtree(self.place, ignore_errors=True)
+        self._unlock()
+
+    def others(self) -> list[Path]:
+        """What runs of other keys for the same output have kept."""
+        pattern = re.compile(re.escape(self._prefix) + "[0-9a-f]{16}")
+        names = sorted(name for name in os.listdir(self.out.parent) if pattern.fullmatch(name))
+        return [self.out.with_name(name) for name in names if name != self.place.name]
+
+    def _swap(self) -> Path | None:
+        old = super()._swap()
+        self.keep = False
+        return old
+
+    def _locked(self) -> int:
+        """The lock on the folder; -1 where its owner has removed it meanwhile."""
+        fd = os.open(self.place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.lexists(self.place) and os.path.samestat(os.fstat(fd), os.lstat(self.place)):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            raise InputError(
+                f"output {printable(self.out)}: another run is at work on {printable(self.place)}; wait for its end"
+            ) from None
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        return -1
 
 
 def _check_around(out: Path) -> None:

@@ -92,20 +92,28 @@ class Units:
     Args:
         modules: everything that may come, by name, the pairs of a target one after another.
         pad: brings a pair to a larger rank; with zeros where not given.
+        written: the ranks of what was written before.
     """
 
-    def __init__(self, modules: Mapping[str, ModuleSpec], pad: Pad | None = None) -> None:
+    def __init__(
+        self, modules: Mapping[str, ModuleSpec], pad: Pad | None = None, written: Mapping[str, int] | None = None
+    ) -> None:
         self._modules, self._pad = modules, pad or _padded
         self._members: dict[str, list[str]] = {}
         for name, module in modules.items():
             self._members.setdefault(module.form.target, []).append(name)
         self._held: dict[str, NamedPair] = {}
-        self._found: dict[str, int] = {}
+        self.found = dict(written or {})
+
+    @property
+    def holds(self) -> bool:
+        """Whether pairs wait for others of their target."""
+        return bool(self._held)
 
     @property
     def ranks(self) -> dict[str, int]:
         """The ranks at which the modules so far are written; a target of which something has come is written whole."""
-        common = target_ranks(self._found, self._modules)
+        common = target_ranks(self.found, self._modules)
         return {name: rank for target, rank in common.items() for name in self._members[target]}
 
     def add(self, pair: NamedPair) -> Iterator[list[NamedPair]]:
@@ -114,7 +122,7 @@ class Units:
         target = self._modules[name].form.target
         if self._held and self._modules[next(iter(self._held))].form.target != target:
             yield from self.rest()
-        self._found[name] = A.shape[0]
+        self.found[name] = A.shape[0]
         self._held[name] = pair
         if len(self._held) == len(self._members[target]):
             yield from self.rest()

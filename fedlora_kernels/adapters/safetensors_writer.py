@@ -1,11 +1,16 @@
-"""Safetensors files, written as a stream: tensors are appended as they come, the header is filled in last."""
+"""Safetensors files, written as a stream: tensors are appended as they come, the header is filled in last.
+
+A file may be written in turns by several processes, each of which goes on after the last mark of the one before.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +19,7 @@ from torch import Tensor
 from fedlora_kernels.adapters.model import TensorSpec
 from fedlora_kernels.adapters.safetensors import CHUNK, DTYPES, disc_errors
 from fedlora_kernels.adapters.writeback import Writeback
-from fedlora_kernels.errors import InputError
+from fedlora_kernels.errors import InputError, RunError
 
 __all__ = ["SafetensorsWriter"]
 
@@ -30,6 +35,8 @@ class SafetensorsWriter:
         entries: for each tensor that may come, its dtype and an upper bound of its shape. Those not added are left out.
         metadata: strings for ``__metadata__``; more can be given on closing.
         spare: bytes kept free for metadata given on closing.
+        marks: what `mark` returned to an earlier process, in order: the file exists, and what came after the last one is cut off.
+            None: a new file without marks; empty: a new one with.
 
     Failures of the disc raise RunError.
     """
@@ -41,6 +48,7 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
         *,
         spare: int = 8192,
+        marks: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self.path = os.fspath(path)
         self._entries = dict(entries)
@@ -49,10 +57,34 @@ class SafetensorsWriter:
         self._position = 0
         self._reserved = self._bound() + spare
         self._reserved += -self._reserved % 8
+        self._checksum = None if marks is None else 0
+        self._marked = (0, 0)
+        if marks and marks[0]["begin"] != 8 + self._reserved:
+            raise RunError(f"{self.path}: was begun with another header; delete it and run again")
+        new = os.O_EXCL | os.O_CREAT
         with disc_errors(self.path):
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            os.lseek(self._fd, 8 + self._reserved, os.SEEK_SET)
-        self._writeback = Writeback(self._fd, 0)
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | (0 if marks else new), 0o666)
+            if marks:
+                self._go_on(marks)
+            os.lseek(self._fd, 8 + self._reserved + self._position, os.SEEK_SET)
+        self._writeback = Writeback(self._fd, 8 + self._reserved + self._position if marks else 0)
+
+    def mark(self) -> dict[str, Any] | None:
+        """Make durable what was appended since the last mark and describe it, as JSON values; None where nothing was."""
+        (count, start), self._marked = self._marked, (len(self._written), self._position)
+        new = dict(itertools.islice(self._written.items(), count, None))
+        if not new:
+            return None
+        with disc_errors(self.path):
+            os.fsync(self._fd)
+        checksum, self._checksum = self._checksum, 0
+        return {
+            "begin": 8 + self._reserved,
+            "start": start,
+            "end": self._position,
+            "checksum": checksum,
+            "entries": new,
+        }
 
     def announce(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         """Announce a tensor after the start; its entry takes from ``spare``."""
@@ -70,8 +102,11 @@ class SafetensorsWriter:
         data = tensor.detach().to("cpu").contiguous().reshape(-1)
         size = data.numel() * dtype.itemsize
         if size:
+            content = data.view(torch.uint8).numpy().data
             with disc_errors(self.path):
-                _write_all(self._fd, data.view(torch.uint8).numpy().data)
+                _write_all(self._fd, content)
+            if self._checksum is not None:
+                self._checksum = zlib.crc32(content, self._checksum)
         self._written[key] = _entry(dtype, shape, self._position, self._position + size)
         self._position += size
         self._writeback.reached(8 + self._reserved + self._position)
@@ -104,6 +139,13 @@ class SafetensorsWriter:
             self.close()
         else:
             self.abandon()
+
+    def _go_on(self, marks: Sequence[Mapping[str, Any]]) -> None:
+        for mark in marks:
+            self._written.update(mark["entries"])
+        self._position = marks[-1]["end"]
+        self._marked = (len(self._written), self._position)
+        os.ftruncate(self._fd, 8 + self._reserved + self._position)
 
     def _bound(self) -> int:
         total = sum(TensorSpec("", shape, dtype).nbytes for dtype, shape in self._entries.values())

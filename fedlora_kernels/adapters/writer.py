@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class PeftFileWriter(SafetensorsWriter):
         dtype: of all tensors.
         metadata: strings for ``__metadata__``.
         pad: brings pairs that share a target to one rank; with zeros where not given.
+        marks: of an earlier process, as for `SafetensorsWriter`.
     """
 
     def __init__(
@@ -65,14 +67,28 @@ class PeftFileWriter(SafetensorsWriter):
         dtype: torch.dtype,
         metadata: Mapping[str, str] | None = None,
         pad: Pad | None = None,
+        marks: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        self._modules, self._units = modules, Units(modules, pad)
-        super().__init__(path, self._announced(extras, dtype), metadata)
+        written = {name: rank for mark in marks or () for name, rank in mark["ranks"].items()}
+        self._modules, self._units, self._ranked = modules, Units(modules, pad, written), len(written)
+        super().__init__(path, self._announced(extras, dtype), metadata, marks=marks)
 
     @property
     def ranks(self) -> dict[str, int]:
         """The ranks at which the modules so far are written."""
         return self._units.ranks
+
+    @property
+    def holds(self) -> bool:
+        """Whether pairs are held back until their target is complete: a mark would leave them out."""
+        return self._units.holds
+
+    def mark(self) -> dict[str, Any] | None:
+        """What was appended since the last mark, with the ranks of its modules."""
+        made = super().mark()
+        ranks = dict(itertools.islice(self._units.found.items(), self._ranked, None))
+        self._ranked = len(self._units.found)
+        return None if made is None else {**made, "ranks": ranks}
 
     def add_pair(self, name: str, B: Tensor, A: Tensor) -> None:
         """Take the pair of module ``name``: B (m, p), A (p, n), scale in the factors. Appended when its target is complete."""
@@ -140,10 +156,11 @@ def adapter_file(
     dtype: torch.dtype,
     metadata: Mapping[str, str] | None = None,
     pad: Pad | None = None,
+    marks: Sequence[Mapping[str, Any]] | None = None,
 ) -> PeftFileWriter:
     """The writer for these modules; their forms decide the format."""
     writer = KohyaFileWriter if _spelled(modules) else PeftFileWriter
-    return writer(path, modules, extras, dtype, metadata, pad)
+    return writer(path, modules, extras, dtype, metadata, pad, marks)
 
 
 def _spelled(modules: Mapping[str, ModuleSpec]) -> bool:

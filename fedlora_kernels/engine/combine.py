@@ -24,32 +24,50 @@ from fedlora_kernels.methods.contract import Group, Method, Outcome, Pair, Previ
 
 __all__ = ["combine"]
 
+Rows = list[dict[str, Any]]
 
-def combine(walk: Walk, plan: Any, sink: Callable[[Sequence[ModuleOutput]], None]) -> list[dict[str, Any]]:
-    """Give what modules leave to ``sink`` in canonical order, in a thread; return the rows of the report."""
+
+def combine(
+    walk: Walk, plan: Any, sink: Callable[[Sequence[ModuleOutput], Rows, Any], None], done: Sequence[Rows] = ()
+) -> Rows:
+    """Give what modules leave to ``sink`` slab by slab in canonical order, in a thread; return the rows of the report.
+
+    With them go their rows, and what their comparison adds. ``done`` are the rows of the slabs that an earlier process went through;
+    they are not read again.
+    """
     index = walk.cohort.index
-    rows: list[dict[str, Any]] = []
+    rows: Rows = [row for slab in done for row in slab]
 
-    def write(modules: Sequence[ModuleOutput]) -> None:
+    def write(slab: tuple[Sequence[ModuleOutput], Rows, Any]) -> None:
         with walk.timed("write"):
-            sink(modules)
+            sink(*slab)
 
     # what streams is done as fast as it is read: its sums leave a processor to the reader and the writer
     spared = int(walk.settings.method.streams and not walk.settings.measure)
-    with walk.slabs("combine", False, Summing.of(walk, plan)) as slabs, Drain(write) as drain, spare_threads(spared):
+    with (
+        walk.slabs("combine", False, Summing.of(walk, plan), skip=len(done)) as slabs,
+        Drain(write) as drain,
+        spare_threads(spared),
+    ):
         for slab in slabs:
             modules: list[ModuleOutput] = []
+            described: Rows = []
             for block in slab:
-                made, described = _made(walk, *_combined(walk, block, plan))
-                for module, row in zip(made, described, strict=True):
+                made, new = _made(walk, *_combined(walk, block, plan))
+                for module, row in zip(made, new, strict=True):
                     module.spectrum = row["singular_values"]
                     if walk.settings.write.drop_zero:
                         _drop(module, row)
                 modules += made
-                rows += described
+                described += new
                 del block  # its memory takes the next one
             modules.sort(key=lambda module: index[module.name])
-            drain.put(modules)
+            rows += described
+            drain.put((modules, described, None if walk.comparison is None else walk.comparison.take()))
+    if sorted(row["name"] for row in rows) != sorted(index):
+        raise RunError(
+            "the slabs of this run do not go on where those done before end; delete what was kept and run again"
+        )
     return sorted(rows, key=lambda row: index[row["name"]])
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,7 @@ class Comparison:
     clients: Sequence[str]
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     _total: _Sums | None = None
+    _taken: int = 0
 
     def add_group(self, group: Group) -> None:
         """Look at the modules of a group, a few at a time: float64 copies of the factors stay small."""
@@ -111,6 +113,23 @@ class Comparison:
             "stable_rank": None if spectrum is None else stable_rank(spectrum),
             "singular_values": None if spectrum is None else [s for s in spectrum.tolist() if s > 0.0],
         }
+
+    def take(self) -> dict[str, Any]:
+        """What was added since the last call, and all sums so far, as JSON values."""
+        new = dict(itertools.islice(self.modules.items(), self._taken, None))
+        self._taken = len(self.modules)
+        sums = {} if self._total is None else {name: _listed(value) for name, value in vars(self._total).items()}
+        return {"modules": new, "sums": sums}
+
+    def go_on(self, taken: Sequence[Mapping[str, Any]]) -> None:
+        """Start with what was taken before, in order."""
+        for part in taken:
+            self.modules.update(part["modules"])
+            sums: dict[str, Any] = {
+                name: np.array(value) if isinstance(value, list) else value for name, value in part["sums"].items()
+            }
+            self._total = _Sums(**sums) if sums else None
+        self._taken = len(self.modules)
 
     def report(self, order: Iterable[str]) -> dict[str, Any]:
         """Return the facts of the whole model and, under ``modules``, of each module in ``order``."""
@@ -179,6 +198,10 @@ def _roots(squares: np.ndarray) -> np.ndarray:
 def _cosine(inner: np.ndarray, scale: np.ndarray) -> np.ndarray:
     cosine: np.ndarray = np.divide(inner, scale, out=np.zeros_like(inner), where=scale > 0.0)
     return np.clip(cosine, -1.0, 1.0, out=cosine)
+
+
+def _listed(value: np.ndarray | float) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _values(array: np.ndarray) -> list[float | None]:

@@ -24,8 +24,10 @@ from fedlora_kernels.adapters.kohya_metadata import kept_metadata
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.names import path_name
 from fedlora_kernels.adapters.options import WriteOptions
+from fedlora_kernels.adapters.reader import WEIGHTS_NAME
 from fedlora_kernels.adapters.safetensors import disc_errors
 from fedlora_kernels.engine.cohort import Cohort
+from fedlora_kernels.engine.journal import Journal
 from fedlora_kernels.engine.output import FolderOutput, MemoryOutput, Output, resize_pair
 from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.engine.state import REPORT_NAME, STATE_NAME, State, StateWriter
@@ -90,7 +92,9 @@ class Delivery:
         dtype: torch.dtype,
         metadata: Mapping[str, str],
         folder: OutputFolder | None,
+        journal: Journal | None = None,
     ) -> None:
+        self._journal = journal
         self._settings, self._cohort, self._extras, self._dtype = settings, cohort, extras, dtype
         self._metadata, self._folder = dict(metadata), folder
         self._init = kept_init(cohort.adapters[0].config)
@@ -104,7 +108,22 @@ class Delivery:
         self._state: StateWriter | None = None
         self._memory: Memory | None = None
         if self._gives_state and folder is not None:
-            self._state = StateWriter(Path(folder.path) / STATE_NAME, method.name, settings.round, len(cohort.modules))
+            path, marks = Path(folder.path) / STATE_NAME, None if journal is None else journal.marks(STATE_NAME)
+            self._state = StateWriter(path, method.name, settings.round, len(cohort.modules), marks)
+        for place in () if journal is None else journal.places(WEIGHTS_NAME):
+            self._output(place)
+
+    def mark(self) -> dict[str, dict[str, Any]] | None:
+        """What was added to each file since the last mark, durable, by its path within the output; None while pairs are held back."""
+        if any(output.holds for output in self._outputs.values()):
+            return None
+        writers: dict[str, Output | StateWriter] = {
+            os.path.join(place, WEIGHTS_NAME): output for place, output in self._outputs.items()
+        }
+        if self._state is not None:
+            writers[STATE_NAME] = self._state
+        marks = {path: writer.mark() for path, writer in writers.items()}
+        return {path: mark for path, mark in marks.items() if mark is not None}
 
     def add(self, modules: Sequence[ModuleOutput]) -> None:
         """Take what some modules leave."""
@@ -154,6 +173,8 @@ class Delivery:
         folder = self._folder
         if folder is not None:
             write_report(Path(folder.path) / REPORT_NAME, report)
+            if self._journal is not None:
+                self._journal.finish()
             folder.commit()
         out = None if folder is None else Path(folder.out)
         opened = {place: output.open(out and out / place) for place, output in self._outputs.items()}
@@ -244,7 +265,11 @@ class Delivery:
         with disc_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         extras = {} if place == "residual" else self._extras
-        return FolderOutput(folder, modules, extras, self._dtype, metadata, write, settings.seed, settings.round)
+        path = os.path.join(place, WEIGHTS_NAME)
+        marks, aside = (None, None) if self._journal is None else (self._journal.marks(path), self._journal.aside(path))
+        return FolderOutput(
+            folder, modules, extras, self._dtype, metadata, write, settings.seed, settings.round, marks, aside
+        )
 
     @property
     def _spelling(self) -> tuple[str, str] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +40,13 @@ class Output(Protocol):
 
     def finish(self, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
         """Complete the tensors; nothing more is added."""
+
+    def mark(self) -> dict[str, Any] | None:
+        """What was added since the last mark, durable and described for `Journal`; None where nothing was."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether pairs are held back until others of their target come."""
 
     def open(self, place: Path | None) -> Adapter:
         """The finished adapter; ``place`` is where its folder is by now."""
@@ -146,6 +155,15 @@ class MemoryOutput:
                     B, A, config["r"], seed=self._seed, round=self._round, module=name, fill=self._write.fill
                 )
 
+    def mark(self) -> dict[str, Any] | None:
+        """Nothing outlives the process."""
+        return None
+
+    @property
+    def holds(self) -> bool:
+        """Whether pairs are held back."""
+        return self._units.holds
+
     def open(self, place: Path | None) -> Adapter:
         """Return the adapter."""
         return adapter_in_memory(
@@ -173,7 +191,11 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 class FolderOutput:
-    """A folder in the making: tensors and configuration as PEFT has them, or the tensors of a kohya file."""
+    """A folder in the making: tensors and configuration as PEFT has them, or the tensors of a kohya file.
+
+    ``marks`` are those of an earlier process that began it (`SafetensorsWriter`); ``aside`` is where the file stays as marked when
+    it is rewritten with padding.
+    """
 
     def __init__(
         self,
@@ -185,9 +207,12 @@ class FolderOutput:
         write: WriteOptions,
         seed: int,
         round: int,  # noqa: A002
+        marks: Sequence[Mapping[str, Any]] | None = None,
+        aside: Path | None = None,
     ) -> None:
-        self._folder, self._write, self._seed, self._round = folder, write, seed, round
-        self._file = adapter_file(folder / WEIGHTS_NAME, modules, extras, dtype, metadata, _pad(write, seed, round))
+        self._folder, self._write, self._seed, self._round, self._aside = folder, write, seed, round, aside
+        pad = _pad(write, seed, round)
+        self._file = adapter_file(folder / WEIGHTS_NAME, modules, extras, dtype, metadata, pad, marks)
         self._first: NamedPair | None = None
         self._last: NamedPair | None = None
 
@@ -214,11 +239,22 @@ class FolderOutput:
             write_config(self._folder / CONFIG_NAME, config)
         ranks = self.ranks
         if self._write.pads:
+            if self._aside is not None:
+                _keep(self._folder / WEIGHTS_NAME, self._aside)
             rank = pad_to_uniform(self._folder, None, self._write.fill, seed=self._seed, round=self._round)
             ranks = dict.fromkeys(ranks, rank)
         verify_adapter(
             self._folder, ranks, {pair[0]: pair[1:] for pair in (self._first, self._last) if pair is not None}
         )
+
+    def mark(self) -> dict[str, Any] | None:
+        """What was added to the file."""
+        return self._file.mark()
+
+    @property
+    def holds(self) -> bool:
+        """Whether pairs are held back."""
+        return self._file.holds
 
     def open(self, place: Path | None) -> Adapter:
         """Open what was written."""
@@ -227,3 +263,11 @@ class FolderOutput:
     def abandon(self) -> None:
         """Close the file; the output folder's own context removes it."""
         self._file.abandon()
+
+
+def _keep(file: Path, aside: Path) -> None:
+    """A second name for a file whose first one goes to another; where links are unknown, a run killed from here on starts anew."""
+    with suppress(OSError):
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        aside.unlink(missing_ok=True)
+        os.link(file, aside)

@@ -22,8 +22,9 @@ from fedlora_kernels.engine.budget import Held, Share
 from fedlora_kernels.engine.clients import PRESENT, Client, check_unchanged
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.combine import combine
-from fedlora_kernels.engine.delivery import Delivered, Delivery
+from fedlora_kernels.engine.delivery import Delivered, Delivery, ModuleOutput
 from fedlora_kernels.engine.extras import combine_extra, own_extra
+from fedlora_kernels.engine.journal import Journal
 from fedlora_kernels.engine.policy import admit, blame, check_kept, check_ranks, clip, common_ground, drop
 from fedlora_kernels.engine.report import SCHEMA, certificates, efficiency, number, totals
 from fedlora_kernels.engine.robust import apply_rule
@@ -56,6 +57,7 @@ class Run:
         check_ranks(settings.method, check.modules, roster)
         self.walk = Walk(settings, self._cohort())
         check_kept(self.walk.cohort, settings)
+        self.notes: list[str] = []
         self.passes = 1
         self.robust: dict[str, Any] | None = None
         if settings.state is not None:
@@ -69,23 +71,26 @@ class Run:
             check_pair(state, method, {name: cohort.spec(name) for name in cohort.modules})
 
     def execute(
-        self, folder: OutputFolder | None, seen: Mapping[Any, None], started: float
+        self, folder: OutputFolder | None, seen: dict[Any, None], started: float, journal: Journal | None = None
     ) -> tuple[Delivered, dict[str, Any]]:
-        """Survey if needed, combine, write; return what is delivered and the report. Nothing is committed if anything fails."""
+        """Survey if needed, combine, write; return what is delivered and the report. Nothing is committed if anything fails.
+
+        What ``journal`` tells of is there already; the survey is made again.
+        """
         try:
-            return self._executed(folder, seen, started)
+            return self._executed(folder, seen, started, journal)
         finally:
             self.walk.carry.close()
 
     def _executed(
-        self, folder: OutputFolder | None, seen: Mapping[Any, None], started: float
+        self, folder: OutputFolder | None, seen: dict[Any, None], started: float, journal: Journal | None
     ) -> tuple[Delivered, dict[str, Any]]:
         settings = self.settings
         plan = self._decide()
         walk, method = self.walk, settings.method
-        delivery = self._delivery(folder)
+        delivery = self._delivery(folder, journal)
         try:
-            rows = self._combined(plan, delivery)
+            rows = self._combined(plan, delivery, journal, seen)
             extras, kept = self._extras(delivery, rows)
             parameters = delivery.parameters
             summary = totals(rows, len(self.roster), parameters, parameters * walk.dtype.itemsize)
@@ -101,11 +106,20 @@ class Run:
         report = self._report(rows, extras, summary, seen, plan)
         return delivery.commit(report), report
 
-    def _combined(self, plan: Any, delivery: Delivery) -> list[dict[str, Any]]:
+    def _combined(
+        self, plan: Any, delivery: Delivery, journal: Journal | None, seen: dict[Any, None]
+    ) -> list[dict[str, Any]]:
         """The rows of the report; what a size is shared over waits until all spectra are known."""
         budget, walk, write = self.settings.budget, self.walk, self.settings.write
         if budget is None:
-            return combine(walk, plan, delivery.add)
+            done = [] if journal is None else self._gone_on(journal, seen)
+
+            def sink(modules: Sequence[ModuleOutput], rows: list[dict[str, Any]], compared: Any) -> None:
+                delivery.add(modules)
+                if journal is not None:
+                    journal.append(rows, compared, delivery.mark(), seen)
+
+            return combine(walk, plan, sink, done)
         if (init := kept_init(walk.cohort.adapters[0].config)) is not None:
             raise InputError(
                 f"{budget}: init='keep' keeps the ranks of the clients, which {printable(init)} needs. Use init_factors=, or leave "
@@ -114,9 +128,20 @@ class Run:
         specs = {name: walk.cohort.spec(name) for name in walk.cohort.modules}
         share = Share.of(budget, specs, walk.dtype, keep_all=not write.drop_zero, uniform=write.pads)
         held = Held(share, walk.carry)
-        rows = combine(walk, plan, held.add)
+        rows = combine(walk, plan, lambda modules, *_: held.add(modules))
         with walk.timed("write"):
             return held.deliver(rows, delivery.add)
+
+    def _gone_on(self, journal: Journal, seen: dict[Any, None]) -> list[list[dict[str, Any]]]:
+        """The rows of the slabs that are done; what else is known of them is taken over."""
+        done = journal.done
+        seen.update(dict.fromkeys(journal.seen))
+        if self.walk.comparison is not None:
+            self.walk.comparison.go_on(journal.compared)
+        if done:
+            there, every = sum(map(len, done)), len(self.walk.cohort.modules)
+            self.notes.append(f"resumed: {there} of {every} modules were there from a run that was ended")
+        return done
 
     def _cohort(self) -> Cohort:
         settings = self.settings
@@ -210,7 +235,7 @@ class Run:
                 f"modules that only dropped or rejected clients have ({len(lost)}, {printable(lost[0])!r} first) are left out"
             )
 
-    def _delivery(self, folder: OutputFolder | None) -> Delivery:
+    def _delivery(self, folder: OutputFolder | None, journal: Journal | None) -> Delivery:
         settings, cohort = self.settings, self.walk.cohort
         settings.write.check_extras(self.check.extras)
         metadata = {
@@ -221,7 +246,7 @@ class Run:
             "fedlora.weights": json.dumps(list(cohort.weights)),
             "fedlora.clients": json.dumps([client.name for client in cohort.clients]),
         }
-        return Delivery(settings, cohort, self.check.extras, self.walk.dtype, metadata, folder)
+        return Delivery(settings, cohort, self.check.extras, self.walk.dtype, metadata, folder, journal)
 
     def _extras(
         self, delivery: Delivery, rows: Sequence[Mapping[str, Any]]
@@ -332,7 +357,7 @@ class Run:
             notes.append(
                 f"{self.settings.rule} leaves no room for {len(small)} modules, {printable(small[0])!r} first; they are left out"
             )
-        return list(dict.fromkeys(notes))
+        return list(dict.fromkeys(notes + self.notes))
 
     def _client_rows(self) -> list[dict[str, Any]]:
         cohort = self.walk.cohort

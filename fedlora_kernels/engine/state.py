@@ -16,7 +16,7 @@ from fedlora_kernels._version import __version__
 from fedlora_kernels.adapters.model import Adapter, ModuleSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import WRITTEN_HERE
-from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
+from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, StateDict, open_adapter
 from fedlora_kernels.adapters.safetensors import SafetensorsFile
 from fedlora_kernels.adapters.safetensors_writer import SafetensorsWriter
 from fedlora_kernels.errors import FormatError, InputError, MismatchError
@@ -84,6 +84,19 @@ class State:
         start = f"{module}."
         return {key[len(start) :]: self.tensors[key] for key in self._names.get(module, ()) if key.startswith(start)}
 
+    def fingerprint(self) -> str:
+        """Text that differs for any other state."""
+        tensors = self.tensors
+        memory = StateDict({} if self.memory is None else self.memory.tensors).fingerprint()
+        parts = {
+            "method": self.method,
+            "round": self.round,
+            "adapter": None if self.adapter is None else [self.adapter.source.fingerprint(), dict(self.adapter.config)],
+            "tensors": (tensors if isinstance(tensors, _Lazy) else StateDict(tensors)).fingerprint(),
+            "memory": [memory, {} if self.memory is None else dict(self.memory.facts)],
+        }
+        return json.dumps(parts, sort_keys=True, default=repr)
+
     @property
     def _names(self) -> Mapping[str, Sequence[str]]:
         names: dict[str, list[str]] | None = self.__dict__.get("_by_module")
@@ -111,13 +124,23 @@ class _Lazy(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._keys)
 
+    def fingerprint(self) -> str:
+        return self._file.fingerprint()
+
 
 class StateWriter(SafetensorsWriter):
     """A state file written module by module."""
 
-    def __init__(self, path: Path, method: str, round: int, modules: int) -> None:  # noqa: A002
+    def __init__(
+        self,
+        path: Path,
+        method: str,
+        round: int,  # noqa: A002
+        modules: int,
+        marks: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
         metadata = {"fedlora.version": __version__, "fedlora.method": method, "fedlora.round": str(round)}
-        super().__init__(path, {}, metadata, spare=(1 << 20) + HEADER_SHARE * modules)
+        super().__init__(path, {}, metadata, spare=(1 << 20) + HEADER_SHARE * modules, marks=marks)
 
     def add_module(self, module: str, tensors: Mapping[str, Tensor]) -> None:
         """Append what the method keeps of one module."""

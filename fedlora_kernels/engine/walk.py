@@ -61,20 +61,20 @@ class Walk:
 
     @contextmanager
     def slabs(
-        self, stage: str, keep: bool, instead: Callable[[Plan], Summed | None] | None = None
+        self, stage: str, keep: bool, instead: Callable[[Plan], Summed | None] | None = None, skip: int = 0
     ) -> Iterator[Iterator[Iterator[Block | Summed]]]:
         """Slabs as iterators over blocks, to be taken in order, read ahead, or from the cache; ``keep`` caches them if all fit at once.
 
         What ``instead`` makes of a plan that is not in the cache takes the place of its block; where it makes nothing, the plan is read.
+        The first ``skip`` slabs are left out.
         """
         if self._cached is not None:
-            yield self._counted(
-                stage, [[block.plan for block in slab] for slab in self._cached], iter(itertools.chain(*self._cached))
-            )
+            cached = [[block.plan for block in slab] for slab in self._cached]
+            yield self._counted(stage, cached, iter(itertools.chain(*self._cached[skip:])), skip)
             return
         piece = self._piece() if instead is None else self.settings.memory
         plans = [[part for plan in slab for part in plan.parts(piece)] for slab in self._plans()]
-        every = list(itertools.chain.from_iterable(plans))
+        every = list(itertools.chain.from_iterable(plans[skip:]))
         keep = keep and sum(plan.nbytes for plan in every) <= self.settings.memory // 2
         stored: list[Block] = []
 
@@ -91,22 +91,28 @@ class Walk:
             return block
 
         with Prefetch(every, load) as blocks:
-            yield self._counted(stage, plans, blocks)
+            yield self._counted(stage, plans, blocks, skip)
         if keep:
             kept = iter(stored)
             self._cached = [list(itertools.islice(kept, len(slab))) for slab in plans]
 
     def _counted(
-        self, stage: str, slabs: Sequence[Sequence[Plan]], blocks: Iterator[Block | Summed]
+        self, stage: str, slabs: Sequence[Sequence[Plan]], blocks: Iterator[Block | Summed], skip: int
     ) -> Iterator[Iterator[Block | Summed]]:
-        """``blocks`` slab by slab, saying how far they are."""
-        sizes = [sum(plan.nbytes for plan in slab) for slab in slabs]
-        done = 0
-        self.settings.progress(stage, done, sum(sizes))
-        for slab, size in zip(slabs, sizes, strict=True):
-            yield itertools.islice(blocks, len(slab))
-            done += size
-            self.settings.progress(stage, done, sum(sizes))
+        """``blocks`` slab by slab, saying after each block how far they are."""
+        sizes = [[plan.nbytes for plan in slab] for slab in slabs]
+        total, done = sum(map(sum, sizes)), sum(map(sum, sizes[:skip]))
+
+        def told(slab: Sequence[int]) -> Iterator[Block | Summed]:
+            nonlocal done
+            for size in slab:
+                yield next(blocks)
+                done += size
+                self.settings.progress(stage, done, total)
+
+        self.settings.progress(stage, done, total)
+        for slab in sizes[skip:]:
+            yield told(slab)
 
     def _piece(self) -> int:
         """Bytes to read at once: for work that is small beside reading, what stays in the caches until it is done."""

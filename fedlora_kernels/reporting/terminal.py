@@ -12,7 +12,7 @@ from rich.text import Text
 from fedlora_kernels.text import harmless
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, ProgressColumn, TaskID
 
 __all__ = ["ProgressBar", "console", "one_line", "show", "text"]
 
@@ -48,7 +48,10 @@ def show(renderable: RenderableType) -> None:
 
 
 class ProgressBar:
-    """A bar on stderr if that is a terminal, else nothing. Call it with (stage, done, total), in bytes or in ``steps``."""
+    """A bar on stderr if that is a terminal, else nothing. Call it with (stage, done, total), in bytes or in ``steps``.
+
+    It shows how much is done of what, the rate of bytes, and the time left.
+    """
 
     def __init__(self, *, quiet: bool, steps: bool = False) -> None:
         self._bar: Progress | None = None
@@ -56,9 +59,14 @@ class ProgressBar:
         if not quiet and sys.stderr.isatty():
             from rich import progress
 
-            amount = progress.MofNCompleteColumn() if steps else progress.DownloadColumn()
-            stage, left = progress.TextColumn("{task.description:>8}"), progress.TimeRemainingColumn()
-            columns = (stage, progress.BarColumn(), amount, left)
+            stage, left = (
+                progress.TextColumn("{task.description:>8}"),
+                progress.TimeRemainingColumn(elapsed_when_finished=True),
+            )
+            amounts: list[ProgressColumn] = [progress.MofNCompleteColumn()]
+            if not steps:
+                amounts = [progress.DownloadColumn(binary_units=True), progress.TransferSpeedColumn()]
+            columns = (stage, progress.BarColumn(), *amounts, left)
             self._bar = progress.Progress(*columns, console=console(error=True), transient=True)
 
     def __enter__(self) -> ProgressBar:
@@ -77,5 +85,6 @@ class ProgressBar:
         if self._bar is None:
             return
         if stage not in self._tasks:
-            self._tasks[stage] = self._bar.add_task(harmless(stage), total=total)
+            # what an earlier run has done says nothing of the rate of this one
+            self._tasks[stage] = self._bar.add_task(harmless(stage), total=total, completed=done)
         self._bar.update(self._tasks[stage], completed=done, total=total)

@@ -103,6 +103,9 @@ def test_a_rejected_client_is_not_read_again(method, memory):
                 reads.append(name)
                 return inner.read(key, out)
 
+            def check_unchanged(self):
+                pass
+
             def close(self):
                 pass
 
