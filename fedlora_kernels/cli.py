@@ -82,12 +82,12 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _aggregate(options: argparse.Namespace) -> int:
-    from fedlora_kernels.reporting.json import check_target, write_json
+    from fedlora_kernels.reporting.files import check_report, write_report
     from fedlora_kernels.reporting.tables import aggregate_tables
     from fedlora_kernels.reporting.terminal import ProgressBar, show
     from fedlora_kernels.request import aggregate_request
 
-    reports = [check_target(path) for path in options.report]
+    reports = [check_report(path) for path in options.report]
     run = aggregate_request(options)
     with ProgressBar(quiet=options.quiet) as progress:
         result = run(progress)
@@ -95,7 +95,7 @@ def _aggregate(options: argparse.Namespace) -> int:
         if adapter is not None:
             adapter.close()
     for path in reports:
-        write_json(path, result.report)
+        write_report(path, result.report)
     if not options.quiet:
         show(aggregate_tables(result.report, options.out))
     return 0
@@ -125,12 +125,12 @@ def _resize(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     from fedlora_kernels.inspection import inspect_adapters
-    from fedlora_kernels.reporting.json import check_target, write_json
+    from fedlora_kernels.reporting.files import check_report, write_report
     from fedlora_kernels.reporting.spectra import inspect_tables
     from fedlora_kernels.reporting.terminal import ProgressBar, show
     from fedlora_kernels.request import check_backend, named_paths, read_options
 
-    reports = [check_target(path) for path in options.report]
+    reports = [check_report(path) for path in options.report]
     check_backend(options.backend)
     paths = named_paths(options.adapters)
     with ProgressBar(quiet=options.quiet) as progress:
@@ -143,7 +143,7 @@ def _inspect(options: argparse.Namespace) -> int:
             progress=progress,
         )
     for path in reports:
-        write_json(path, report)
+        write_report(path, report)
     if not options.quiet:
         show(inspect_tables(report))
     return 0

@@ -6,20 +6,20 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedlora_kernels.errors import InputError
 
-__all__ = ["check_target", "plain", "write_json"]
+__all__ = ["check_target", "plain", "write_json", "write_text"]
 
 
-def check_target(path: str | os.PathLike[str], flag: str = "--report") -> Path:
+def check_target(path: str | os.PathLike[str], flag: str = "--report", suffixes: Sequence[str] = (".json",)) -> Path:
     """Return ``path``, given by that flag, if a report can be written there. InputError otherwise; nothing is created."""
     target = Path(path)
-    if target.suffix.lower() != ".json":
-        raise InputError(f"{flag} {target}: only FILE.json is in this version; give a name that ends in .json")
+    if target.suffix.lower() not in suffixes:
+        raise InputError(f"{flag} {target}: give a name that ends in {' or '.join(suffixes)}")
     if target.is_dir():
         raise InputError(f"{flag} {target}: a folder is there; give the name of a file")
     if not target.parent.is_dir():
@@ -30,13 +30,17 @@ def check_target(path: str | os.PathLike[str], flag: str = "--report") -> Path:
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write ``content`` beside ``path`` and move it into place in one step. OSError where the system refuses."""
+    """Write ``content`` as strict JSON, as `write_text` does."""
+    write_text(path, json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=True) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` beside ``path`` and move it into place in one step. OSError where the system refuses."""
     target = Path(path)
-    text = json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(text + "\n")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
