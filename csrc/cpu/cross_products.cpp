@@ -62,6 +62,17 @@ void scale(double *x, int64_t count, int64_t exponent) {
 
 bool along_columns(const fedlora::Cross &pair) { return by_columns(pair.X) && by_columns(pair.Y); }
 
+constexpr int64_t kDirect = 8;  // columns; with more of them each number would be widened too often
+
+// Whether the numbers of a column are float32 side by side, so that the inner products need no strip of it.
+bool runs_of_float32(const fedlora_block &b) { return b.dtype == FEDLORA_FLOAT32 && b.row_stride == 1; }
+
+// Asks for the next strip of each column; `rest` numbers of each are left, this strip's included.
+void ahead(const float *x, int64_t stride, int64_t columns, int64_t rest) {
+    const int64_t end = smaller(2 * kStrip, rest);
+    for (int64_t j = 0; j < columns; ++j)
+        for (int64_t d = kStrip; d < end; d += 16) __builtin_prefetch(x + j * stride + d);
+}
 
 }  // namespace
 
@@ -82,15 +93,23 @@ int64_t Cross::scratch() const {
 
 void Cross::run(int64_t i, int64_t chunk, int64_t exponent_X, int64_t exponent_Y, double *scratch, double *leaving) const {
     const int64_t begin = chunk * kChunk, end = smaller(begin + kChunk, X.rows), q = X.cols, r = Y.cols;
-    const bool along = along_columns(*this), turned = by_columns(X);
+    const bool along = along_columns(*this), turned = by_columns(X), direct = along && runs_of_float32(X) && runs_of_float32(Y) && larger(q, r) <= kDirect;
     const int64_t width = along ? r : padded(r), ld = kStrip;
     double *const left = scratch, *const right = left + kStrip * (along ? q : padded(q)), *const sums = right + kStrip * width;
     const int64_t lanes = along ? kDotLanes : 1;
-    double squares_X = 0.0, squares_Y = 0.0;
+    double squares[2 * kDotLanes] = {};
     std::memset(sums, 0, sizeof(double) * (size_t)(q * width * lanes));
     if (!along) std::memset(right, 0, sizeof(double) * (size_t)(kStrip * width));
-    for (int64_t first = begin; first < end; first += kStrip) {
+    for (int64_t first = begin; first < end && q && r; first += kStrip) {
         const int64_t rows = smaller(kStrip, end - first);
+        if (direct && rows == kStrip) {
+            const float *x = (const float *)X.data + i * X.batch_stride + first, *y = (const float *)Y.data + i * Y.batch_stride + first;
+            ahead(x, X.col_stride, q, end - first);
+            // every few columns of X meet all of Y, which lie together in the first-level cache then, however far apart in memory
+            for (int64_t j = 0; j < r; ++j) std::memcpy((float *)right + j * kStrip, y + j * Y.col_stride, sizeof(float) * kStrip);
+            dots().single(sums, squares, x, X.col_stride, (const float *)right, kStrip, q, r, kStrip);
+            continue;
+        }
         // a strip by columns is padded with zeros, here to the full distance of columns
         const int64_t size_X = turned ? q * ld : rows * q, size_Y = along ? r * ld : rows * width;
         if (rows < kStrip && turned) std::memset(left, 0, sizeof(double) * (size_t)size_X);
@@ -99,21 +118,23 @@ void Cross::run(int64_t i, int64_t chunk, int64_t exponent_X, int64_t exponent_Y
         along ? strip_by_columns(Y, i, first, rows, right, ld) : strip_by_rows(Y, i, first, rows, right, width);
         scale(left, size_X, exponent_X);
         scale(right, size_Y, exponent_Y);
-        squares_X += sum_of_squares(left, size_X);
-        squares_Y += sum_of_squares(right, size_Y);
-        if (along)
-            dots().add(sums, left, right, ld, q, r, padded(rows));
-        else
+        if (along) {
+            dots().wide(sums, squares, left, ld, right, ld, q, r, padded(rows));
+        } else {
+            squares[0] += sum_of_squares(left, size_X);
+            squares[kDotLanes] += sum_of_squares(right, size_Y);
             panel().add(sums, width, left, turned ? ld : 1, turned ? 1 : q, right, width, q, rows, width);
-    }
-    for (int64_t row = 0; row < q; ++row)
-        for (int64_t col = 0; col < r; ++col) {
-            double total = 0.0;
-            for (int64_t l = 0; l < lanes; ++l) total += sums[(row * width + col) * lanes + l];
-            leaving[row * r + col] = total;
         }
-    leaving[q * r] = squares_X;
-    leaving[q * r + 1] = squares_Y;
+    }
+    const auto total = [](const double *x, int64_t count) {
+        double sum = 0.0;
+        for (int64_t l = 0; l < count; ++l) sum += x[l];
+        return sum;
+    };
+    for (int64_t row = 0; row < q; ++row)
+        for (int64_t col = 0; col < r; ++col) leaving[row * r + col] = total(sums + (row * width + col) * lanes, lanes);
+    leaving[q * r] = total(squares, kDotLanes);
+    leaving[q * r + 1] = total(squares + kDotLanes, kDotLanes);
 }
 
 double Cross::add(double *leavings) const {

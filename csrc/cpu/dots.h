@@ -7,10 +7,15 @@ namespace fedlora {
 
 constexpr int64_t kDotLanes = 8;
 
-// sums[(i * cols + j) * kDotLanes + l] += sum over d = l, l + 8, ... of X[i * ld + d] Y[j * ld + d], d < count, in order and from zero.
-// Rows start at multiples of 64 bytes, count is a multiple of 8.
+// sums[(i * cols + j) * kDotLanes + l] += sum over d = l, l + 8, ... of X[i * ldx + d] Y[j * ldy + d], d < count, in order and from zero;
+// likewise squares[l] those of all rows of X, squares[8 + l] of Y. rows and cols are at least 1, count is a multiple of 8.
+template <class T>
+using AddDots = void (*)(double *sums, double *squares, const T *X, int64_t ldx, const T *Y, int64_t ldy, int64_t rows, int64_t cols,
+                         int64_t count);
+
 struct Dots {
-    void (*add)(double *sums, const double *X, const double *Y, int64_t ld, int64_t rows, int64_t cols, int64_t count);
+    AddDots<double> wide;
+    AddDots<float> single;
 };
 
 #ifdef __x86_64__

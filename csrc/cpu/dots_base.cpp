@@ -10,7 +10,7 @@ namespace {
 }  // namespace
 
 const Dots &dots_base() {
-    static constexpr Dots variant{add};
+    static constexpr Dots variant{add<double>, add<float>};
     return variant;
 }
 

@@ -12,7 +12,7 @@ namespace {
 }  // namespace
 
 const Dots &dots_v3() {
-    static constexpr Dots variant{add};
+    static constexpr Dots variant{add<double>, add<float>};
     return variant;
 }
 

@@ -22,14 +22,16 @@ inline bool by_columns(const fedlora_block &b) {
 template <class T>
 inline void spread(double *out, int64_t gap, const T *x, int64_t stride, int64_t count) {
     constexpr int64_t line = 64 / sizeof(T);
-    if (gap == 1 && stride == 1)
-        for (int64_t begin = 0; begin < count; begin += line) {
+    if (gap == 1 && stride == 1) {
+        const int64_t whole = count / line * line;
+        for (int64_t begin = 0; begin < whole; begin += line) {
             __builtin_prefetch(x + begin + count);
-            const int64_t end = smaller(begin + line, count);
-            for (int64_t i = begin; i < end; ++i) out[i] = widen(x[i]);
+            for (int64_t i = begin; i < begin + line; ++i) out[i] = widen(x[i]);
         }
-    else
+        for (int64_t i = whole; i < count; ++i) out[i] = widen(x[i]);
+    } else {
         for (int64_t i = 0; i < count; ++i) out[i * gap] = widen(x[i * stride]);
+    }
 }
 
 #define FEDLORA_SPREAD(name, T)                                                                     \

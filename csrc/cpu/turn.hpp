@@ -120,7 +120,10 @@ bool short_rows(const T *X, const T *Q, int64_t ldq, T *out, int64_t count, bool
     for (; e + many * lanes <= size; e += many * lanes) {
         V x[many], sum[many];
 #pragma GCC unroll 4
-        for (int v = 0; v < many; ++v) x[v] = load(X + e + v * lanes), sum[v] = V{};
+        for (int v = 0; v < many; ++v) {
+            __builtin_prefetch(X + e + (v + 6 * many) * lanes);
+            x[v] = load(X + e + v * lanes), sum[v] = V{};
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
@@ -154,6 +157,8 @@ FEDLORA_INLINE void row_tile(const T *X, const T *Q, int64_t ldq, T *out, int64_
     for (int d = 0; d < D; ++d)
 #pragma GCC unroll 4
         for (int w = 0; w < W; ++w) sum[d][w] = V{};
+#pragma GCC unroll 16
+    for (int d = 0; d < D; ++d) __builtin_prefetch(X + (d + 3 * D) * r);
     for (int64_t i = 0; i < r; ++i) {
         V q[W];
 #pragma GCC unroll 4

@@ -45,21 +45,29 @@ struct Aligned {
     operator T *() const { return data.get(); }
 };
 
-int check_dots(const fedlora::Dots &dots, int rows, int cols, int count) {
-    const int ld = count + 8;
-    Aligned<double> X(rows * ld), Y(cols * ld);
-    for (int e = 0; e < rows * ld; ++e) X[e] = small_integer();
-    for (int e = 0; e < cols * ld; ++e) Y[e] = small_integer();
-    std::vector<double> sums((size_t)rows * cols * 8, 1.0);
-    dots.add(sums.data(), X, Y, ld, rows, cols, count);
+template <class T>
+int check_dots(fedlora::AddDots<T> add, int rows, int cols, int count) {
+    const int ldx = count + 8, ldy = count + 16;
+    Aligned<T> X(rows * ldx), Y(cols * ldy);
+    for (int e = 0; e < rows * ldx; ++e) X[e] = (T)small_integer();
+    for (int e = 0; e < cols * ldy; ++e) Y[e] = (T)small_integer();
+    std::vector<double> sums((size_t)rows * cols * 8, 1.0), squares(16, 2.0);
+    add(sums.data(), squares.data(), X, ldx, Y, ldy, rows, cols, count);
     int wrong = 0;
-    for (int i = 0; i < rows; ++i)
-        for (int j = 0; j < cols; ++j)
-            for (int l = 0; l < 8; ++l) {
+    for (int l = 0; l < 8; ++l) {
+        for (int i = 0; i < rows; ++i)
+            for (int j = 0; j < cols; ++j) {
                 double wanted = 1.0;
-                for (int d = l; d < count; d += 8) wanted += X[i * ld + d] * Y[j * ld + d];
+                for (int d = l; d < count; d += 8) wanted += (double)X[i * ldx + d] * Y[j * ldy + d];
                 wrong += sums[(i * cols + j) * 8 + l] != wanted;
             }
+        double of_X = 2.0, of_Y = 2.0;
+        for (int d = l; d < count; d += 8) {
+            for (int i = 0; i < rows; ++i) of_X += (double)X[i * ldx + d] * X[i * ldx + d];
+            for (int j = 0; j < cols; ++j) of_Y += (double)Y[j * ldy + d] * Y[j * ldy + d];
+        }
+        wrong += squares[l] != of_X || squares[8 + l] != of_Y;
+    }
     return wrong;
 }
 
@@ -194,9 +202,12 @@ int check_alignment_of(int m, int r, int n, int batch, int threads) {
 int check_alignment() {
     int failures = 0;
     for (const Isa &isa : variants()) {
-        for (const int rows : {0, 1, 3, 4, 9})
-            for (const int cols : {0, 1, 4, 6})
-                for (const int count : {0, 8, 64}) failures += check_dots(isa.dots, rows, cols, count) != 0;
+        for (const int rows : {1, 3, 4, 9})
+            for (const int cols : {1, 4, 6})
+                for (const int count : {0, 8, 64}) {
+                    failures += check_dots(isa.dots.wide, rows, cols, count) != 0;
+                    failures += check_dots(isa.dots.single, rows, cols, count) != 0;
+                }
         for (const int r : {1, 2, 3, 4, 5, 8, 13, 16, 17, 24, 32, 33, 50})
             for (const int count : {1, 2, 7, 16, 33, 100})
                 for (const bool by_columns : {false, true})
