@@ -26,7 +26,7 @@ WORD = 32
 GAP = 2
 """Columns of a terminal between two columns of a table."""
 
-_LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])|(?<=\[)\d+(?=\]$)")
 
 
 class FittedTable(Table):
@@ -97,7 +97,7 @@ def span(low: int | None, high: int | None) -> str:
 
 
 def layer_type(module: str) -> str:
-    """Return a module's name with its numbers as ``*``: what layers of one kind share."""
+    """Return a module's name with its numbers, and that of an expert, as ``*``: what layers of one kind share."""
     return _LAYER_NUMBER.sub("*", module)
 
 
