@@ -10,6 +10,7 @@ from fedlora_kernels.adapters import Policy as Policy
 from fedlora_kernels.adapters import ReadOptions as ReadOptions
 from fedlora_kernels.adapters import WriteOptions as WriteOptions
 from fedlora_kernels.adapters import open_adapter as open_adapter
+from fedlora_kernels.adapters.convert import convert as convert
 from fedlora_kernels.aggregate import aggregate as aggregate
 from fedlora_kernels.engine.result import Result as Result
 from fedlora_kernels.engine.state import State as State

@@ -66,6 +66,7 @@ def _build() -> _Parser:
     texts = {
         "aggregate": "combine the adapters of several clients into one",
         "resize": "cut adapters to smaller ranks, each for itself",
+        "convert": "a PEFT folder to a kohya file or back: the same update, the same numbers",
         "inspect": "ranks, spectra, norms and cosines of adapters, and what looks wrong",
         "validate": "every kernel of every backend here on generated cases: worst error and limit",
         "bench": "this machine's speed beside the libraries', with the accuracy of both and the floor",
@@ -75,6 +76,7 @@ def _build() -> _Parser:
     add = {
         "aggregate": _aggregate,
         "resize": _resize,
+        "convert": _convert,
         "inspect": _inspect,
         "validate": _validate,
         "bench": _bench,
@@ -89,7 +91,9 @@ def _build() -> _Parser:
 
 
 def _aggregate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("clients", nargs="+", metavar="CLIENT", help="a PEFT folder, or name=folder")
+    parser.add_argument(
+        "clients", nargs="+", metavar="CLIENT", help="a PEFT folder, a kohya or diffusers file, or name=PATH"
+    )
     _out(parser)
     parser.add_argument(
         "--resume",
@@ -110,7 +114,7 @@ def _resize(parser: argparse.ArgumentParser) -> None:
         "adapters",
         nargs="+",
         metavar="ADAPTER",
-        help="a PEFT folder, or name=folder; of several, each goes to OUT/NAME",
+        help="a PEFT folder, a kohya or diffusers file, or name=PATH; of several, each goes to OUT/NAME",
     )
     _out(parser)
     _rules(parser)
@@ -129,9 +133,37 @@ def _resize(parser: argparse.ArgumentParser) -> None:
     _machine(parser)
 
 
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="IN", help="a PEFT folder, or a kohya or diffusers file")
+    _out(parser)
+    parser.add_argument("--to", choices=("peft", "kohya"), required=True, help="the format of OUT")
+    group = parser.add_argument_group("names")
+    group.add_argument(
+        "--prefix",
+        metavar="P",
+        help="to kohya: what stands before every name, such as lora_unet_; to PEFT: take only modules that begin with it",
+    )
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument("--names", metavar="FILE.json", help="an object from kohya name to module path")
+    choice.add_argument("--base", metavar="DIR", help="to PEFT: the base model, whose keys give the module paths")
+    group = parser.add_argument_group("adapter")
+    group.add_argument(
+        "--extras",
+        choices=("strict", "ignore"),
+        default="strict",
+        help="tensors that the other format has no form for: refuse or drop; default: strict",
+    )
+    _reading(group)
+    parser.add_argument("--quiet", action="store_true", help="print nothing")
+
+
 def _out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="folder to write; replaced with --overwrite")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds only files written here")
+    parser.add_argument(
+        "-o", "--out", required=True, metavar="OUT", help="folder to write, or FILE.safetensors for kohya files"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT if it holds only files written here, or is a LoRA file"
+    )
 
 
 def _rules(parser: argparse.ArgumentParser) -> None:
@@ -240,7 +272,9 @@ def _machine(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT folder, or name=folder")
+    parser.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="a PEFT folder, a kohya or diffusers file, or name=PATH"
+    )
     parser.add_argument("--weights", type=_numbers, metavar="W,W,...", help="one per adapter; default: equal")
     parser.add_argument(
         "--no-normalize", dest="normalize", action="store_false", help="take the weights as they are, negative too"

@@ -71,6 +71,7 @@ def _run(arguments: Sequence[str]) -> int:
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "aggregate": _aggregate,
         "resize": _resize,
+        "convert": _convert,
         "inspect": _inspect,
         "validate": _validate,
         "bench": _bench,
@@ -120,6 +121,19 @@ def _resize(options: argparse.Namespace) -> int:
         write_json(path, found[0] if len(found) == 1 else summary(results))
     if not options.quiet:
         show(resize_tables(found, options.out))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from fedlora_kernels.reporting.terminal import show, text
+    from fedlora_kernels.request import convert_request
+
+    adapter = convert_request(options)
+    adapter.close()
+    for warning in adapter.warnings:
+        warnings.warn(warning, UserWarning, stacklevel=2)
+    if not options.quiet:
+        show(text(f"wrote {options.out}: {len(adapter)} modules of {options.adapter}"))
     return 0
 
 

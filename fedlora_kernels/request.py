@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedlora_kernels import backends
+from fedlora_kernels.adapters.convert import convert
 from fedlora_kernels.adapters.folder import check_out
+from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
 from fedlora_kernels.adapters.policy import Limits, Policy
 from fedlora_kernels.aggregate import aggregate
@@ -30,7 +32,7 @@ from fedlora_kernels.resize import resize, resize_all
 if TYPE_CHECKING:
     from fedlora_kernels.engine.result import Result
 
-__all__ = ["aggregate_request", "check_backend", "named_paths", "read_options", "resize_request"]
+__all__ = ["aggregate_request", "check_backend", "convert_request", "named_paths", "read_options", "resize_request"]
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
@@ -105,6 +107,20 @@ def _run_options(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": None if options.dtype is None else getattr(torch, options.dtype),
         "memory": None if options.memory is None else _named("--memory", lambda: rules.parse_size(options.memory)),
     }
+
+
+def convert_request(options: argparse.Namespace) -> Adapter:
+    """Do what ``fedlora convert`` asks for; the adapter as written."""
+    return convert(
+        options.adapter,
+        options.out,
+        options.to,
+        prefix=options.prefix,
+        names=options.names,
+        base=options.base,
+        read=read_options(options, extras=options.extras),
+        overwrite=options.overwrite,
+    )
 
 
 def check_backend(name: str) -> None:

@@ -55,7 +55,6 @@ def test_weights_may_start_with_a_minus(written):
         (["--target", "gguf"], "--target"),
         (["--dtype", "int8"], "--dtype"),
         (["--per-clients"], "--per-clients"),
-        (["--resume"], "--resume"),
         (["--budget", "10MB", "--rank", "3"], "--rank"),
         (["--ener", "0.5"], "--ener"),
     ],
@@ -77,14 +76,14 @@ def test_the_page_on_the_command_line_names_every_flag_and_no_other(capsys):
     page = (Path(__file__).parent.parent / "docs" / "command-line.md").read_text()
     written = set(re.findall(r"--[a-z][a-z-]+", page)) - {"--help"}
     known = set()
-    for command in ("aggregate", "resize", "inspect", "validate", "bench", "env", "demo"):
+    for command in ("aggregate", "resize", "convert", "inspect", "validate", "bench", "env", "demo"):
         with pytest.raises(SystemExit):
             parse([command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
     assert written == known
 
 
-@pytest.mark.parametrize("command", ["aggregate", "resize", "inspect", "validate", "bench", "env", "demo"])
+@pytest.mark.parametrize("command", ["aggregate", "resize", "convert", "inspect", "validate", "bench", "env", "demo"])
 def test_every_argument_has_help(command, capsys):
     with pytest.raises(SystemExit):
         parse([command, "--help"])

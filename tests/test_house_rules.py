@@ -122,7 +122,7 @@ def test_rooms_of_the_house_are_described():
 
 def test_flags_of_the_command_line_are_described():
     document = (REPO / "docs/command-line.md").read_text()
-    for command in ("aggregate", "resize", "inspect", "validate", "bench", "env", "demo"):
+    for command in ("aggregate", "resize", "convert", "inspect", "validate", "bench", "env", "demo"):
         with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:
             parse([command, "--help"])
         flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", shown.getvalue())) - {"--help"}
