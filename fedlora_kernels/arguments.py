@@ -128,7 +128,7 @@ def _resize(parser: argparse.ArgumentParser) -> None:
     _reading(group)
     group = parser.add_argument_group("output")
     _format(group)
-    _report(group, "a copy of the report, as JSON or, of one adapter, as a page for a browser")
+    _report(group, "a copy of the report, as JSON or as a page for a browser")
     group.add_argument("--quiet", action="store_true", help="no table, no progress bar")
     _machine(parser)
 

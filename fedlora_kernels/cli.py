@@ -103,13 +103,13 @@ def _aggregate(options: argparse.Namespace) -> int:
 
 
 def _resize(options: argparse.Namespace) -> int:
-    from fedlora_kernels.reporting.json import check_target, write_json
+    from fedlora_kernels.reporting.files import check_report, write_report
     from fedlora_kernels.reporting.resized import resize_tables
     from fedlora_kernels.reporting.terminal import ProgressBar, show
     from fedlora_kernels.request import resize_request
     from fedlora_kernels.resize import summary
 
-    reports = [check_target(path) for path in options.report]
+    reports = [check_report(path) for path in options.report]
     run = resize_request(options)
     with ProgressBar(quiet=options.quiet) as progress:
         results = run(progress)
@@ -118,7 +118,7 @@ def _resize(options: argparse.Namespace) -> int:
             result.adapter.close()
     found = [result.report for result in results.values()]
     for path in reports:
-        write_json(path, found[0] if len(found) == 1 else summary(results))
+        write_report(path, found[0] if len(found) == 1 else summary(results))
     if not options.quiet:
         show(resize_tables(found, options.out))
     return 0

@@ -65,7 +65,7 @@ def aggregate_request(options: argparse.Namespace) -> Callable[[Callable[[str, i
         "resume": options.resume,
         "per_client": options.per_client,
         "measure": options.measure,
-        "compare": options.compare or any(path.lower().endswith(".html") for path in options.report),
+        "compare": options.compare or _pages(options),
     }
     clients = named_paths(options.clients)
     return lambda progress: aggregate(clients, made, progress=progress, **call)
@@ -90,10 +90,15 @@ def resize_request(options: argparse.Namespace) -> Callable[[Callable[[str, int,
     ((name, path),) = adapters.items() if isinstance(adapters, dict) else [(None, adapters[0])]
 
     def one(progress: Callable[[str, int, int], None]) -> dict[str, Result]:
-        result = resize(path, name=name, progress=progress, **call)
+        result = resize(path, name=name, progress=progress, compare=_pages(options), **call)
         return {result.report["clients"][0]["name"]: result}
 
     return one
+
+
+def _pages(options: argparse.Namespace) -> bool:
+    """Whether a page is asked for: its charts show whole spectra and clients beside each other."""
+    return any(path.lower().endswith(".html") for path in options.report)
 
 
 def _run_options(options: argparse.Namespace) -> dict[str, Any]:

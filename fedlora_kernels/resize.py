@@ -47,6 +47,7 @@ def resize(
     memory: int | str | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
+    compare: bool = False,
     name: str | None = None,
 ) -> Result:
     """Cut an adapter to the ranks that a rule chooses: the best approximation of each module's update, never formed.
@@ -64,6 +65,7 @@ def resize(
         memory: bytes for data in flight (1 GiB), an int or a text such as "512MiB".
         progress: called as ``progress(stage, done_bytes, total_bytes)``.
         overwrite: replace an existing ``out`` that holds only files written here.
+        compare: also report the whole spectrum of every module, as `aggregate` does; it costs about as much as the resizing.
         name: what messages and report call it; None is the name of its file or folder.
 
     Returns:
@@ -86,6 +88,7 @@ def resize(
         memory=memory,
         progress=progress,
         overwrite=overwrite,
+        compare=compare,
     )
 
 

@@ -283,3 +283,23 @@ def test_weights_of_the_command_reach_the_sum(tmp_path):
     total = sum(float((-updates[0][name] + updates[1][name] + 2.5 * updates[2][name]).norm()) ** 2 for name in SHAPES)
     assert content["comparison"]["norm"] == pytest.approx(math.sqrt(total), rel=1e-6)
     assert main(["inspect", *paths, "--weights", "1,2"]) == 2
+
+
+def test_adapters_whose_start_changed_the_base_are_looked_at_and_said_to_be(tmp_path):
+    paths = make_clients(tmp_path, ranks=(4, 4, 4), init_lora_weights="pissa")
+    report = inspect_adapters(paths)
+    assert [finding.split(",")[0] for finding in report["findings"]] == [
+        f"client 'c{k}': init_lora_weights is 'pissa'" for k in range(3)
+    ]
+    assert [adapter["init"] for adapter in report["adapters"]] == ["pissa"] * 3
+    mixed = [*paths, str(make_adapter(tmp_path / "x", seed=9))]
+    assert inspect_adapters(mixed)["findings"][-1] == (
+        "initialisations differ, so these adapters fit no common base: pissa, true"
+    )
+    start = fk.ReadOptions(init_factors=paths[0])
+    subtracted = inspect_adapters(paths[:2], read=start)
+    assert subtracted["adapters"][0]["norm"] == pytest.approx(0.0, abs=1e-5)
+    assert subtracted["adapters"][1]["init"] == "true"
+    updates = [dense(path) for path in paths[:2]]
+    wanted = math.sqrt(sum(float((updates[1][name] - updates[0][name]).norm()) ** 2 for name in SHAPES))
+    assert subtracted["adapters"][1]["norm"] == pytest.approx(wanted, rel=1e-6)

@@ -6,6 +6,7 @@ gauge (B Q, Q^-1 A) look the same; only the balance of the factors, which decide
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +75,8 @@ def inspect_adapters(
         adapters: folders, or a mapping from names to them.
         weights: one for each, as `aggregate` takes them: what is said of the weighted sum depends on them. None is uniform.
         normalize: divide the weights by their sum.
-        read: how adapters are read.
+        read: how adapters are read. One whose initialisation changes the base weights is looked at as it is stored, and said to be
+            such, unless ``init_factors`` subtracts its start.
         backend: "auto" or a backend's name.
         progress: called as ``progress("inspect", done_bytes, total_bytes)``.
 
@@ -85,7 +87,10 @@ def inspect_adapters(
     Raises:
         InputError: a folder that cannot be read. WeightError: a weight that cannot be.
     """
-    clients = open_clients(adapters, weights, normalize=normalize, read=read or ReadOptions())
+    read = read or ReadOptions()
+    if read.init is None and read.init_factors is None:
+        read = dataclasses.replace(read, init="keep")
+    clients = open_clients(adapters, weights, normalize=normalize, read=read)
     try:
         for client in clients:
             for failure in client.failures:

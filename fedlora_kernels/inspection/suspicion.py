@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedlora_kernels.adapters.variants import BASE_CHANGING_INITS
+from fedlora_kernels.adapters.variants import changes_base
 
 __all__ = ["outlier_scores", "suspicions"]
 
@@ -31,10 +31,11 @@ def suspicions(adapters: Records, comparison: Mapping[str, Any], warnings: Seque
     """Return texts on what looks wrong; ``warnings`` are those of reading, by adapter."""
     findings: list[str] = []
     for record, texts in zip(adapters, warnings, strict=True):
-        findings += [*texts, *_broken(record), *_zero(record), *_init(record), *_imbalance(record)]
+        findings += [*texts, *_broken(record), *_zero(record), *_imbalance(record)]
     return [
         *findings,
         *_bases(adapters),
+        *_inits(adapters),
         *_missing(adapters),
         *_loud(adapters),
         *_copies(adapters),
@@ -84,15 +85,6 @@ def _zero(record: Mapping[str, Any]) -> list[str]:
     return [f"{record['name']!r}: the update is zero in {_some(zero)}"]
 
 
-def _init(record: Mapping[str, Any]) -> list[str]:
-    if record["init"] is None or not record["init"].startswith(BASE_CHANGING_INITS):
-        return []
-    return [
-        f"{record['name']!r}: initialised by init_lora_weights={record['init']!r}, which changes the base weights: its factors "
-        "belong to that residual, not to the original base"
-    ]
-
-
 def _imbalance(record: Mapping[str, Any]) -> list[str]:
     far = [
         (row["norm_B"] / row["norm_A"], row["name"])
@@ -112,6 +104,14 @@ def _imbalance(record: Mapping[str, Any]) -> list[str]:
 def _bases(adapters: Records) -> list[str]:
     bases = {str(record["base_model"]) for record in adapters}
     return [f"base models differ: {', '.join(sorted(bases))}"] if len(bases) > 1 else []
+
+
+def _inits(adapters: Records) -> list[str]:
+    """Initialisations of which one at least changes the base weights: reading warns of each, not of a mixture."""
+    inits = {str(record["init"]) for record in adapters}
+    if len(inits) < 2 or not any(map(changes_base, inits)):
+        return []
+    return [f"initialisations differ, so these adapters fit no common base: {', '.join(sorted(inits))}"]
 
 
 def _missing(adapters: Records) -> list[str]:

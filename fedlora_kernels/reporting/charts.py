@@ -7,7 +7,7 @@ from typing import Any
 
 from fedlora_kernels.reporting.layers import by_kind, layer_map
 
-__all__ = ["aggregate_charts", "inspect_charts"]
+__all__ = ["aggregate_charts", "inspect_charts", "resize_charts"]
 
 SERIES = 24
 """Adapters whose spectra and maps are on the page; the JSON report holds all."""
@@ -85,6 +85,18 @@ def inspect_charts(report: Mapping[str, Any]) -> dict[str, Any]:
         "bound": None,
         **_clients(comparison, compared),
         "sent": {},
+    }
+
+
+def resize_charts(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data of the one chart of several resized adapters: their sizes before and after."""
+    adapters = report["adapters"]
+    return {
+        "modules": [],
+        "map": _layers([], {}),
+        "spectra": [],
+        **_clients(None, []),
+        "sizes": [[adapter[key] for adapter in adapters] for key in ("name", "bytes_in", "bytes")],
     }
 
 

@@ -16,9 +16,9 @@ from importlib.resources import files
 from typing import Any
 
 from fedlora_kernels.errors import InputError
-from fedlora_kernels.reporting.charts import aggregate_charts, inspect_charts
+from fedlora_kernels.reporting.charts import aggregate_charts, inspect_charts, resize_charts
 from fedlora_kernels.reporting.markup import Markup, element, embedded
-from fedlora_kernels.reporting.sections import aggregate_sections, inspect_sections
+from fedlora_kernels.reporting.sections import aggregate_sections, inspect_sections, resize_sections
 
 __all__ = ["check_plotly", "html_page"]
 
@@ -32,10 +32,16 @@ def check_plotly(flag: str) -> None:
 
 
 def html_page(report: Mapping[str, Any]) -> str:
-    """Return the page of an aggregation's report, or of an inspection's."""
-    inspection = "adapters" in report
-    data = inspect_charts(report) if inspection else aggregate_charts(report)
-    title, body = inspect_sections(report, data) if inspection else aggregate_sections(report, data)
+    """Return the page of the report of an aggregation, an inspection, or of adapters that were resized."""
+    if "clients" in report:
+        data = aggregate_charts(report)
+        title, body = aggregate_sections(report, data)
+    elif "comparison" in report:
+        data = inspect_charts(report)
+        title, body = inspect_sections(report, data)
+    else:
+        data = resize_charts(report)
+        title, body = resize_sections(report)
     script, look, (packed, digest) = _part("report.js"), _part("report.css"), _plotly()
     head = [
         element("meta", charset="utf-8"),

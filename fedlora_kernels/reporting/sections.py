@@ -9,7 +9,7 @@ from typing import Any
 from fedlora_kernels.reporting.markup import Markup, element, join, table
 from fedlora_kernels.reporting.tables import number, size, span
 
-__all__ = ["aggregate_sections", "inspect_sections"]
+__all__ = ["aggregate_sections", "inspect_sections", "resize_sections"]
 
 LISTED = 200
 """Findings and warnings that a page lists; the JSON report holds all."""
@@ -24,14 +24,15 @@ def aggregate_sections(report: Report, data: Report) -> tuple[str, Markup]:
     """Return the title and the body of an aggregation's page; ``data`` is what its charts are drawn from."""
     totals, method = report["totals"], report["method"]
     used = sum(client["status"] in ("used", "clipped") for client in report["clients"])
-    title = f"{used} adapters into one" if used != 1 else "One adapter, recompressed"
+    resized = len(report["clients"]) == 1
+    title = f"{report['clients'][0]['name']}, resized" if resized else f"{used} adapters into one"
     about = ", ".join([method["name"], *filter(None, [method["rule"]])])
     settings = f"{about} · {report['dtype']} · round {report['round']} · {totals['modules']} modules"
     parts = [
-        _header("aggregate", title, settings, _aggregate_tiles(report, used)),
+        _header("resize" if resized else "aggregate", title, settings, _aggregate_tiles(report, used)),
         _listed("Warnings", report["warnings"]),
-        _clients(report),
-        _map("Rank by layer and module", "Where the sum needs directions: each cell is one module.", data),
+        None if resized else _clients(report),
+        _map("Rank by layer and module", "Where the update needs directions: each cell is one module.", data),
         _spectra(data),
         _lost(report["modules"]),
         _alike(report, data),
@@ -65,6 +66,69 @@ def inspect_sections(report: Report, data: Report) -> tuple[str, Markup]:
         _footer(report),
     ]
     return f"{title} — inspection", _page(parts)
+
+
+def resize_sections(report: Report) -> tuple[str, Markup]:
+    """Return the title and the body of the page of several resized adapters."""
+    adapters = report["adapters"]
+    title = f"{len(adapters)} adapters, resized"
+    before, after = (sum(adapter[key] for adapter in adapters) for key in ("bytes_in", "bytes"))
+    kept = [adapter["energy_kept"] for adapter in adapters if adapter["energy_kept"] is not None]
+    tiles = [
+        ("Adapters", str(len(adapters)), f"{sum(adapter['modules'] for adapter in adapters):,} modules"),
+        (
+            "Total rank",
+            f"{sum(adapter['rank'] for adapter in adapters):,}",
+            f"of {sum(adapter['rank_in'] for adapter in adapters):,}",
+        ),
+        ("Size", size(after), f"from {size(before)}"),
+        ("Least energy kept", _percent(min(kept, default=None)), "share of |D|² of an adapter"),
+    ]
+    rows = [
+        (
+            adapter["name"],
+            f"{adapter['rank_in']:,}",
+            f"{adapter['rank']:,}",
+            size(adapter["bytes_in"]),
+            size(adapter["bytes"]),
+            _percent(adapter["energy_kept"]),
+            _figure(adapter["error"]),
+            _figure(adapter["error_bound"]),
+            adapter["folder"],
+        )
+        for adapter in adapters
+    ]
+    columns = (
+        "adapter",
+        ">rank before",
+        ">after",
+        ">size before",
+        ">after",
+        ">energy kept",
+        ">error",
+        ">at most",
+        "folder",
+    )
+    told = "Ranks are sums over modules; errors are relative to the norm of the adapter. Each folder holds a report of its own."
+    sizes = element(
+        "section",
+        element("h2", "Sizes"),
+        element("p", "Bytes of the factors, before and after.", class_="lead"),
+        _chart("sizes", f"Sizes of {len(adapters)} adapters before and after"),
+    )
+    parts = [
+        _header("resize", title, ", ".join(dict.fromkeys(adapter["rule"] for adapter in adapters)), tiles),
+        _listed("Warnings", [f"{adapter['name']}: {text}" for adapter in adapters for text in adapter["warnings"]]),
+        element(
+            "section", element("h2", "Adapters"), element("p", told, class_="lead"), table("Adapters", columns, rows)
+        ),
+        sizes,
+        _listed(
+            "Notes", [f"{adapter['name']}: {text}" for adapter in adapters for text in adapter["notes"]], warn=False
+        ),
+        _footer(report),
+    ]
+    return title, _page(parts)
 
 
 def _page(parts: Sequence[Markup | None]) -> Markup:
@@ -101,10 +165,17 @@ def _aggregate_tiles(report: Report, used: int) -> list[tuple[str, str, str]]:
     counts = {state: sum(client["status"] == state for client in clients) for state in states}
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "all as they were sent"
     error, bound = totals["error"], totals["error_bound"]
+    lone = len(clients) == 1
     tiles = [
-        ("Clients", f"{used} of {len(clients)}", told),
+        ("Modules", f"{totals['modules']:,}", "of one adapter")
+        if lone
+        else ("Clients", f"{used} of {len(clients)}", told),
         ("Total rank", f"{totals['rank']:,}", f"of {totals['rank_in']:,} stacked, over {totals['modules']:,} modules"),
-        ("Size", size(totals["bytes"]), f"{totals['parameters']:,} parameters"),
+        (
+            "Size",
+            size(totals["bytes"]),
+            f"from {size(clients[0]['bytes'])}" if lone else f"{totals['parameters']:,} parameters",
+        ),
         ("Energy kept", "unknown" if error is None else _percent(max(0.0, 1.0 - error * error)), "share of |D|²"),
         (
             "Error",

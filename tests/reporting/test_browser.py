@@ -5,6 +5,7 @@ from browser import CHROMIUM, browser
 from make_adapters import make_clients
 from page_problems import HOSTILE, hostile, plainest, sizeable, zero
 
+from fedlora_kernels.cli import main
 from fedlora_kernels.inspection import inspect_adapters
 from fedlora_kernels.reporting.html import html_page
 from fedlora_kernels.text import harmless
@@ -73,6 +74,15 @@ def test_hostile_names_run_nothing_and_are_shown_as_they_are(page, saved):
     choices = page.evaluate("[...document.querySelectorAll('#spectrum-of option')].map(o => o.text)")
     assert len(choices) == len(HOSTILE)
     assert page.evaluate("document.scripts.length") == 4
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("count", [1, 3])
+def test_pages_of_resized_adapters(page, tmp_path, count):
+    paths, path = make_clients(tmp_path, count), tmp_path / "r.html"
+    assert main(["resize", *paths, "-o", str(tmp_path / "out"), "--rank", "2", "--quiet", "--report", str(path)]) == 0
+    look(page, path)
+    assert page.evaluate("document.querySelectorAll('#sizes .bars .point').length") == (0 if count == 1 else 2 * count)
 
 
 @pytest.mark.full

@@ -224,3 +224,28 @@ def test_colours_are_named_once_for_light_and_dark():
         set(re.findall(r"(--[\w-]+):", block)) for block in re.findall(r":root \{(.*?)\}", style, flags=re.S)[:2]
     )
     assert light == dark
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_resized_adapters(tmp_path, count):
+    paths, path = make_clients(tmp_path, count), tmp_path / "r.html"
+    command = ["resize", *paths, "-o", str(tmp_path / "out"), "--energy", "0.5", "--quiet", "--report", str(path)]
+    assert main(command) == 0
+    page = Page(path.read_text())
+    words = "".join(page.words)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    if count == 1:
+        assert "c0, resized" in words
+        assert "from 4.1 KiB" in words
+        # the whole spectrum, and where it is cut
+        (values,) = (series["values"] for series in page.data["spectra"])
+        assert [len(spectrum) for spectrum in values] == [4, 4, 4, 4]
+        ranks = {module["name"]: module["rank"] for module in report["modules"]}
+        assert page.data["ranks"] == [ranks[name] for name in page.data["modules"]]
+        assert max(page.data["ranks"]) < 4
+    else:
+        assert page.data["sizes"] == [
+            [adapter[key] for adapter in report["adapters"]] for key in ("name", "bytes_in", "bytes")
+        ]
+        for adapter in report["adapters"]:
+            assert f"{100 * adapter['energy_kept']:.3g} %" in words

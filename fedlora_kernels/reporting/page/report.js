@@ -155,6 +155,15 @@
     return show("cosines", traces, { xaxis: { ...axis, tickangle: -40 }, yaxis: { ...axis, autorange: "reversed" } }, Math.min(820, Math.max(280, 140 + 26 * count)));
   };
 
+  charts.sizes = () => {
+    const [names, before, after] = data.sizes, at = names.map((_, i) => i), labels = names.map(name => safe(short(name, narrow() ? 12 : 26)));
+    const bars = (values, name, colour) => ({ type: "bar", orientation: "h", y: at, x: values.map(bytes => bytes / 1048576), name, marker: { color: style(colour) }, customdata: names.map(safe), hovertemplate: `%{customdata}<br>${name} <b>%{x:.3~g} MiB</b><extra></extra>` });
+    return show("sizes", [bars(before, "before", "--line"), bars(after, "after", "--accent")], {
+      barmode: "group", bargap: .3, showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom" }, xaxis: { rangemode: "tozero", ticksuffix: " MiB" },
+      yaxis: { autorange: "reversed", showgrid: false, tickmode: "array", tickvals: names.length > 60 ? [] : at, ticktext: labels },
+    }, Math.min(1100, Math.max(220, 110 + 34 * names.length)));
+  };
+
   const cosines = [];
   if (data.cosines) cosines.push(["Whole model", data.cosines]);
   (data.cosines_of || []).forEach((values, i) => { if (values) cosines.push([data.modules[i], values]); });
