@@ -1,19 +1,22 @@
-"""What a survey keeps of each module for the second pass: in memory, and past a limit in a temporary file without a name."""
+"""What a survey keeps for the second pass: in memory, and past a limit in temporary files without a name."""
 
 from __future__ import annotations
 
 import errno
+import math
+import mmap
 import os
 import tempfile
 from collections.abc import Mapping
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedlora_kernels.adapters.safetensors import disc_errors
 
-__all__ = ["Carry"]
+__all__ = ["Carry", "spilled"]
 
 
 class _Place(NamedTuple):
@@ -85,6 +88,20 @@ class Carry:
                     raise OSError(errno.EIO, "a temporary file was cut short")
                 done += got
         return tensor
+
+
+def spilled(shape: tuple[int, ...], dtype: np.dtype[Any], limit: int) -> np.ndarray:
+    """An array of zeros; one of more than ``limit`` bytes in a temporary file that is mapped.
+
+    The system writes it out where it needs the memory. Nobody but this process knows the file, and its room is reserved first: RunError
+    where the disc is full.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size <= limit:
+        return np.zeros(shape, dtype)
+    with disc_errors(tempfile.gettempdir()), tempfile.TemporaryFile(prefix="fedlora-") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return np.frombuffer(mmap.mmap(file.fileno(), size), dtype).reshape(shape)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

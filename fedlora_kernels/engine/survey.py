@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from fedlora_kernels.engine.carry import spilled
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.faults import beyond_float64, nonfinite_factor
 from fedlora_kernels.engine.settings import Settings
@@ -24,7 +26,8 @@ class Survey:
     """What the first pass leaves.
 
     ``squares`` (L, K): squared norms of the scaled updates; ``finite`` (L, K); ``errors``: the first bad element of a client, by
-    its position; ``gram`` (L, K, K), only for a method that decides; ``stats`` are the method's own.
+    its position; ``gram`` (L, K, K), only for a method that decides; ``stats`` are the method's own. What is larger than ``limit``
+    bytes lies in files (`spilled`).
     """
 
     squares: np.ndarray
@@ -32,16 +35,25 @@ class Survey:
     gram: np.ndarray | None
     errors: dict[int, FedLoRAError]
     stats: dict[str, np.ndarray]
+    limit: int
 
     def select(self, rows: Sequence[int], keep: Sequence[int]) -> Survey:
         """The same for some of the modules and of the clients, none of which has errors."""
         return Survey(
             self.squares[np.ix_(rows, keep)],
             self.finite[np.ix_(rows, keep)],
-            None if self.gram is None else self.gram[np.ix_(rows, keep, keep)],
+            None if self.gram is None else self._taken(self.gram, rows, np.ix_(keep, keep)),
             {},
-            {name: values[rows] for name, values in self.stats.items()},
+            {name: self._taken(values, rows, ...) for name, values in self.stats.items()},
+            self.limit,
         )
+
+    def _taken(self, values: np.ndarray, rows: Sequence[int], part: Any) -> np.ndarray:
+        """``part`` of some rows."""
+        made = spilled((len(rows), *values[0][part].shape), values.dtype, self.limit)
+        for i, row in enumerate(rows):
+            made[i] = values[row][part]
+        return made
 
     def census(self, cohort: Cohort, settings: Settings) -> Census:
         """The whole model for `decide`; ``cohort`` holds the clients and modules of this survey."""
@@ -52,7 +64,9 @@ class Survey:
         """The Gram with the factors that policies and rules put on the updates."""
         if self.gram is None or cohort.factors is None:
             return self.gram
-        scaled: np.ndarray = self.gram * cohort.factors[:, :, None] * cohort.factors[:, None, :]
+        scaled = spilled(self.gram.shape, self.gram.dtype, self.limit)
+        np.multiply(self.gram, cohort.factors[:, :, None], out=scaled)
+        scaled *= cohort.factors[:, None, :]
         return scaled
 
 
@@ -84,8 +98,9 @@ def make_survey(walk: Walk, *, gram: bool, own: bool) -> Survey:
     """
     walk.carry.clear()
     L, K = len(walk.cohort.modules), len(walk.cohort.clients)
-    found = np.zeros((L, K, K)) if gram else None
-    survey = Survey(np.zeros((L, K)), np.ones((L, K), dtype=bool), found, {}, {})
+    limit = walk.settings.memory // 4
+    found = spilled((L, K, K), np.dtype(np.float64), limit) if gram else None
+    survey = Survey(np.zeros((L, K)), np.ones((L, K), dtype=bool), found, {}, {}, limit)
     with walk.slabs("survey", keep=True) as slabs:
         for slab in slabs:
             for block in slab:
@@ -120,7 +135,9 @@ def _add_own(survey: Survey, walk: Walk, group: Group, rows: Sequence[int]) -> N
     if own is None:
         return
     for name, values in own.stats.items():
-        store = survey.stats.setdefault(name, np.zeros((len(walk.cohort.modules), *values.shape[1:]), values.dtype))
-        store[rows] = values
+        if name not in survey.stats:
+            shape = (len(walk.cohort.modules), *values.shape[1:])
+            survey.stats[name] = spilled(shape, values.dtype, survey.limit)
+        survey.stats[name][rows] = values
     for module, tensors in zip(group.modules, own.carry, strict=False):
         walk.carry.put(module, tensors)

@@ -144,10 +144,13 @@ class FedTree(Method):
         layers, layer = layers_of(census.modules)
         K, L = len(census.clients), len(census.modules)
         with np.errstate(over="ignore", invalid="ignore"):  # what leaves float64 is refused by name below
-            compared = _product_squares(census.gram) if self.metric == "product" else stats[self.metric]
+            compared = census.gram if self.metric == "product" else stats[self.metric]
+            assert compared is not None
             assert compared.shape == (L, K, K), "the survey is not that of the clients of the census"
             summed = np.zeros((len(layers), K, K))
-            np.add.at(summed, layer, compared)
+            # module by module: a survey of many clients may lie in a file
+            for row, values in zip(layer, compared, strict=True):
+                summed[row] += _product_squares(values) if self.metric == "product" else values
             distances = _cosine_distances(summed) if self.metric == "cosine" else np.sqrt(summed)
         _require_finite(distances, layers, census.clients)
         merges = merge_tree(distances.mean(0), self.linkage) if layers else np.empty((K - 1, 2), dtype=np.int64)
@@ -206,12 +209,11 @@ def _from_differences(group: Group, metric: str) -> Tensor:
     return torch.where(apart | ~torch.isfinite(distance), distance.square(), 0.0).cpu()
 
 
-def _product_squares(gram: np.ndarray | None) -> np.ndarray:
-    """``|D_i - D_j|_F^2`` (L, K, K) from inner products, 0 where it is rounding: noise has silhouettes too."""
-    assert gram is not None
-    squares = np.einsum("lkk->lk", gram)
-    sums = squares[:, :, None] + squares[:, None, :]
-    apart: np.ndarray = sums - (gram + gram.swapaxes(1, 2))
+def _product_squares(gram: np.ndarray) -> np.ndarray:
+    """``|D_i - D_j|_F^2`` (K, K) from inner products, 0 where it is rounding: noise has silhouettes too."""
+    squares = gram.diagonal()
+    sums = squares[:, None] + squares[None, :]
+    apart: np.ndarray = sums - (gram + gram.T)
     return np.where(apart < NOISE * sums, 0.0, apart)
 
 

@@ -19,7 +19,7 @@ from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.adapters.reader import open_adapter
 from fedlora_kernels.aggregate import aggregate
 from fedlora_kernels.engine import walk
-from fedlora_kernels.engine.carry import Carry
+from fedlora_kernels.engine.carry import Carry, spilled
 from fedlora_kernels.errors import NonFiniteError, RunError
 from fedlora_kernels.methods.contract import Survey
 from fedlora_kernels.methods.fedit import FedIT
@@ -241,3 +241,50 @@ def test_adapters_of_the_caller_are_read_not_changed(carrying):
     before = {name: (adapter[name].B.clone(), adapter[name].A.clone()) for name in adapter}
     aggregate([adapter, client(1)], "carrying", memory=1)
     assert all(same(adapter[name].B, B) and same(adapter[name].A, A) for name, (B, A) in before.items())
+
+
+@pytest.mark.parametrize(("limit", "files"), [(240, 0), (239, 1)])
+def test_arrays_past_the_limit_lie_in_a_file(limit, files):
+    array = spilled((5, 3, 2), np.dtype(np.float64), limit)
+    assert array.shape == (5, 3, 2)
+    assert not array.any()
+    array[3] += 7.5
+    assert array.sum() == 45.0
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert sum(tempfile.gettempdir() in line and "(deleted)" in line for line in maps) == files
+
+
+def test_an_array_that_the_disc_cannot_hold_is_refused_before_it_is_written(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RunError, match="No space left on device; free some space"):
+        spilled((5,), np.dtype(np.float64), 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("fedit", {"robust": fk.GeometricMedian()}),
+        ("florist", {"robust": fk.Krum(f=1), "policy": Policy("clip", max_update_norm=5.0)}),
+        ("fedtree", {}),
+        ("fedtree", {"metric": "cosine"}),
+    ],
+)
+def test_a_survey_in_files_decides_as_one_in_memory(method, options, monkeypatch):
+    pairs = clients(ranks=(4,) * 6)
+    sizes = []
+    made = spilled
+
+    def watched(shape, dtype, limit):
+        sizes.append(limit)
+        return made(shape, dtype, limit)
+
+    monkeypatch.setattr("fedlora_kernels.engine.survey.spilled", watched)
+    whole = aggregate(pairs, method, **options)
+    part = aggregate(pairs, method, memory=1, **options)
+    assert {min(sizes), max(sizes)} == {0, 1 << 28}
+    assert part.report["decision"] == whole.report["decision"]
+    assert part.report["robust"] == whole.report["robust"]
+    assert part.report["clients"] == whole.report["clients"]
