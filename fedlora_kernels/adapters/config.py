@@ -62,10 +62,7 @@ def peft_config(
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    # a tied head is no target, but its tensors are those of its embedding, and PEFT looks up its rank by its own name
-    specs = [module for module in modules.values() if module.form.tied and module.form.target in ranks]
-    heads = {module.form.tied: ranks[module.form.target] for module in specs}
-    patterns = {} if uniform_rank else rank_patterns({**ranks, **heads}, largest)
+    patterns = {} if uniform_rank else rank_patterns(ranks, largest)
     if patterns:
         config["rank_pattern"] = patterns
         config["alpha_pattern"] = dict(patterns)

@@ -90,8 +90,8 @@ class Form:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that ``rank_pattern`` and ``alpha_pattern`` are matched with."""
-        return self.parameters or (self.target,)
+        """The names that ``rank_pattern`` and ``alpha_pattern`` are matched with; PEFT looks up a tied head by its own."""
+        return self.parameters or ((self.target, self.tied) if self.tied else (self.target,))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Adapter variants and initialisations that are refused by name (docs/formats.md, What is read)."""
+"""Adapter variants and initialisations that are refused by name (docs/formats.md, What is refused)."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ import copy
 import warnings
 
 import peft
+import peft_models
 import pytest
 import torch
 from torch import nn
@@ -137,3 +138,40 @@ def test_what_peft_saves_again_still_has_scale_one(trained, tmp_path):
     again = open_adapter(saved(loaded(base, tmp_path / "out"), tmp_path / "again"))
     assert {spec.scale for spec in again.modules.values()} == {1.0}
     assert again.warnings == ()
+
+
+def kind_delta(pair, shape):
+    """s B A of a pair in the shape of its layer's weight."""
+    update = pair.scale * (pair.B.double() @ pair.A.double())
+    return update.t() if pair.kind == "embedding" else update.reshape(shape)
+
+
+@pytest.mark.parametrize("case", ["both and rslora", "tied head, rslora", "embedding and head"])
+def test_our_update_is_pefts_own_delta_for_every_kind(case, tmp_path):
+    model, _ = peft_models.trained(case)
+    adapter = open_adapter(saved(model, tmp_path / "c"))
+    judged = set()
+    for name, layer in model.base_model.model.named_modules():
+        if not hasattr(layer, "get_delta_weight"):
+            continue
+        embedding = adapter.modules.get("model.embed_tokens")
+        tied = embedding is not None and embedding.form.tied == name
+        delta = layer.get_delta_weight("default").detach().double()
+        delta = delta.t() if getattr(layer, "fan_in_fan_out", False) else delta
+        ours = kind_delta(adapter["model.embed_tokens"] if tied else adapter[name], delta.shape)
+        assert (ours - delta).norm() <= 1e-6 * delta.norm()
+        judged.add("model.embed_tokens" if tied else name)
+    assert judged == set(adapter)
+
+
+@pytest.mark.parametrize("case", ["both and rslora", "tied head", "trainable tokens"])
+@pytest.mark.parametrize("fill", [None, "zero", "random"])
+def test_peft_loads_every_kind_that_we_write_with_the_same_logits(case, fill, tmp_path):
+    model, base = peft_models.trained(case)
+    open_adapter(saved(model, tmp_path / "c")).save(tmp_path / "out")
+    if fill is not None:
+        pad_to_uniform(tmp_path / "out", 6, fill, seed=3)
+    before, after = peft_models.loaded(base, tmp_path / "c"), peft_models.loaded(base, tmp_path / "out")
+    assert peft_models.same_logits(before, after)
+    again = open_adapter(saved(after, tmp_path / "again"))
+    assert {spec.scale for spec in again.modules.values()} == {1.0}
