@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedlora_kernels.adapters.flat import interleaved
 from fedlora_kernels.adapters.keys import PREFIX
 from fedlora_kernels.adapters.model import ModuleSpec
 
@@ -19,6 +20,7 @@ __all__ = [
     "factor_keys",
     "pattern_ranks",
     "spelled",
+    "stored_pieces",
     "stored_shapes",
     "stored_tensors",
     "target_ranks",
@@ -28,6 +30,8 @@ __all__ = [
 
 NamedPair = tuple[str, Tensor, Tensor]
 """A module's name, its B (m, p) and its A (p, n), scale in the factors."""
+Pieces = tuple[str, tuple[int, ...], Iterable[Tensor]]
+"""A tensor's key, its shape, and its numbers in pieces of any shape."""
 Pad = Callable[[NamedPair, int], NamedPair]
 """Brings a pair to a larger rank without changing its product."""
 
@@ -67,23 +71,29 @@ def written_numbers(module: ModuleSpec) -> int:
     return sum(math.prod(shape) for shape in stored_shapes(module, 1).values()) // module.form.parts
 
 
-def stored_tensors(unit: Sequence[NamedPair], modules: Mapping[str, ModuleSpec]) -> Iterator[tuple[str, Tensor]]:
-    """Keys and tensors of a PEFT file for pairs that `Units` gave back together."""
-    flat: dict[str, list[NamedPair]] = {}
+def stored_pieces(unit: Sequence[NamedPair], modules: Mapping[str, ModuleSpec]) -> Iterator[Pieces]:
+    """Tensors of a PEFT file for pairs that `Units` gave back together, flat ones in pieces."""
+    paths: dict[str, list[NamedPair]] = {}
     for pair in unit:
-        flat.setdefault(modules[pair[0]].form.path, []).append(pair)
-    for parts in flat.values():
-        module = modules[parts[0][0]]
-        if len(parts) > 1:
-            parts.sort(key=lambda pair: modules[pair[0]].form.part)
-            B, A = torch.stack([pair[1] for pair in parts]).permute(1, 2, 0), torch.stack([pair[2] for pair in parts])
-            rank = A.shape[1]
-        else:
-            _, B, A = parts[0]
-            rank = A.shape[0]
-        heads = tuple(x.mT.clone(memory_format=torch.contiguous_format) for x in (B, A)) if module.form.tied else ()
-        for (key, shape), tensor in zip(stored_shapes(module, rank).items(), (A, B, *heads), strict=True):
-            yield key, tensor.reshape(shape)
+        paths.setdefault(modules[pair[0]].form.path, []).append(pair)
+    for pairs in paths.values():
+        pairs.sort(key=lambda pair: modules[pair[0]].form.part)
+        module, (_, B, A) = modules[pairs[0][0]], pairs[0]
+        shapes = stored_shapes(module, A.shape[0]).items()
+        factors: list[Iterable[Tensor]] = [[A], [B]]
+        if len(pairs) > 1:
+            factors = [[A for _, _, A in pairs], interleaved([B for _, B, _ in pairs])]
+        if module.form.tied:
+            factors += [[x.mT.clone(memory_format=torch.contiguous_format)] for x in (B, A)]
+        for (key, shape), pieces in zip(shapes, factors, strict=True):
+            yield key, shape, pieces
+
+
+def stored_tensors(unit: Sequence[NamedPair], modules: Mapping[str, ModuleSpec]) -> Iterator[tuple[str, Tensor]]:
+    """The same as whole tensors."""
+    for key, shape, pieces in stored_pieces(unit, modules):
+        whole = list(pieces)
+        yield key, (whole[0] if len(whole) == 1 else torch.cat([piece.reshape(-1) for piece in whole])).reshape(shape)
 
 
 class Units:

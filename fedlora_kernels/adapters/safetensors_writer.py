@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -92,24 +93,35 @@ class SafetensorsWriter:
 
     def add(self, key: str, tensor: Tensor) -> None:
         """Append a tensor. It must be announced in ``entries``, of that dtype and of no larger shape, and come once."""
+        self.add_pieces(key, tuple(tensor.shape), [tensor])
+
+    def add_pieces(self, key: str, shape: tuple[int, ...], pieces: Iterable[Tensor]) -> None:
+        """Append a tensor as `add` does, its numbers in pieces of any shape."""
         dtype, bound = self._entries[key]
-        shape = tuple(tensor.shape)
         fits = len(shape) == len(bound) and all(size <= limit for size, limit in zip(shape, bound, strict=True))
-        if key in self._written or tensor.dtype != dtype or not fits:
-            raise ValueError(
-                f"{key}: {tensor.dtype} {shape} does not fit the announced {dtype} {bound}, or came before"
-            )
-        data = tensor.detach().to("cpu").contiguous().reshape(-1)
-        size = data.numel() * dtype.itemsize
-        if size:
-            content = data.view(torch.uint8).numpy().data
-            with disc_errors(self.path):
-                _write_all(self._fd, content)
-            if self._checksum is not None:
-                self._checksum = zlib.crc32(content, self._checksum)
+        if key in self._written or not fits:
+            raise ValueError(f"{key}: {shape} does not fit the announced {bound}, or came before")
+        size = 0
+        for piece in pieces:
+            if piece.dtype != dtype:
+                raise ValueError(f"{key}: {piece.dtype} does not fit the announced {dtype}")
+            size += self._write(piece)
+        if size != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{key}: {size} bytes in all; {math.prod(shape) * dtype.itemsize} needed for {shape}")
         self._written[key] = _entry(dtype, shape, self._position, self._position + size)
         self._position += size
         self._writeback.reached(8 + self._reserved + self._position)
+
+    def _write(self, tensor: Tensor) -> int:
+        data = tensor.detach().to("cpu").contiguous().reshape(-1)
+        if not data.numel():
+            return 0
+        content = data.view(torch.uint8).numpy().data
+        with disc_errors(self.path):
+            _write_all(self._fd, content)
+        if self._checksum is not None:
+            self._checksum = zlib.crc32(content, self._checksum)
+        return len(content)
 
     def close(self, metadata: Mapping[str, str] | None = None) -> None:
         """Fill in the header, make it durable and close. Idempotent."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedlora_kernels._version import __version__
 from fedlora_kernels.adapters.config import peft_config
 from fedlora_kernels.adapters.folder import OutputFolder
-from fedlora_kernels.adapters.forms import NamedPair, Pad, Units, stored_shapes, stored_tensors
+from fedlora_kernels.adapters.forms import NamedPair, Pad, Units, stored_pieces, stored_shapes
 from fedlora_kernels.adapters.inits import KEEPS_ALPHA, kept_init
 from fedlora_kernels.adapters.keys import PREFIX
 from fedlora_kernels.adapters.kohya import ALPHA, DIFFUSERS
@@ -113,8 +113,8 @@ class PeftFileWriter(SafetensorsWriter):
         return entries
 
     def _append(self, unit: list[NamedPair]) -> None:
-        for key, tensor in stored_tensors(unit, self._modules):
-            self.add(key, tensor)
+        for key, shape, pieces in stored_pieces(unit, self._modules):
+            self.add_pieces(key, shape, pieces)
 
 
 class KohyaFileWriter(PeftFileWriter):

@@ -50,7 +50,7 @@ def adapter(request, tmp_path):
 @pytest.mark.parametrize(("start", "stop"), [(0, 5), (0, 1), (2, 4), (4, 5)])
 @pytest.mark.parametrize("piece", [1, 61, 200, 1 << 20])
 def test_a_run_of_experts_is_read_number_for_number(adapter, monkeypatch, start, stop, piece):
-    monkeypatch.setattr(flat, "PIECE", piece)
+    monkeypatch.setattr(flat, "READ", piece)
     names = [f"{PATH}[{e}]" for e in range(start, stop)]
     B = torch.full((len(names), M, RANK), torch.nan, dtype=torch.bfloat16)
     A = torch.full((len(names), RANK, N), torch.nan, dtype=torch.bfloat16)
@@ -103,3 +103,13 @@ def test_rows_must_fit_the_tensor(tmp_path):
     ):
         with pytest.raises(ValueError, match="contiguous rows"):
             adapter.source.read_rows(key, start, out)
+
+
+@pytest.mark.parametrize("written", [1, 50, 1 << 20])
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_is_interleaved_has_the_number_of_the_pair_fastest(monkeypatch, written, count):
+    monkeypatch.setattr(flat, "WRITTEN", written)
+    Bs = [torch.randn(M, RANK + 1)[:, :RANK] for _ in range(count)]
+    whole = torch.cat([piece.reshape(-1) for piece in flat.interleaved(Bs)]).reshape(M, RANK * count)
+    for e, B in enumerate(Bs):
+        assert torch.equal(whole[:, e::count], B)

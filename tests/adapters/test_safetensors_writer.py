@@ -105,3 +105,20 @@ def test_an_existing_file_is_never_written_over(tmp_path):
     with pytest.raises(RunError, match="File exists"):
         SafetensorsWriter(tmp_path / "x", {})
     assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_a_tensor_in_pieces_is_the_same_file(tmp_path):
+    whole = torch.randn(5, 6)
+    for name, pieces in (("one", [whole]), ("many", [whole[:2], whole[2:].reshape(-1), torch.empty(0)])):
+        with SafetensorsWriter(tmp_path / name, {"x": (torch.float32, (9, 9))}) as file:
+            file.add_pieces("x", (5, 6), iter(pieces))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
+
+
+@pytest.mark.parametrize("pieces", [[torch.zeros(29)], [torch.zeros(31)], [torch.zeros(30, dtype=torch.float64)], []])
+def test_pieces_that_do_not_add_up_are_refused(tmp_path, pieces):
+    with (
+        pytest.raises(ValueError, match="x: "),
+        SafetensorsWriter(tmp_path / "f", {"x": (torch.float32, (9, 9))}) as file,
+    ):
+        file.add_pieces("x", (5, 6), pieces)
