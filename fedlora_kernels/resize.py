@@ -32,6 +32,9 @@ from fedlora_kernels.methods.florist import DEFAULT_RULE
 
 __all__ = ["resize", "resize_all", "summary"]
 
+ALONE = ("clients", "cancellation", "broadcast_rank", "efficiency")
+"""Totals that say nothing of a single adapter."""
+
 
 def resize(
     adapter: Any,
@@ -165,11 +168,7 @@ def summary(results: Mapping[str, Result]) -> dict[str, Any]:
                 "rule": report["method"]["rule"],
                 "dtype": report["dtype"],
                 "bytes_in": client["bytes"],
-                **{
-                    key: value
-                    for key, value in totals.items()
-                    if key not in ("clients", "broadcast_rank", "efficiency")
-                },
+                **{key: value for key, value in totals.items() if key not in ALONE},
                 "warnings": report["warnings"],
                 "notes": report["notes"],
             }

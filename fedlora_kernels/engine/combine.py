@@ -21,6 +21,7 @@ from fedlora_kernels.engine.sums import Summing
 from fedlora_kernels.engine.walk import Summed, Walk
 from fedlora_kernels.errors import ConvergenceError, OutputOverflowError, RunError
 from fedlora_kernels.methods.contract import Group, Method, Outcome, Pair, Previous
+from fedlora_kernels.methods.factors import client_squares
 
 __all__ = ["combine"]
 
@@ -96,7 +97,17 @@ def _made(walk: Walk, group: Group, outcome: Outcome) -> tuple[list[ModuleOutput
     """What the modules of a group leave, and their rows of the report."""
     made = [_module(name, i, outcome) for i, name in enumerate(group.modules)]
     trained = [walk.cohort.ranks[walk.cohort.index[name]] for name in group.modules]
-    return made, module_rows(group.modules, group.kind, group.m, group.n, trained, outcome)
+    return made, module_rows(
+        group.modules, group.kind, group.m, group.n, trained, outcome, _contributions(walk, group, outcome)
+    )
+
+
+def _contributions(walk: Walk, group: Group, outcome: Outcome) -> Tensor | None:
+    """What each client adds to the sum, ``|w_k| |D_k|_F`` (N, K), where weights are taken as they are: they may cancel."""
+    if walk.settings.normalize or outcome.spectrum is None:
+        return None
+    with walk.timed("compute"):
+        return group.weight.abs() * client_squares(group).clamp(min=0.0).sqrt()
 
 
 def _check_given(method: Method, outcome: Outcome) -> None:

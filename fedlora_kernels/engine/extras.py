@@ -13,7 +13,7 @@ from fedlora_kernels.engine.clients import Client
 from fedlora_kernels.engine.faults import nonfinite
 from fedlora_kernels.errors import FedLoRAError, InputError, NonFiniteError, OutputOverflowError, WeightError
 
-__all__ = ["combine_extra", "own_extra", "scan_extras"]
+__all__ = ["check_mean", "combine_extra", "own_extra", "scan_extras"]
 
 
 def combine_extra(
@@ -44,15 +44,12 @@ def combine_extra(
     share = math.fsum(weights[k] for k in owners)
     whole = math.fsum(weights)
     if scales is None:
-        if abs(whole - 1.0) > 1e-9:
-            raise InputError(
-                f"tensor {printable(name)!r}: the weights sum to {whole:g}, and a mean of values needs 1. "
-                "Use normalize=True, or extras='first'"
-            )
+        check_mean(name, weights)
         whole = 1.0
-    if share == 0.0:
+    complete = len(owners) == len(clients) or missing == "zero"
+    if share == 0.0 and not (scales is not None and complete):
         raise WeightError(f"tensor {printable(name)!r}: the weights of its owners sum to 0; a positive sum needed")
-    rescale = 1.0 if scales is not None and missing == "zero" else whole / share
+    rescale = 1.0 if scales is not None and complete else whole / share
     total: Tensor | None = None
     for k in owners:
         factor = weights[k] * rescale * (1.0 if scales is None else scales[k])
@@ -60,6 +57,16 @@ def combine_extra(
         total = value if total is None else total.add_(value)
     assert total is not None
     return _cast(name, total, dtype), "mean" if scales is None else "sum"
+
+
+def check_mean(name: str, weights: Sequence[float]) -> None:
+    """Raise InputError where the weights of a mean of absolute values do not sum to 1."""
+    whole = math.fsum(weights)
+    if abs(whole - 1.0) > 1e-9:
+        raise InputError(
+            f"tensor {printable(name)!r}: the weights sum to {whole:g}, and a mean of values needs 1. "
+            "Use normalize=True, or extras='first'"
+        )
 
 
 def own_extra(name: str, client: Client, scale: float | None, dtype: torch.dtype) -> Tensor:

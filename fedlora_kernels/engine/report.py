@@ -24,10 +24,20 @@ def number(value: float | Tensor) -> float | None:
 
 
 def module_rows(
-    modules: Sequence[str], kind: str, m: int, n: int, ranks: Sequence[Sequence[int]], outcome: Outcome
+    modules: Sequence[str],
+    kind: str,
+    m: int,
+    n: int,
+    ranks: Sequence[Sequence[int]],
+    outcome: Outcome,
+    contributions: Tensor | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of a group: ``ranks[i]`` are what the clients trained in module i, 0 where one lacks it."""
+    """Rows of a group: ``ranks[i]`` are what the clients trained in module i, 0 where one lacks it.
+
+    ``contributions`` (N, K) is the norm that each client adds, None where that was not looked at.
+    """
     columns = {"rank": _ranks(outcome).tolist(), **_columns(outcome, len(modules))}
+    parts = [None] * len(modules) if contributions is None else [_numbers(own) for own in contributions]
     return [
         {
             "name": name,
@@ -37,9 +47,19 @@ def module_rows(
             "ranks": list(ranks[i]),
             "stacked_rank": sum(ranks[i]),
             **{key: values[i] for key, values in columns.items()},
+            "contributions": parts[i],
+            "cancellation": _cancellation(columns["energy"][i], parts[i]),
         }
         for i, name in enumerate(modules)
     ]
+
+
+def _cancellation(energy: float | None, contributions: Sequence[float | None] | None) -> float | None:
+    """``|D|^2 / (sum_k |w_k| |D_k|)^2``: 1 where all agree, 0 where nothing is left; None where that is not known or all is zero."""
+    if energy is None or contributions is None or any(size is None for size in contributions):
+        return None
+    whole = math.fsum(size for size in contributions if size is not None)
+    return min(1.0, (math.sqrt(energy) / whole) ** 2) if whole > 0.0 else None
 
 
 def _columns(outcome: Outcome, count: int) -> dict[str, list[Any]]:
@@ -136,7 +156,16 @@ def totals(rows: Iterable[Mapping[str, Any]], clients: int, parameters: int, nby
         "energy_kept": None if any(row["energy_kept"] is None for row in rows) else _kept(error),
         "error": error,
         "error_bound": _overall(rows, "error_bound"),
+        "cancellation": _overall_cancellation(rows),
     }
+
+
+def _overall_cancellation(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The cancellation of the whole model: norms of clients over all modules."""
+    if any(row["energy"] is None or row["contributions"] is None or None in row["contributions"] for row in rows):
+        return None
+    sizes = [math.hypot(*column) for column in zip(*(row["contributions"] for row in rows), strict=True)]
+    return _cancellation(math.fsum(row["energy"] for row in rows), sizes)
 
 
 def certificates(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from fedlora_kernels.engine.clients import PRESENT, Client, check_unchanged
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.combine import combine
 from fedlora_kernels.engine.delivery import Delivered, Delivery, ModuleOutput
-from fedlora_kernels.engine.extras import combine_extra, own_extra
+from fedlora_kernels.engine.extras import check_mean, combine_extra, own_extra
 from fedlora_kernels.engine.journal import Journal
 from fedlora_kernels.engine.policy import admit, blame, check_kept, check_ranks, clip, common_ground, drop
 from fedlora_kernels.engine.report import SCHEMA, certificates, efficiency, number, totals
@@ -38,6 +39,9 @@ from fedlora_kernels.methods.contract import Method
 from fedlora_kernels.methods.robust import RobustRule
 
 __all__ = ["Run"]
+
+CANCELLED = 1e-6
+"""Cancellation from which on a module is named."""
 
 
 class Run:
@@ -87,6 +91,7 @@ class Run:
     ) -> tuple[Delivered, dict[str, Any]]:
         settings = self.settings
         plan = self._decide()
+        self._check_means()
         walk, method = self.walk, settings.method
         delivery = self._delivery(folder, journal)
         try:
@@ -142,6 +147,14 @@ class Run:
             there, every = sum(map(len, done)), len(self.walk.cohort.modules)
             self.notes.append(f"resumed: {there} of {every} modules were there from a run that was ended")
         return done
+
+    def _check_means(self) -> None:
+        """Refuse weights that a mean of absolute values cannot have before the factors are combined, not after."""
+        if self.settings.method.own_extras or self.settings.read.extras == "first":
+            return
+        for name, spec in self.check.extras.items():
+            if spec.rule != "lora_bias":
+                check_mean(name, self.walk.cohort.weights)
 
     def _cohort(self) -> Cohort:
         settings = self.settings
@@ -351,6 +364,12 @@ class Run:
         if far:
             notes.append(
                 f"farther from the weighted sum than nothing at all: {len(far)} modules, {printable(far[0])!r} first"
+            )
+        gone = [row["name"] for row in rows if row["cancellation"] is not None and row["cancellation"] < CANCELLED]
+        if gone:
+            notes.append(
+                f"updates cancel to less than {math.sqrt(CANCELLED):g} of what they add up to in {len(gone)} modules, "
+                f"{printable(gone[0])!r} first: what is left is as good as the last digits of the adapters"
             )
         small = [row["name"] for row in rows if row["rank"] == 0 and Note.ZERO.name not in row["notes"]]
         if small:

@@ -41,14 +41,16 @@ def svd_outcome(group: Group, svd: Any, output: str) -> Outcome:
         right = right.clone()
         right[zero.to(right.device), 0, 0] = 1.0
     certificate = svd.certificate
-    S, energy = svd.S.cpu(), svd.energy.cpu()
+    # what cancels down to the noise floor is zero, and so is all that is said of it: relative to noise nothing means anything
+    S, energy = svd.S.cpu(), svd.energy.cpu().where(~zero, 0.0)
     rounding = svd_rounding(S, group.m, group.n, group.dtype, output)
+    bound = svd.error_bound.cpu() + rounding / energy.sqrt()
     return Outcome(
         B=svd.left,
         A=right,
         rank=torch.where(zero, torch.ones_like(rank), rank),
-        error=svd.error.cpu(),
-        error_bound=svd.error_bound.cpu() + torch.where(zero, 0.0, rounding / energy.sqrt()),
+        error=svd.error.cpu().where(~zero, 0.0),
+        error_bound=bound.where(~zero, 0.0),
         notes=svd.notes.cpu() | (zero * int(Note.ZERO)).to(svd.notes.dtype),
         info=info,
         spectrum=Spectrum(

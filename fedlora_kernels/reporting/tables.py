@@ -124,6 +124,7 @@ def _totals(report: Mapping[str, Any], out: str) -> Table:
         "rank": f"{totals['rank_in']} in, {totals['rank']} out (sums over modules)",
         "size": f"{totals['parameters']} parameters, {size(totals['bytes'])}",
         "error": _error(totals),
+        **({} if totals["cancellation"] is None else {"cancellation": _cancelled(totals["cancellation"])}),
         "backend": f"{_joined(backend['used'])} on {backend['device']}" if backend["used"] else "none needed",
         "seconds": ", ".join(f"{stage} {number(spent)}" for stage, spent in seconds.items()),
     }
@@ -134,6 +135,13 @@ def _totals(report: Mapping[str, Any], out: str) -> Table:
             text("fallback", "bold"), text(f"{fallback['op']}: not {fallback['backend']}, {fallback['reason']}")
         )
     return grid
+
+
+def _cancelled(cancellation: float) -> str:
+    left = math.sqrt(cancellation)
+    return (
+        f"{number(cancellation)} (1: all agree, 0: nothing left); |D|_F is {number(left)} of what the updates add up to"
+    )
 
 
 def _error(totals: Mapping[str, Any]) -> str:
