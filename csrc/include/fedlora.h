@@ -210,6 +210,29 @@ FEDLORA_API int fedlora_polar(const fedlora_block *M, const fedlora_block *size,
                               const fedlora_block *rotations, int64_t groups, int64_t special, double blend, void *workspace,
                               int64_t workspace_bytes, int64_t threads, void *stream);
 
+/* Bytes of scratch that fedlora_read_turned needs for these matrices with so many threads. */
+FEDLORA_API int fedlora_read_turned_workspace(const fedlora_range *X, const fedlora_range *reference, int64_t side, int64_t count,
+                                              const fedlora_block *sum, int64_t threads, int64_t *bytes);
+
+/* Means of pairs that lie in files, turned towards a reference: sum_k w_k B_k Q_k and sum_k w'_k Q_k^T A_k, with Q_k the rotation of
+ * B_k^T B_ref (side 0) or A_k A_ref^T (side 1), for every matrix of a batch, bit for bit as fedlora_cross_products, fedlora_polar
+ * and fedlora_mixed_sum have them.
+ *
+ *   X         count ranges m x r of each matrix, B; then count ranges r x n of each, A; any float dtype
+ *   reference one range of each matrix, as the factor on that side
+ *   weights   two: batch x count float64 (batch 1) for B, and for A; what has weight 0 counts for the rotation only
+ *   sum       two: m x r and r x n by rows without gaps, any float dtype
+ *   norm, rounding, info, notes  two each, as for fedlora_weighted_sum
+ *   plain     batch int32: 1 where all rotations are the identity, or one is in trouble; sums and what is said of them are undefined
+ *
+ * unit, special and blend as for fedlora_polar.
+ */
+FEDLORA_API int fedlora_read_turned(const fedlora_range *X, const fedlora_range *reference, int64_t side, int64_t count,
+                                    const fedlora_block *weights, const fedlora_block *sum, const fedlora_block *norm,
+                                    const fedlora_block *rounding, const fedlora_block *info, const fedlora_block *notes, double unit,
+                                    int64_t special, double blend, int32_t *plain, void *workspace, int64_t workspace_bytes,
+                                    int64_t threads, void *stream);
+
 /* Bytes of scratch that fedlora_turned needs for these groups with so many threads. */
 FEDLORA_API int fedlora_turned_workspace(const fedlora_block *X, const fedlora_block *Q, const fedlora_block *out, int64_t groups,
                                          int64_t threads, int64_t *bytes);

@@ -12,14 +12,17 @@ from fedlora_kernels import backends
 from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.safetensors import SafetensorsFile
 from fedlora_kernels.adapters.shards import ShardedFile
+from fedlora_kernels.backends.contract import RawSum
 from fedlora_kernels.backends.cpu import CpuBackend
 from fedlora_kernels.backends.cpu.library import DTYPE_CODE
 from fedlora_kernels.backends.cpu.ranges import Ranges
+from fedlora_kernels.backends.cpu.svd import LARGEST
+from fedlora_kernels.backends.cpu.threads import thread_count
 from fedlora_kernels.engine.slabs import Plan
 from fedlora_kernels.engine.walk import Summed, Walk
 from fedlora_kernels.linalg import WeightedSum
 from fedlora_kernels.methods.common import holders, leaders
-from fedlora_kernels.methods.contract import Group, Method
+from fedlora_kernels.methods.contract import Group, Method, Sums, Turn
 from fedlora_kernels.methods.factors import unmeasured
 
 __all__ = ["Summing"]
@@ -51,16 +54,43 @@ class Summing:
         sums = self._walk.settings.method.sums(group, self._plan)
         if sums is None:
             return None
-        rank = max(group.ranks)
-        raws = self._backend.read_sum(
-            [(self._ranges(plan, live, letter), getattr(sums, letter)[:, live]) for letter in "BA"],
-            [(plan.m, rank), (rank, plan.n)],
-            group.dtype,
+        raws = (
+            self._sum(plan, group, live, sums) if sums.turn is None else self._turn(plan, group, live, sums, sums.turn)
         )
         if raws is None or any(bool(raw.info.any()) for raw in raws):
             return None
         B, A = (WeightedSum(*raw) for raw in raws)
         return Summed(plan, group, unmeasured(group, B, A))
+
+    def _sum(self, plan: Plan, group: Group, live: Sequence[int], sums: Sums) -> Sequence[RawSum] | None:
+        rank = max(group.ranks)
+        factors = [(self._ranges(plan, live, letter), getattr(sums, letter)[:, live]) for letter in "BA"]
+        return self._backend.read_sum(factors, [(plan.m, rank), (rank, plan.n)], group.dtype)
+
+    def _turn(self, plan: Plan, group: Group, live: Sequence[int], sums: Sums, turn: Turn) -> Sequence[RawSum] | None:
+        """The sums of turned pairs; None where the previous pair is not as plain as the clients', or some module lacks a client."""
+        last = len(self._walk.sources) - 1
+        previous, rank = self._walk.sources[last], max(group.ranks)
+        keep = [k for k in live if bool((group.weight[:, k] != 0.0).any())]
+        if last < len(group.ranks) or not keep or not bool((group.weight[:, keep] != 0.0).all()):
+            return None
+        if plan.ranks[last] != rank or not _readable(previous, plan, last) or rank > LARGEST:
+            return None
+        if any(previous.modules[name].scale != 1.0 for name in plan.modules):
+            return None
+        dtypes = [plan.dtypes[2 * k + (turn.side == "A")] for k in keep]
+        held = len(keep) * rank * max(plan.m, plan.n) * 8 * thread_count()
+        if len(set(dtypes)) > 1 or held > self._walk.settings.memory // 4:
+            return None
+        return self._backend.read_turned(
+            (self._ranges(plan, keep, "B"), self._ranges(plan, keep, "A")),
+            (sums.B[:, keep], sums.A[:, keep]),
+            self._ranges(plan, [last], turn.side),
+            turn.side,
+            turn.special,
+            turn.blend,
+            group.dtype,
+        )
 
     def _same_frozen(self, plan: Plan, group: Group) -> bool:
         """Whether the frozen factor, if there is one, is the same in all clients, as far as a look at stored bytes shows."""
@@ -82,7 +112,7 @@ class Summing:
         """Where the factors of these clients lie."""
         files = []
         for k in clients:
-            adapter = self._walk.cohort.adapters[k]
+            adapter = self._walk.sources[k]
             source = adapter.source
             assert isinstance(source, SafetensorsFile | ShardedFile)
             files.append([source.place(getattr(adapter.modules[name], letter).key) for name in plan.modules])
@@ -92,8 +122,9 @@ class Summing:
 
 def _readable(adapter: Adapter, plan: Plan, k: int) -> bool:
     """Whether the pairs of client k lie in files as they are, in dtypes that the kernels read."""
-    plain = isinstance(adapter.source, SafetensorsFile | ShardedFile) and adapter.modules[plan.modules[0]].whole
-    return plain and all(_is_float(dtype) for dtype in plan.dtypes[2 * k : 2 * k + 2])
+    in_files = isinstance(adapter.source, SafetensorsFile | ShardedFile)
+    whole = all(adapter.modules[name].whole for name in plan.modules)
+    return in_files and whole and all(_is_float(dtype) for dtype in plan.dtypes[2 * k : 2 * k + 2])
 
 
 def _is_float(dtype: torch.dtype) -> bool:

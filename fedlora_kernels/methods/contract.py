@@ -12,7 +12,7 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ __all__ = [
     "Spectrum",
     "Sums",
     "Survey",
+    "Turn",
     "make_method",
     "method_class",
     "method_names",
@@ -171,15 +172,25 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A rotation of every client's pair: its factor ``side`` towards that of the previous pair, as `procrustes_rotation` does."""
+
+    side: Literal["B", "A"]
+    special: bool
+    blend: float
+
+
+@dataclass(frozen=True)
 class Sums:
     """A pair that is no more than two sums of the clients' factors, padded to the largest rank of the group.
 
     ``B`` and ``A`` are the coefficients (N, K), host float64: ``sum_k B[:, k] B_k`` and ``sum_k A[:, k] A_k``. What has coefficient
-    0 does not enter.
+    0 does not enter. With a ``turn``, all clients have one rank, and the pairs are turned first.
     """
 
     B: Tensor
     A: Tensor
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from torch import Tensor
 from fedlora_kernels.backends.contract import U64, Info
 from fedlora_kernels.errors import InputError, MismatchError
 from fedlora_kernels.linalg import Ragged, WeightedSum, mixed_sum, procrustes_rotation
-from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, register
+from fedlora_kernels.methods.contract import Group, Method, Outcome, Previous, Sums, Turn, register
 from fedlora_kernels.methods.factors import (
     drift,
     joined,
     mean_outcome,
+    mean_sums,
     norms,
     require_equal_ranks,
     share,
@@ -78,10 +79,8 @@ class FedRot(Method):
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group. MismatchError where ranks differ, or the previous pair has another."""
         require_equal_ranks(group, self.name)
-        uniform = torch.full((len(group.B),), 1.0 / max(1, len(group.B)), dtype=torch.float64)
-        weight = uniform if self.weights == "uniform" else None
-        rank = max(group.ranks, default=0)
-        if group.round == 0 or self.lam == 0.0 or rank == 0 or (rank == 1 and self.group == "SO"):
+        weight = self._weight(group)
+        if not self._turns(group):
             return mean_outcome(group, weight)
         keep = [k for k, owned in enumerate(group.ranks) if owned > 0 and bool((group.weight[:, k] != 0.0).any())]
         turns, info = self._rotations(group, keep, _reference(group, previous, self.aligned_factor(group.round)))
@@ -94,7 +93,28 @@ class FedRot(Method):
         assert outcome.info is not None
         return dataclasses.replace(outcome, info=outcome.info | info)
 
-    def aligned_factor(self, round: int) -> str:  # noqa: A002
+    def sums(self, group: Group, plan: Any) -> Sums | None:
+        """The means of the turned pairs. MismatchError where ranks differ."""
+        require_equal_ranks(group, self.name)
+        plain = mean_sums(group, self._weight(group))
+        if not self._turns(group):
+            return plain
+        side = self.aligned_factor(group.round)
+        if side == "B" and not bool((group.scale[group.weight != 0.0] > 0.0).all()):
+            return None  # the reference has another sign for some
+        return dataclasses.replace(plain, turn=Turn(side, special=self.group == "SO", blend=self.lam))
+
+    def _weight(self, group: Group) -> Tensor | None:
+        """Weights (K,) in place of the group's, if any."""
+        count = len(group.B)
+        return torch.full((count,), 1.0 / max(1, count), dtype=torch.float64) if self.weights == "uniform" else None
+
+    def _turns(self, group: Group) -> bool:
+        """Whether there is anything to turn to, and by."""
+        rank = max(group.ranks, default=0)
+        return not (group.round == 0 or self.lam == 0.0 or rank == 0 or (rank == 1 and self.group == "SO"))
+
+    def aligned_factor(self, round: int) -> Literal["A", "B"]:  # noqa: A002
         """The factor, "A" or "B", that is turned towards the reference in this round."""
         return self.first if round % 2 else ("B" if self.first == "A" else "A")
 

@@ -7,7 +7,7 @@ import torch
 
 from fedlora_kernels import backends
 from fedlora_kernels.backends.cpu.ranges import Ranges
-from fedlora_kernels.linalg import weighted_sum
+from fedlora_kernels.linalg import mixed_sum, procrustes_rotation, weighted_sum
 
 AVAILABLE, REASON = backends.status()["cpu"]
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason=f"no cpu backend: {REASON}")
@@ -153,3 +153,47 @@ def test_a_file_that_ends_early_is_like_no_other(stored, tmp_path):
     assert backends.get("cpu").read_alike([ranges])
     os.truncate(tmp_path / "file_1", 20)
     assert not backends.get("cpu").read_alike([ranges])
+
+
+def turn(stored, B, A, reference, side="A", **options):
+    """Both sums of pairs in files, and the same step by step in memory."""
+    weights = torch.tensor([[0.5, -0.25, 1.5]], dtype=torch.float64).expand(len(B[0]), -1).contiguous()
+    options = {"special": True, "blend": 0.5, **options}
+    found = backends.get("cpu").read_turned(
+        (stored(B), stored(A)), (2.0 * weights, weights), stored([reference]), side, dtype=torch.float32, **options
+    )
+    pairs = [(a.mT, reference.mT) if side == "A" else (b, reference) for b, a in zip(B, A, strict=True)]
+    turns = [procrustes_rotation(x, y, check=False, backend="cpu", **options).Q for x, y in pairs]
+    calls = {"dtype": torch.float32, "check": False, "backend": "cpu"}
+    own = [weights[:, k, None, None] for k in range(3)]
+    left = mixed_sum(B, [2.0 * w * Q for w, Q in zip(own, turns, strict=True)], **calls)
+    right = mixed_sum(A, [w * Q.mT for w, Q in zip(own, turns, strict=True)], side="left", **calls)
+    return found, (left, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize(("m", "n", "r"), [(37, 23, 4), (2049, 5000, 3), (41, 2500, 40), (7, 9, 2)])
+def test_turned_sums_have_the_bits_of_their_steps(m, n, r, side, dtype, stored, poisoned_empty):
+    B, A = ([torch.randn(3, *shape).to(dtype) for _ in range(3)] for shape in ((m, r), (r, n)))
+    reference = torch.randn(3, r, n) if side == "A" else torch.randn(3, m, r)
+    for options in ({}, {"special": False, "blend": 1.0}):
+        found, wanted = turn(stored, B, A, reference.to(dtype), side, **options)
+        for raw, each in zip(found, wanted, strict=True):
+            same(raw, each)
+
+
+def test_turned_sums_that_cannot_be_read_or_where_nobody_turns_are_none(stored, tmp_path):
+    B, A = ([torch.randn(2, *shape) for _ in range(3)] for shape in ((37, 4), (4, 23)))
+    assert turn(stored, B, A, torch.zeros(2, 4, 23))[0] is None
+    half = torch.randn(2, 4, 23)
+    half[1] = 0.0
+    assert turn(stored, B, A, half)[0] is None
+    broken = [*A[:2], A[2].clone()]
+    broken[2][1, 2, 3] = float("nan")
+    assert turn(stored, B, broken, torch.randn(2, 4, 23))[0] is None
+    ranges = stored(B), stored(A), stored([torch.randn(2, 4, 23)])
+    os.truncate(tmp_path / f"file_{len(list(tmp_path.iterdir())) - 1}", 100)
+    weights = torch.ones(2, 3, dtype=torch.float64)
+    options = {"special": True, "blend": 0.5, "dtype": torch.float32}
+    assert backends.get("cpu").read_turned(ranges[:2], (weights, weights), ranges[2], "A", **options) is None

@@ -225,3 +225,96 @@ def test_a_file_that_is_cut_off_meanwhile_is_named(stored, monkeypatch):
     text = raised(FormatError, folders, "fedit")
     assert "client_1" in text
     assert "truncated" in text
+
+
+@pytest.fixture
+def previous(tmp_path):
+    """The pair of round 0, in a folder."""
+    aggregate(in_memory(clients((4, 4, 4), shapes=SHAPES)), "fedrot", round=0, out=tmp_path / "previous")
+    return tmp_path / "previous"
+
+
+def rotated(folders, pairs, previous, made, times=(2, 0), **options):
+    """Both ways of FedRot."""
+    options = {"measure": False, "previous": previous, **options}
+    wanted = aggregate(in_memory(pairs), "fedrot", **options)
+    assert made["summed"] == 0
+    made["read"] = 0
+    same(aggregate(folders, "fedrot", **options), wanted)
+    assert (made["summed"], made["read"]) == times
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"round": 2},
+        {"round": 2, "first": "B"},
+        {"lam": 1.0},
+        {"lam": 1.0, "group": "O"},
+        {"lam": 1.0, "group": "O", "round": 2},
+        {"lam": 0.0},
+        {"weights": [3.0, 0.0, 2.0]},
+        {"weights": [3.0, -1.0, 2.0], "normalize": False},
+        {"dtype": "float64"},
+        {"dtype": "bfloat16", "round": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stored_as", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_turned_pairs_have_the_bits_of_those_that_were_read(options, stored_as, stored, previous, made):
+    pairs = clients((4, 4, 4), dtype=stored_as)
+    rotated(stored(pairs), pairs, previous, made, **options)
+
+
+def test_rotations_and_means_of_many_rows_and_clients(stored, tmp_path, made):
+    shapes = {"layers.0.q_proj": (5001, 37), "layers.1.down_proj": (41, 4500)}
+    pairs = [client(seed=k, rank=12, alpha=9 + k, shapes=shapes) for k in range(11)]
+    aggregate(in_memory(pairs[:3]), "fedrot", round=0, out=tmp_path / "previous")
+    folders = stored(pairs)
+    for number in (1, 2):
+        made.update(summed=0, read=0)
+        rotated(folders, pairs, tmp_path / "previous", made, round=number)
+
+
+def test_who_has_nothing_to_turn_to_gets_plain_means(stored, previous, made):
+    pairs = [changed(pair, "A", torch.zeros_like) for pair in clients((4, 4, 4))]
+    rotated(
+        stored(pairs), pairs, previous, made, times=(1, 1)
+    )  # one module stands still, so those of its shape are read
+
+
+def test_turned_pairs_that_a_client_lacks(stored, previous, made):
+    pairs = clients((4, 4, 4))
+    pairs[1] = without(pairs[1], FIRST)
+    options = {"read": ReadOptions(missing="zero"), "weights": [1.0, 2.0, 3.0]}
+    rotated(stored(pairs), pairs, previous, made, times=(3, 0), **options)
+
+
+@pytest.mark.parametrize("why", ["scale", "dtypes", "memory"])
+def test_pairs_that_are_not_alike_are_read(why, stored, previous, made):
+    pairs, options = clients((4, 4, 4)), {}
+    if why == "scale":
+        pairs[1][1]["lora_alpha"] = -8
+        options = {"round": 2}
+    if why == "dtypes":
+        pairs[1] = client(seed=1, rank=4, alpha=9, dtype=torch.bfloat16)
+    if why == "memory":
+        options = {"memory": 1}
+    rotated(stored(pairs), pairs, previous, made, times=(0, 4 if why == "memory" else 2), **options)
+
+
+def test_trouble_of_turned_pairs_is_named_as_ever(stored, previous):
+    pairs = clients((4, 4, 4))
+    for letter in "AB":
+        bad = list(pairs)
+        bad[1] = changed(bad[1], letter, poison())
+        text = raised(NonFiniteError, stored(bad), "fedrot", previous=previous)
+        assert text == raised(NonFiniteError, in_memory(bad), "fedrot", previous=previous)
+        assert "client_1" in text
+
+
+def test_a_previous_pair_of_another_rank_is_refused_as_ever(stored, previous):
+    pairs = clients((3, 3, 3))
+    text = raised(MismatchError, stored(pairs), "fedrot", previous=previous)
+    assert text == raised(MismatchError, in_memory(pairs), "fedrot", previous=previous)

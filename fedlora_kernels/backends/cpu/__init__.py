@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -101,6 +102,19 @@ class CpuBackend:
     ) -> list[RawSum] | None:
         """Weighted sums of matrices in files; see `backends.cpu.ranges.read_sum`."""
         return ranges.read_sum(self.library, groups, shapes, dtype)
+
+    def read_turned(
+        self,
+        factors: tuple[ranges.Ranges, ranges.Ranges],
+        weights: tuple[Tensor, Tensor],
+        reference: ranges.Ranges,
+        side: Literal["B", "A"],
+        special: bool,
+        blend: float,
+        dtype: torch.dtype,
+    ) -> tuple[RawSum, RawSum] | None:
+        """Sums of rotated pairs in files; see `backends.cpu.ranges.read_turned`."""
+        return ranges.read_turned(self.library, factors, weights, reference, side, special, blend, dtype)
 
     def read_alike(self, matrices: Sequence[ranges.Ranges]) -> bool:
         """Whether matrices in files are the same; see `backends.cpu.ranges.read_alike`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from fedlora_kernels.backends.cpu.library import DTYPE_CODE, Library, counts, ro
 from fedlora_kernels.backends.cpu.sums import room
 from fedlora_kernels.backends.cpu.threads import thread_count
 
-__all__ = ["Ranges", "read_alike", "read_sum"]
+__all__ = ["Ranges", "read_alike", "read_sum", "read_turned"]
 
 _UNREADABLE = 5
 
@@ -60,6 +61,45 @@ def read_sum(
     )
     del memory
     if status == _UNREADABLE:
+        return None
+    library.require(op, status)
+    return results
+
+
+def read_turned(
+    library: Library,
+    factors: tuple[Ranges, Ranges],
+    weights: tuple[Tensor, Tensor],
+    reference: Ranges,
+    side: Literal["B", "A"],
+    special: bool,
+    blend: float,
+    dtype: torch.dtype,
+) -> tuple[RawSum, RawSum] | None:
+    """``sum_k w_k B_k Q_k`` and ``sum_k w'_k Q_k^T A_k`` of pairs in files, ``factors`` and ``weights`` being those of B and of A.
+
+    Q_k is the `procrustes_rotation` of the factor on this side towards its ``reference``. The bits of `mixed_sum`, but None where
+    a file cannot be read, and where in some problem nobody turns or a rotation is in trouble.
+    """
+    op = "procrustes_rotation"
+    places_B, places_A = (own.places for own in factors)
+    N, K = places_B.shape[:2]
+    (m, r), (_, n) = places_B[0, 0, 2:4].tolist(), places_A[0, 0, 2:4].tolist()
+    results = room((N, m, r), dtype), room((N, r, n), dtype)
+    places, targets = _joined(factors), reference.places.reshape(-1, 5)
+    turning = 0 if side == "B" else 1
+    tables = [table([rows(getattr(result, field)) for result in results]) for field in RawSum._fields]
+    threads, plain = thread_count(), np.zeros(N, dtype=np.int32)
+    given = places.ctypes.data, targets.ctypes.data, turning, K
+    memory, *scratch = library.workspace(op, "fedlora_read_turned_workspace", *given, tables[0], threads)
+    shares = table([w[None] for w in weights])
+    codes = {*factors[turning].places[:, :, 4].flat, *targets[:, 4].tolist()}
+    unit = max(torch.finfo(kind).eps / 2 for kind, code in DTYPE_CODE.items() if code in codes)
+    status = library.functions(op).fedlora_read_turned(
+        *given, shares, *tables, unit, int(special), blend, plain.ctypes.data, *scratch, threads, None
+    )
+    del memory
+    if status == _UNREADABLE or plain.any():
         return None
     library.require(op, status)
     return results
