@@ -200,7 +200,10 @@ def _aggregate_clients(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--policy", choices=("strict", "drop", "clip"), default="strict", help="for bad clients")
     group.add_argument(
-        "--max-update-norm", type=_norm, metavar="X|median", help="norm that --policy clip scales a client down to"
+        "--max-update-norm",
+        type=_norm,
+        metavar="X|median",
+        help="largest norm of an update: beyond it a client fails, or is scaled down with --policy clip",
     )
     group.add_argument("--min-clients", type=_positive, metavar="N", help="stop if fewer clients remain")
     group.add_argument("--min-weight", type=float, metavar="F", help="stop if less of the total weight remains")

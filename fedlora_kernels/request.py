@@ -283,8 +283,10 @@ def _rule(options: argparse.Namespace, cls: type[Method]) -> rules.RankRule | No
 
 
 def _policy(options: argparse.Namespace) -> Policy:
-    if options.max_update_norm is not None and options.policy != "clip":
-        raise InputError(f"--max-update-norm: policy {options.policy!r} clips nothing; add --policy clip")
+    if options.max_update_norm == "median" and options.policy != "clip":
+        raise InputError(
+            "--max-update-norm median: half of the clients are beyond it; add --policy clip, or give a number"
+        )
     given = {name: getattr(options, name) for name in ("max_update_norm", "min_clients", "min_weight")}
     return Policy(options.policy, **{name: value for name, value in given.items() if value is not None})
 

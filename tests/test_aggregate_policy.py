@@ -8,9 +8,9 @@ import torch
 from adapter_problems import FIRST, changed, client, clients, distance, poison, products, updates, weighted, without
 
 from fedlora_kernels.adapters.options import ReadOptions
-from fedlora_kernels.adapters.policy import Policy
+from fedlora_kernels.adapters.policy import Limits, Policy
 from fedlora_kernels.aggregate import aggregate
-from fedlora_kernels.errors import InputError, MismatchError, NonFiniteError
+from fedlora_kernels.errors import InputError, LimitError, MismatchError, NonFiniteError
 from fedlora_kernels.linalg import Ragged
 from fedlora_kernels.linalg.rules import Energy
 
@@ -308,3 +308,61 @@ def test_huge_weights_do_not_overflow_the_share_that_remains():
     with pytest.warns(UserWarning, match="dropped"):
         result = aggregate([client(0), client(1), client(2), bad], weights=[1e308] * 4, policy="drop")
     assert [row["weight"] for row in result.report["clients"]] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.0])
+
+
+@pytest.mark.parametrize("memory", [None, 4096])
+def test_a_norm_beyond_the_bound_fails_a_client_that_is_not_clipped(memory, tmp_path):
+    pairs = {**{f"c{k}": pair for k, pair in enumerate(clients())}, "loud": changed(client(8), "B", lambda B: B * 1e3)}
+    bound = 2 * max(map(norm, clients()))
+    with pytest.raises(LimitError, match=r"client 'loud': the norm of its update is [\d.e+]+; at most .*policy='clip'"):
+        aggregate(pairs, policy=Policy("strict", bound), memory=memory, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match="client 'loud' was dropped: the norm of its update"):
+        result = aggregate(pairs, rule=ALL, policy=Policy("drop", bound), memory=memory)
+    assert distance(products(result.adapter), weighted(clients())) < 1e-6
+    assert aggregate(pairs, policy=Policy("strict", 1e9), memory=memory).report["passes"] == 2
+
+
+def test_a_bound_per_module_names_the_module():
+    pairs = {"a": client(1), "b": changed(client(2), "B", lambda B: B * 1e3)}
+    with pytest.raises(LimitError, match=rf"client 'b', module '{FIRST}': the norm of its update") as caught:
+        aggregate(pairs, policy=Policy("strict", 1e3, per="module"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_median_is_a_bound_for_clipping_alone():
+    for kind in ("strict", "drop"):
+        with pytest.raises(InputError, match=f"kind 'clip' needed, not '{kind}'"):
+            Policy(kind, "median")
+
+
+def test_norms_far_from_the_others_are_noted_where_norms_are_known():
+    pairs = {f"c{k}": client(k) for k in range(6)}
+    pairs["loud"] = changed(client(8), "B", lambda B: B * 1e3)
+    result = aggregate(pairs, policy="drop")
+    (note,) = [text for text in result.report["notes"] if "the norm of its update" in text]
+    assert note.startswith("client 'loud': the norm of its update is ")
+    del pairs["loud"]
+    assert not [text for text in aggregate(pairs, policy="drop").report["notes"] if "the norm of its update" in text]
+
+
+def test_equal_content_under_other_names_is_warned_of_and_a_last_number_tells_apart():
+    pair = client(1)
+    copied = {key: value.clone() for key, value in pair[0].items()}
+    with pytest.warns(UserWarning, match="clients 'a' and 'c' have the same content; it counts twice"):
+        aggregate({"a": pair, "b": client(2), "c": (copied, pair[1])})
+    last = list(copied)[-1]
+    copied[last][-1, -1] += 1.0
+    aggregate({"a": pair, "c": (copied, pair[1])})  # no warning: warnings are errors here
+
+
+def test_clients_that_count_nothing_are_not_looked_at_for_equal_content():
+    pair = client(1)
+    aggregate({"a": pair, "b": ({key: value.clone() for key, value in pair[0].items()}, pair[1])}, weights=[1, 0])
+
+
+def test_too_many_clients_are_refused_before_one_is_opened():
+    with pytest.raises(
+        LimitError, match=r"clients is 3; at most 2. Raise it with ReadOptions\(limits=Limits\(clients=3\)\)"
+    ):
+        aggregate(["/no/a", "/no/b", "/no/c"], read=ReadOptions(limits=Limits(clients=2)))

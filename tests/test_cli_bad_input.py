@@ -283,7 +283,7 @@ def test_policy_drop_stops_below_its_limits(tmp_path, capsys):
         (["--backend", "abacus"], ["abacus", "known backends", "reference"]),
         (["--device", "tpu"], ["--device", "tpu"]),
         (["--memory", "lots"], ["--memory", "lots"]),
-        (["--max-update-norm", "3"], ["--max-update-norm", "--policy clip"]),
+        (["--max-update-norm", "median"], ["--max-update-norm", "--policy clip"]),
         (["--policy", "drop", "--min-weight", "2"], ["min_weight", "2"]),
         (["--previous", "absent"], ["--previous", "absent"]),
         (["--report", "r.html"], ["--report", "r.html", ".json"]),

@@ -48,7 +48,8 @@ class Policy:
 
     Args:
         kind: "strict" stops, "drop" leaves the client out, "clip" drops and scales updates down to a norm bound.
-        max_update_norm: bound of the Frobenius norm of an update: a number, "median" of the clients' norms, or None.
+        max_update_norm: bound of the Frobenius norm of an update: a number, or for "clip" also the "median" of the clients' norms, which
+            None means there. A client beyond it fails the check, under "clip" it is scaled down.
         per: whether norms are taken over the whole "model" or per "module".
         min_clients: fewest clients that must remain.
         min_weight: smallest share of the total weight that must remain, 0 to 1.
@@ -72,6 +73,11 @@ class Policy:
         for name, good, needed in checks:
             if not good:
                 raise InputError(f"Policy: {name} is {printable(getattr(self, name))!r}; {needed} needed")
+
+        if norm == "median" and self.kind != "clip":
+            raise InputError(
+                f"Policy: max_update_norm is 'median', beyond which half of the clients are; kind 'clip' needed, not {self.kind!r}"
+            )
 
     @property
     def measures(self) -> bool:

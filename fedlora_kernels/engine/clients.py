@@ -95,6 +95,8 @@ def open_clients(
     Raises InputError for no clients or something that is no collection of clients, WeightError for wrong weights.
     """
     named = _named(clients)
+    if len(named) > read.limits.clients:
+        raise read.limits.over("clients", len(named))
     values = _weights(weights, [name for name, _ in named], normalize)
     paths = [source for _, source in named if isinstance(source, (str, os.PathLike))]
     _allow_files(len(named), sum(map(count_files, paths)) + written * len(named))

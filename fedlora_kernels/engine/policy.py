@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,11 +18,28 @@ from fedlora_kernels.engine.clients import Client, present
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.extras import scan_extras
 from fedlora_kernels.engine.settings import Settings
-from fedlora_kernels.errors import FedLoRAError, InputError, MismatchError
+from fedlora_kernels.errors import FedLoRAError, InputError, LimitError, MismatchError
 from fedlora_kernels.methods.contract import Method
 from fedlora_kernels.methods.norm_rules import clip_factors
 
-__all__ = ["admit", "blame", "check_kept", "check_ranks", "clip", "common_ground", "drop"]
+__all__ = [
+    "admit",
+    "beyond_bound",
+    "blame",
+    "check_kept",
+    "check_ranks",
+    "clip",
+    "common_ground",
+    "drop",
+    "norm_outliers",
+]
+
+FEWEST = 4
+"""Clients of which one can stand out."""
+SIGMA = 1.4826
+"""From the median distance of a normal distribution to its standard deviation."""
+OUTLIER_SCORE = 3.5
+OUTLIER_FACTOR = 2.0
 
 
 def admit(roster: Sequence[Client], policy: Policy, read: ReadOptions) -> ClientCheck:
@@ -121,6 +139,38 @@ def blame(clients: Sequence[Client], errors: Mapping[int, FedLoRAError], extras:
     for client, extra_error in scan_extras(clients, extras):
         client.failures.append(extra_error)
     return [client for client in clients if client.failures]
+
+
+def beyond_bound(cohort: Cohort, squares: np.ndarray, policy: Policy) -> None:
+    """Charge clients whose update is beyond the bound, where the policy does not scale it down; ``squares`` is (L, K)."""
+    bound = policy.max_update_norm
+    if policy.kind == "clip" or not isinstance(bound, int | float):
+        return
+    norms = np.sqrt(squares if policy.per == "module" else squares.sum(0, keepdims=True))
+    for k, client in enumerate(cohort.clients):
+        for row in np.flatnonzero(norms[:, k] > bound).tolist():
+            where = f", module {printable(cohort.modules[row])!r}" if policy.per == "module" else ""
+            client.failures.append(
+                LimitError(
+                    f"client {printable(client.name)!r}{where}: the norm of its update is {norms[row, k]:.4g}; at most {bound:g} "
+                    "allowed by max_update_norm. Raise it, leave the client out with policy='drop' or scale it down with policy='clip'"
+                )
+            )
+
+
+def norm_outliers(cohort: Cohort, norms: np.ndarray) -> list[str]:
+    """Texts on clients whose update is much larger or smaller than most; ``norms`` is (L, K)."""
+    sizes = dict(zip((client.name for client in cohort.clients), np.sqrt((norms**2).sum(0)).tolist(), strict=True))
+    logs = {name: math.log(size) for name, size in sizes.items() if 0.0 < size < math.inf}
+    if len(logs) < FEWEST:
+        return []
+    middle = statistics.median(logs.values())
+    spread = SIGMA * statistics.median(abs(value - middle) for value in logs.values())
+    return [
+        f"client {printable(name)!r}: the norm of its update is {math.exp(value - middle):.3g} times the median of all"
+        for name, value in logs.items()
+        if abs(value - middle) > max(OUTLIER_SCORE * spread, math.log(OUTLIER_FACTOR))
+    ]
 
 
 def clip(cohort: Cohort, norms: np.ndarray, policy: Policy) -> None:

@@ -26,13 +26,24 @@ from fedlora_kernels.engine.combine import combine
 from fedlora_kernels.engine.delivery import Delivered, Delivery, ModuleOutput
 from fedlora_kernels.engine.extras import check_mean, combine_extra, own_extra
 from fedlora_kernels.engine.journal import Journal
-from fedlora_kernels.engine.policy import admit, blame, check_kept, check_ranks, clip, common_ground, drop
+from fedlora_kernels.engine.policy import (
+    admit,
+    beyond_bound,
+    blame,
+    check_kept,
+    check_ranks,
+    clip,
+    common_ground,
+    drop,
+    norm_outliers,
+)
 from fedlora_kernels.engine.report import SCHEMA, certificates, efficiency, number, totals
 from fedlora_kernels.engine.robust import apply_rule
 from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.engine.state import State, check_modules, check_pair
 from fedlora_kernels.engine.survey import Survey, census, make_survey
 from fedlora_kernels.engine.target import target_findings
+from fedlora_kernels.engine.twins import same_content
 from fedlora_kernels.engine.walk import Walk
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.methods.contract import Method
@@ -51,6 +62,7 @@ class Run:
         self.settings = settings
         self.roster = roster
         self.check = check
+        self.notes: list[str] = []
         self.warnings = [text for client in roster if client.adapter for text in client.adapter.warnings]
         self.warnings += check.warnings
         if not settings.method.uses_weights and len({client.weight for client in roster} - {0.0}) > 1:
@@ -61,7 +73,7 @@ class Run:
         check_ranks(settings.method, check.modules, roster)
         self.walk = Walk(settings, self._cohort())
         check_kept(self.walk.cohort, settings)
-        self.notes: list[str] = []
+        self.warnings += same_content(self.walk.cohort.clients)
         self.passes = 1
         self.robust: dict[str, Any] | None = None
         if settings.state is not None:
@@ -167,7 +179,7 @@ class Run:
         settings, method = self.settings, self.settings.method
         memory = None if settings.state is None else settings.state.memory
         surveys = method.needs_decision and method.surveys(memory)
-        first = settings.policy.kind != "strict" or settings.robust is not None
+        first = settings.policy.kind != "strict" or settings.policy.measures or settings.robust is not None
         if not (first or surveys):
             return method.decide({}, census(self.walk.cohort, settings)) if method.needs_decision else None
         self.passes += 1
@@ -193,6 +205,7 @@ class Run:
         norms = np.sqrt(np.maximum(survey.squares, 0.0))
         for k, client in enumerate(cohort.clients):
             client.norm = number(float(np.sqrt((norms[:, k] ** 2).sum())))
+        self.notes += norm_outliers(cohort, norms)
         if policy.kind != "clip":
             return False
         clip(cohort, norms, policy)
@@ -220,6 +233,7 @@ class Run:
 
     def _without_failing(self, survey: Survey) -> tuple[Survey, bool]:
         cohort, settings = self.walk.cohort, self.settings
+        beyond_bound(cohort, survey.squares, settings.policy)
         failing = blame(cohort.clients, survey.errors, list(self.check.extras))
         if not failing:
             return survey, False

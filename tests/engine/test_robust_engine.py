@@ -113,7 +113,8 @@ def test_a_rejected_client_is_not_read_again(method, memory):
     result = aggregate(adapters, method, robust=fk.Krum(f=2), memory=memory)
     (winner,), _ = left(result)
     factors = 2 * len(SHAPES)
-    assert all(reads.count(name) == factors for name in adapters if name != winner)
+    # and one factor of each to see that no two are the same
+    assert all(reads.count(name) == factors + 1 for name in adapters if name != winner)
 
 
 @pytest.mark.parametrize("scope", ["model", "matrix"])
@@ -334,6 +335,7 @@ def test_weights_of_another_sum_keep_it():
     assert distance(products(result.adapter), {n: 21.0 * d for n, d in updates(seven()[winner]).items()}) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:.*have the same content")
 @pytest.mark.parametrize("scope", ["model", "matrix"])
 @pytest.mark.parametrize("rule", ["krum", "multi_krum", "geometric_median", "trimmed_mean", "norm_clip"])
 def test_what_is_told_of_a_rule_is_plain_json(tmp_path, rule, scope):
