@@ -198,7 +198,7 @@ def _client_state(path: str | None) -> Any:
             return json.load(file)
     except OSError as error:
         raise InputError(f"--client-state {path}: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--client-state {path}: no JSON: {error}") from None
 
 

@@ -62,7 +62,6 @@ AWKWARD = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*have the same content")
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("case", AWKWARD)
 def test_full_energy_equals_the_dense_sum(case, dtype, limit):

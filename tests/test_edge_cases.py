@@ -98,7 +98,6 @@ def test_row_04_fresh_adapters_give_zero_and_say_so(letter):
     assert all("ZERO" in row["notes"] for row in result.report["modules"])
 
 
-@pytest.mark.filterwarnings("ignore:.*have the same content")
 def test_row_05_duplicates_have_the_rank_of_one():
     pair = client(1, rank=3)
     result = fk.aggregate([pair, ({k: v.clone() for k, v in pair[0].items()}, pair[1])], rule=ALL)

@@ -273,7 +273,8 @@ def read_json(path: str | os.PathLike[str], cap: int) -> dict[str, Any]:
     where = printable(os.fspath(path))
     try:
         with os.fdopen(open_file(path, where), "rb") as file:
-            text = file.read(cap + 1)
+            # never more than there is: the buffer of a read is made before it
+            text = file.read(min(os.fstat(file.fileno()).st_size, cap) + 1)
     except OSError as error:
         raise FormatError(f"{where}: cannot be read: {error.strerror}") from None
     if len(text) > cap:

@@ -6,7 +6,6 @@ The index comes from whoever made the adapter, so it may name nothing but files 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ __all__ = ["INDEX_NAME", "ShardedFile", "count_files"]
 
 INDEX_NAME = "adapter_model.safetensors.index.json"
 MOST_SHARDS = 4096
+LARGEST = 1 << 63
 
 
 class ShardedFile:
@@ -163,6 +163,6 @@ def _total(metadata: Any, where: str) -> int | None:
     size = metadata.get("total_size") if isinstance(metadata, dict) else None
     if size is None:
         return None
-    if isinstance(size, bool) or not isinstance(size, int | float) or not math.isfinite(size):
+    if isinstance(size, bool) or not isinstance(size, int | float) or not 0 <= size < LARGEST:
         raise FormatError(f"{where}: total_size is {printable(size)!r}; a number of bytes needed")
     return int(size)

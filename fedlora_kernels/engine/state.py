@@ -249,7 +249,7 @@ def _reported(folder: Path) -> tuple[str, int]:
             report = json.load(file)
     except OSError as error:
         reason = error.strerror or str(error)
-    except ValueError:
+    except (ValueError, RecursionError):
         reason = "it is no JSON"
     else:
         number = report.get("round") if isinstance(report, dict) else None

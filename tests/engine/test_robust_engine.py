@@ -335,7 +335,6 @@ def test_weights_of_another_sum_keep_it():
     assert distance(products(result.adapter), {n: 21.0 * d for n, d in updates(seven()[winner]).items()}) < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:.*have the same content")
 @pytest.mark.parametrize("scope", ["model", "matrix"])
 @pytest.mark.parametrize("rule", ["krum", "multi_krum", "geometric_median", "trimmed_mean", "norm_clip"])
 def test_what_is_told_of_a_rule_is_plain_json(tmp_path, rule, scope):
