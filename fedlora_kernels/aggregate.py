@@ -101,7 +101,7 @@ def aggregate(
         memory: bytes for data in flight (1 GiB), an int or a text such as "512MiB". Two slabs of a quarter each are alive; a
             single module larger than that is still read whole.
         progress: called as ``progress(stage, done, total)`` in the caller's thread: at the start of a stage ("survey", "combine")
-            and after each slab, in bytes of factors. What it raises ends the run.
+            and after each block, in bytes of factors. What it raises ends the run.
         overwrite: replace an existing ``out`` that holds only files written here.
         resume: keep ``out.partial-<hash of inputs and options>`` when the run is ended before its time, and go on after the last
             slab of modules in it: the result is the same to the last bit. A survey is made again. Other files, options or

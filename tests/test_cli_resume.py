@@ -349,3 +349,52 @@ def test_a_full_disc_keeps_what_is_done(tmp_path):
     wanted = fk.aggregate(clients, out=tmp_path / "wanted", memory=1)
     assert (root / "out" / WEIGHTS).read_bytes() == (tmp_path / "wanted" / WEIGHTS).read_bytes()
     assert wanted.report["modules"] == report["modules"]
+
+
+@pytest.mark.parametrize(("after", "there"), [(3, 0), (10, 0), (11, 10), (12, 11), (20, 11)])
+def test_experts_that_share_a_rank_go_on_after_the_last_whole_module(tmp_path, after, there):
+    """Two modules of ten experts, and a plain one between them, a slab each; the pairs of ten experts are written at one rank."""
+    from expert_problems import clients, folder
+
+    folders = [folder(tmp_path / f"c{k}", pair) for k, pair in enumerate(clients())]
+    fk.aggregate(folders, out=tmp_path / "wanted", memory=1)
+    stopped(folders, tmp_path / "out", after=after)
+    done, warned = gone_on(folders, tmp_path / "out")
+    assert done == there
+    assert warned == []
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "wanted" / WEIGHTS).read_bytes()
+    assert kept(tmp_path / "out") == []
+
+
+def test_a_kohya_file_goes_on_as_well(tmp_path):
+    from kohya_files import SHAPES as MODULES
+    from kohya_files import kohya_file
+
+    metadata = {"ss_network_dim": "4", "sshs_model_hash": "0" * 64}
+    made = [kohya_file(tmp_path / f"c{k}.safetensors", seed=k, metadata=metadata) for k in range(3)]
+    out, wanted = tmp_path / "out.safetensors", tmp_path / "wanted.safetensors"
+    fk.aggregate(made, out=wanted, memory=1)
+    stopped(made, out, after=3)
+    done, warned = gone_on(made, out)
+    assert 1 <= done < len(MODULES)
+    assert warned == []
+    assert out.read_bytes() == wanted.read_bytes()
+    assert kept(out) == []
+
+
+def test_a_comparison_of_clients_goes_on_as_well(tmp_path):
+    clients, out = make_clients(tmp_path / "clients", 3, shapes=SHAPES), tmp_path / "out"
+    wanted = fk.aggregate(clients, memory=1, compare=True).report
+    stopped(clients, out, compare=True)
+    found = fk.aggregate(clients, out=out, resume=True, memory=1, compare=True).report
+    assert any(note.startswith("resumed: ") for note in found["notes"])
+    assert found["comparison"] == wanted["comparison"]
+
+
+def test_a_budget_begins_anew_and_says_nothing_of_going_on(tmp_path):
+    clients = make_clients(tmp_path / "clients", 3, shapes=SHAPES)
+    out, rule = tmp_path / "out", fk.Budget("8kB")
+    assert stopped(clients, out, rule=rule) == []
+    wanted = fk.aggregate(clients, out=tmp_path / "wanted", memory=1, rule=rule)
+    assert gone_on(clients, out, rule=rule) == (0, [])
+    assert (out / WEIGHTS).read_bytes() == (Path(wanted.adapter.label) / WEIGHTS).read_bytes()
