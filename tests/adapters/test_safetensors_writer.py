@@ -122,3 +122,40 @@ def test_pieces_that_do_not_add_up_are_refused(tmp_path, pieces):
         SafetensorsWriter(tmp_path / "f", {"x": (torch.float32, (9, 9))}) as file,
     ):
         file.add_pieces("x", (5, 6), pieces)
+
+
+def test_a_file_goes_on_after_its_last_mark(tmp_path):
+    """What an earlier process appended after the mark is gone, and not only overwritten."""
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7), "c": torch.randn(2, 2)}
+    entries = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    first = SafetensorsWriter(tmp_path / "x", entries, marks=[])
+    assert first.mark() is None
+    first.add("a", tensors["a"])
+    mark = first.mark()
+    assert first.mark() is None
+    first.add("b", tensors["b"])
+    first.abandon()
+
+    with SafetensorsWriter(tmp_path / "x", entries, marks=[mark]) as second:
+        with pytest.raises(ValueError, match="came before"):
+            second.add("a", tensors["a"])
+        assert second.mark() is None
+    with SafetensorsFile(tmp_path / "x") as file:
+        assert list(file.tensors) == ["a"]
+        assert torch.equal(file.read("a"), tensors["a"])
+
+    with SafetensorsWriter(tmp_path / "x", entries, marks=[mark]) as third:
+        third.add("c", tensors["c"])
+        assert third.mark()["start"] == mark["end"]
+    with safe_open(tmp_path / "x", "pt") as file:
+        assert all(torch.equal(file.get_tensor(key), tensors[key]) for key in ("a", "c"))
+        assert set(file.keys()) == {"a", "c"}
+
+
+def test_a_file_begun_with_another_header_is_refused(tmp_path):
+    entries = {"a": (torch.float32, (3,))}
+    with SafetensorsWriter(tmp_path / "x", entries, marks=[]) as file:
+        file.add("a", torch.ones(3))
+        mark = file.mark()
+    with pytest.raises(RunError, match="begun with another header"):
+        SafetensorsWriter(tmp_path / "x", entries, {"who": "me"}, marks=[mark])
