@@ -25,6 +25,7 @@ from fedlora_kernels.adapters.flat import read_flat
 from fedlora_kernels.adapters.model import Adapter, ModuleSpec, TensorSource
 from fedlora_kernels.adapters.safetensors import SafetensorsFile
 from fedlora_kernels.adapters.shards import ShardedFile
+from fedlora_kernels.errors import FedLoRAError
 from fedlora_kernels.memory import Pool
 
 __all__ = ["Block", "Drain", "Plan", "Prefetch", "load_block", "plan_slabs"]
@@ -123,14 +124,22 @@ def _plans(members: dict[Shape, list[str]]) -> list[Plan]:
     return [Plan(tuple(names), *shape) for shape, names in members.items()]
 
 
-def load_block(plan: Plan, adapters: Sequence[Adapter], pool: Pool | None = None) -> Block:
-    """Read one block, each tensor directly into its place in the batch, in memory of ``pool``; without one, in pinned memory."""
+def load_block(
+    plan: Plan, adapters: Sequence[Adapter], pool: Pool | None = None, names: Sequence[str] | None = None
+) -> Block:
+    """Read one block, each tensor directly into its place in the batch, in memory of ``pool``; without one, in pinned memory.
+
+    A file that cannot be read is an error that says whose it is, by ``names``.
+    """
     count = len(plan.modules)
     shapes = [shape for rank in plan.ranks for shape in ((count, plan.m, rank), (count, rank, plan.n))]
     stacks = _stacks(shapes, plan.dtypes, pool)
     for k, (adapter, rank) in enumerate(zip(adapters, plan.ranks, strict=True)):
         if rank:
-            _read(adapter, plan.modules, stacks[2 * k], stacks[2 * k + 1])
+            try:
+                _read(adapter, plan.modules, stacks[2 * k], stacks[2 * k + 1])
+            except FedLoRAError as error:
+                raise error if names is None else type(error)(f"{names[k]}: {error}") from error
     return Block(plan, tuple(stacks[::2]), tuple(stacks[1::2]))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.engine.carry import Carry
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.comparison import Comparison
@@ -51,6 +52,7 @@ class Walk:
         # the pair of the round before is read beside the clients', as the last of the sources
         pair = state.adapter if state is not None and settings.method.reads_previous == "pair" else None
         self.sources = cohort.adapters if pair is None else [*cohort.adapters, pair]
+        self._names = [*(f"client {printable(client.name)!r}" for client in cohort.clients), "previous"]
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -85,7 +87,8 @@ class Walk:
                 if made is not None:
                     return made
             with self.timed("read"):
-                block = load_block(plan, self.sources, None if self.settings.device.type == "cuda" else self._pool)
+                pool = None if self.settings.device.type == "cuda" else self._pool
+                block = load_block(plan, self.sources, pool, self._names)
             if keep:
                 stored.append(block)
             return block

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 from make_adapters import make_adapter, make_clients
@@ -13,6 +14,11 @@ from fedlora_kernels.engine import run as engine
 from fedlora_kernels.errors import FormatError, RunError
 
 WEIGHTS = "adapter_model.safetensors"
+
+
+def make_adapter_again(path):
+    shutil.rmtree(path)
+    make_adapter(path, rank=4, seed=1)
 
 
 def failing_preadv(monkeypatch, error, after):
@@ -33,7 +39,7 @@ def test_an_error_of_the_disc_names_file_and_tensor(tmp_path, monkeypatch, capsy
     failing_preadv(monkeypatch, OSError(errno.EIO, os.strerror(errno.EIO)), 9)
     assert main(["aggregate", *clients, "-o", str(tmp_path / "out"), "--memory", "1kB"]) == 1
     told = capsys.readouterr().err
-    assert told.startswith("fedlora: error: ")
+    assert told.startswith("fedlora: error: client 'c")
     assert told.count("\n") == 1
     assert WEIGHTS in told
     assert "tensor 'base_model.model." in told
@@ -95,6 +101,25 @@ def test_a_file_that_changes_under_the_run_is_an_error_and_nothing_is_put_in_pla
     assert "changed while it was being read" in told
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["clients", "out"]
+
+
+def test_a_file_cut_short_under_the_run_is_an_error_that_says_whose_it_is(tmp_path, capsys, monkeypatch):
+    clients = make_clients(tmp_path / "clients", ranks=(4,))
+    survey = engine.combine
+
+    def cut(*arguments, **more):
+        os.truncate(tmp_path / "clients" / "c1" / WEIGHTS, 3000)
+        return survey(*arguments, **more)
+
+    monkeypatch.setattr(engine, "combine", cut)
+    for method in ("florist", "flora", "fedit", "fedrot"):
+        assert main(["aggregate", *clients, "-o", str(tmp_path / "out"), "--method", method, "--quiet"]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert told.startswith("fedlora: error: client 'c1': ")
+        assert "the file is truncated" in told
+        assert os.listdir(tmp_path) == ["clients"]
+        make_adapter_again(tmp_path / "clients" / "c1")
 
 
 def test_a_file_that_is_replaced_as_a_whole_is_read_to_its_end(tmp_path, monkeypatch):
