@@ -250,3 +250,40 @@ def test_bad_numbers_are_named():
 def test_no_adapters():
     with pytest.raises(InputError, match="no clients"):
         fk.resize_all([])
+
+
+def test_kohya_files_stay_kohya_files(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    made = torch.Generator().manual_seed(0)
+    shapes = {"lora_unet_q": ((6, 23), (37, 6)), "lora_unet_conv": ((6, 5, 3, 3), (7, 6, 1, 1))}
+    paths = []
+    for name in ("a", "b"):
+        state = {}
+        for module, (down, up) in shapes.items():
+            state[f"{module}.lora_down.weight"] = torch.randn(*down, generator=made)
+            state[f"{module}.lora_up.weight"] = torch.randn(*up, generator=made)
+            state[f"{module}.alpha"] = torch.tensor(3.0)
+        paths.append(tmp_path / f"{name}.safetensors")
+        save_file(state, paths[-1])
+    results = fk.resize_all(paths, rule=fk.Budget(1000), out=tmp_path / "out")
+    assert list(results) == ["a.safetensors", "b.safetensors"]
+    for name, source in zip(("a", "b"), paths, strict=True):
+        given, found = load_file(source), load_file(tmp_path / "out" / name / "adapter_model.safetensors")
+        assert found.keys() == given.keys()
+        size = 0
+        for module in shapes:
+            down, up = (found[f"{module}.lora_{part}.weight"] for part in ("down", "up"))
+            rank = down.shape[0]
+            assert float(found[f"{module}.alpha"]) == rank
+            size += 4 * (down.numel() + up.numel())
+            D = (
+                0.5
+                * given[f"{module}.lora_up.weight"].flatten(1).double()
+                @ given[f"{module}.lora_down.weight"].flatten(1).double()
+            )
+            U, S, Vh = torch.linalg.svd(D, full_matrices=False)
+            best = U[:, :rank] * S[:rank] @ Vh[:rank]
+            assert float((up.flatten(1).double() @ down.flatten(1).double() - best).norm() / D.norm()) < 1e-6
+        assert size == results[f"{name}.safetensors"].report["totals"]["bytes"] <= 1000
+    fk.resize_all(paths, rule=fk.Rank(1), out=tmp_path / "out", overwrite=True)
