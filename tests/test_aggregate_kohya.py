@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import fedlora_kernels as fk
 from fedlora_kernels.adapters.reader import open_adapter
-from fedlora_kernels.errors import InputError, MismatchError
+from fedlora_kernels.cli import main
+from fedlora_kernels.errors import InputError, MismatchError, RunError
 
 EXACT = {"rule": fk.Energy(1.0)}
 DOTTED = {"transformer.blocks.0.attn.to_q": (11, 7), "transformer.blocks.1.attn.to_k": (5, 13)}
@@ -271,3 +272,61 @@ def test_vllm_takes_no_convolutions():
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
     with pytest.raises(InputError, match="module 'conv': target 'vllm' takes no conv2d"):
         fk.aggregate([(state, config)], write=fk.WriteOptions(target="vllm"))
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_run_that_was_ended_goes_on_to_the_same_bytes(clients, tmp_path):
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
+    fk.aggregate(clients, out=whole, memory=1, **EXACT)
+    done = []
+
+    def progress(stage, bytes_done, total):
+        done.append(bytes_done)
+        if len(done) > 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fk.aggregate(clients, out=out, memory=1, resume=True, progress=progress, **EXACT)
+    assert not out.exists()
+    assert len(list(tmp_path.glob("out.safetensors.partial-*"))) == 1
+    fk.aggregate(clients, out=out, memory=1, resume=True, **EXACT)
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.safetensors", "out.safetensors.report.json"]
+
+
+def test_a_run_that_failed_while_its_file_was_put_in_place_goes_on(clients, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
+    fk.aggregate(clients, out=whole, **EXACT)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedlora_kernels.adapters.folder.place_file", full)
+        with pytest.raises(RunError, match="No space left"):
+            fk.aggregate(clients, out=out, resume=True, **EXACT)
+    fk.aggregate(clients, out=out, resume=True, **EXACT)
+    assert out.read_bytes() == whole.read_bytes()
+    assert list(tmp_path.glob("*.partial-*")) == []
+
+
+def test_vllm_has_a_largest_rank():
+    made = adapter_problems.client(rank=513, shapes={"q": (600, 520)})
+    with pytest.warns(UserWarning, match="rank 513: vLLM takes at most 512"):
+        fk.aggregate([made], write=fk.WriteOptions(target="vllm"), **EXACT)
+
+
+def test_the_command_line_writes_a_file_and_its_report(clients, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    assert main(["aggregate", *clients, "-o", str(out), "--energy", "1"]) == 0
+    assert "out.safetensors" in capsys.readouterr().out
+    assert distance(updates(out), weighted(clients)) < 1e-6
+    assert json.loads((tmp_path / "out.safetensors.report.json").read_text())["clients"][0]["name"] == "c0.safetensors"
+    assert main(["aggregate", *clients, "-o", str(out)]) == 2
+    assert "exists; replace it with overwrite (--overwrite), or name another file" in capsys.readouterr().err
+    assert main(["aggregate", *clients, "-o", clients[0], "--overwrite"]) == 2
+    assert "would replace it" in capsys.readouterr().err
+    assert main(["aggregate", *clients, "-o", str(out), "--overwrite", "--target", "kohya", "--quiet"]) == 0

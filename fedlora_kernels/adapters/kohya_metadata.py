@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 
 from fedlora_kernels.adapters.config import rank_patterns
-from fedlora_kernels.adapters.kohya import DIFFUSERS
+from fedlora_kernels.adapters.kohya_scales import DIFFUSERS
 from fedlora_kernels.adapters.safetensors import disc_errors
 
 __all__ = ["HASH", "data_hash", "diffusers_config", "kept_metadata", "network_facts"]

@@ -19,7 +19,8 @@ from torch import Tensor
 from fedlora_kernels.adapters.assembly import assemble
 from fedlora_kernels.adapters.inits import kept_init, since_start
 from fedlora_kernels.adapters.keys import PREFIX
-from fedlora_kernels.adapters.kohya import DIFFUSERS, carries_scales
+from fedlora_kernels.adapters.kohya import carries_scales
+from fedlora_kernels.adapters.kohya_scales import DIFFUSERS
 from fedlora_kernels.adapters.model import Adapter, TensorSource, TensorSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions

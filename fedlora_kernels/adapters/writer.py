@@ -19,8 +19,9 @@ from fedlora_kernels.adapters.folder import OutputFolder
 from fedlora_kernels.adapters.forms import NamedPair, Pad, Units, stored_pieces, stored_shapes
 from fedlora_kernels.adapters.inits import KEEPS_ALPHA, kept_init
 from fedlora_kernels.adapters.keys import PREFIX
-from fedlora_kernels.adapters.kohya import ALPHA, DIFFUSERS
+from fedlora_kernels.adapters.kohya import ALPHA
 from fedlora_kernels.adapters.kohya_metadata import HASH, data_hash, diffusers_config, kept_metadata, network_facts
+from fedlora_kernels.adapters.kohya_scales import DIFFUSERS
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import WRITTEN_HERE
