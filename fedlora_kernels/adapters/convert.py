@@ -96,10 +96,10 @@ def convert(
 
 
 def alpha_of(scale: float, rank: int) -> float:
-    """The alpha whose quotient by the rank is the scale: a whole number, or one that float32 holds, before any other."""
+    """The alpha whose quotient by the rank is the scale: one that float32 holds before any other."""
     near = scale * rank
-    whole, single = float(round(near)), float(np.float32(near))
-    for alpha in (whole, single, near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)):
+    single = float(np.float32(near))
+    for alpha in (single, near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)):
         if abs(alpha - near) <= CLOSE * abs(near) and alpha / rank == scale:
             return alpha
     return near

@@ -112,7 +112,25 @@ def test_rslora_becomes_an_alpha_of_the_same_scale(tmp_path):
 @given(st.floats(1e-6, 1e6), st.integers(1, 512))
 def test_an_alpha_gives_back_its_scale(alpha, rank):
     scale = alpha / rank
-    assert math.isclose(alpha_of(scale, rank) / rank, scale, rel_tol=2.3e-16)
+    assert alpha_of(scale, rank) / rank == scale
+
+
+@pytest.mark.parametrize("rank", [3, 7, 11, 49, 255])
+def test_alphas_that_single_precision_holds_come_back_to_the_bit(rank):
+    for alpha in torch.linspace(0.1, 99.7, 500, dtype=torch.float32).double().tolist():
+        assert alpha_of(alpha / rank, rank) == alpha
+
+
+def test_an_alpha_beside_one_of_single_precision_is_not_taken_for_it():
+    for rank in range(2, 100):
+        scale = math.nextafter(math.nextafter(6.0, 7.0), 7.0) / rank
+        assert alpha_of(scale, rank) / rank == scale
+
+
+def test_a_scale_without_an_alpha_gets_the_nearest_one():
+    for rank in range(2, 200):
+        scale = 16 / math.sqrt(rank)
+        assert math.isclose(alpha_of(scale, rank) / rank, scale, rel_tol=2.3e-16)
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)

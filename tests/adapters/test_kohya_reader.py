@@ -212,6 +212,13 @@ def test_pairs_that_are_none_are_refused_naming_the_module(change, text):
         open_adapter(broken(change), name="c")
 
 
+def test_an_up_factor_with_a_kernel_of_its_own_is_refused():
+    name = "lora_unet_down_blocks_0_resnets_0_conv1"
+    made = {**tensors(), f"{name}.lora_up.weight": torch.ones(6, 4, 3, 3)}
+    with pytest.raises(FormatError, match=rf"module '{name}': down \(4, 4, 3, 3\), up \(6, 4, 3, 3\); "):
+        open_adapter(made)
+
+
 def test_grouped_convolutions_are_refused_by_name():
     name = "lora_unet_down_blocks_0_resnets_0_conv1"
     made = {**tensors(), f"{name}.lora_up.weight": torch.ones(6, 2, 1, 1)}

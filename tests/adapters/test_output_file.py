@@ -9,6 +9,7 @@ from kohya_files import distance, kohya_file, tensors, updates
 from safetensors.torch import load_file
 
 from fedlora_kernels.adapters import folder as folder_module
+from fedlora_kernels.adapters import output_file as output_file_module
 from fedlora_kernels.adapters.folder import OutputFolder, check_out
 from fedlora_kernels.adapters.output_file import report_beside
 from fedlora_kernels.adapters.reader import open_adapter
@@ -130,6 +131,28 @@ def test_a_failure_on_the_way_leaves_the_old_file_or_the_new_one_whole(tmp_path,
     assert out.read_bytes() == before
     assert not report_beside(out).exists() or json.loads(report_beside(out).read_text()) == OURS
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(("works", "report"), [(0, False), (1, False), (2, True)])
+def test_a_report_is_never_beside_another_file_than_its_own(tmp_path, monkeypatch, works, report):
+    out = tmp_path / "out.safetensors"
+    made(out)
+    before, real, calls = out.read_bytes(), os.replace, []
+
+    def few(*args):
+        calls.append(args)
+        if len(calls) > works:
+            raise OSError(5, "Input/output error")
+        real(*args)
+
+    monkeypatch.setattr(output_file_module.os, "replace", few)
+    if works < 2:
+        with pytest.raises(RunError, match="Input/output error"):
+            made(out, overwrite=True, seed=1)
+    else:
+        made(out, overwrite=True, seed=1)
+    assert (out.read_bytes() == before) == (works == 0)
+    assert report_beside(out).exists() == report
 
 
 def test_saving_a_kohya_adapter_bakes_the_scale_and_keeps_the_metadata(tmp_path):
