@@ -2,7 +2,9 @@
 
 import json
 import os
+from contextlib import closing
 
+import expert_problems
 import pytest
 import torch
 from adapter_problems import FIRST, SHAPES, changed, client, clients, poison, without
@@ -318,3 +320,30 @@ def test_a_previous_pair_of_another_rank_is_refused_as_ever(stored, previous):
     pairs = clients((3, 3, 3))
     text = raised(MismatchError, stored(pairs), "fedrot", previous=previous)
     assert text == raised(MismatchError, in_memory(pairs), "fedrot", previous=previous)
+
+
+@pytest.mark.parametrize("alpha", [8, -8])
+def test_a_previous_pair_with_a_scale_is_read(alpha, stored, tmp_path, made):
+    pairs = clients((4, 4, 4))
+    state, config = client(seed=9, rank=4, alpha=alpha)
+    folder = tmp_path / "before"
+    folder.mkdir()
+    save_file(state, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with closing(open_adapter(folder)) as previous:
+        rotated(stored(pairs), pairs, previous, made, times=(0, 2), round=2)
+
+
+def test_parts_of_flat_tensors_are_read(stored, made):
+    pairs = expert_problems.clients((3, 2, 4))
+    wanted = aggregate(in_memory(pairs), "zero_pad", measure=False)
+    made["read"] = 0
+    same(aggregate(stored(pairs), "zero_pad", measure=False), wanted)
+    assert made["read"] > 0
+
+
+def test_the_frozen_factor_of_a_client_that_does_not_count_is_not_taken(stored, made):
+    pairs, options = problem("ffa"), {"weights": [1.0, 2.0, 0.0], "measure": False}
+    wanted = aggregate(in_memory(pairs), "ffa", **options)
+    assert {row["rank"] for row in wanted.report["modules"]} == {4}
+    same(aggregate(stored(pairs), "ffa", **options), wanted)

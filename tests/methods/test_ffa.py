@@ -12,7 +12,7 @@ from method_problems import RANKS, Problem, distance, normalised, product, zero_
 from fedlora_kernels.backends.contract import Info, Note
 from fedlora_kernels.linalg.rules import Energy
 from fedlora_kernels.methods import factors
-from fedlora_kernels.methods.contract import make_method
+from fedlora_kernels.methods.contract import Group, make_method
 
 BACKENDS = ("torch", "reference", "auto")
 SHAPES = {
@@ -268,3 +268,21 @@ def test_what_it_declares():
     assert method.client_rank(4, 12) == 4
     assert method.broadcast_rank((4, 12), 12, 0) == 4.0  # B[:, :4] to one, all of B to the other
     assert not method.equal_ranks
+
+
+def test_it_is_no_plain_sum_where_the_client_of_largest_rank_does_not_count():
+    def outline(*weights):
+        B, A = (
+            [torch.empty(2, *shape, device="meta") for shape in shapes]
+            for shapes in ([(7, 3), (7, 5)], [(3, 4), (5, 4)])
+        )
+        weight = torch.tensor([weights] * 2, dtype=torch.float64)
+        names = ("a", "b")
+        return Group(
+            names, "linear", 7, 4, tuple(B), tuple(A), torch.full_like(weight, 2.0), weight, (0, 1), torch.float32
+        )
+
+    assert make_method("ffa", {}).sums(outline(1.0, 0.0), None) is None
+    sums = make_method("ffa", {}).sums(outline(0.25, 0.75), None)
+    assert sums.B.tolist() == [[0.5, 1.5]] * 2
+    assert sums.A.tolist() == [[0.0, 1.0]] * 2
