@@ -209,6 +209,13 @@ class Adapter:
         """Read one tensor that is no factor."""
         return self.source.read(self.extras[name].tensor.key)
 
+    def extra_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Read rows of one tensor that is no factor, on the host."""
+        spec = self.extras[name].tensor
+        rows = torch.empty(stop - start, *spec.shape[1:], dtype=spec.dtype)
+        self.source.read_rows(spec.key, start, rows)
+        return rows
+
     def keys(self) -> Iterator[str]:
         """Canonical module names, in file order."""
         return iter(self.modules)

@@ -8,17 +8,15 @@ from typing import Any
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.errors import FormatError, UnsupportedVariantError
 
-__all__ = ["GROUPS", "LATER", "STATE", "changes_base", "check_variant", "refuse_key", "refuse_variant"]
+__all__ = ["GROUPS", "STATE", "changes_base", "check_variant", "refuse_key", "refuse_variant"]
 
 MERGE = "Merge it into the base model first, or train plain LoRA"
 CONVERT = "Convert it to LoRA first (peft.tuners.lora.conversion.convert_to_lora)"
-LATER = "Leave these modules out of the adapter"
 GROUPS = "Merge these modules into the base model first, or leave them out of the adapter"
 KOHYA = "Convert it to a PEFT folder first"
 FOLD = "Fold its singular values into B with adalora='fold'"
 DROP = "Its factors are plain LoRA: leave its other state out with drop_state=True"
 TRAIN = "It is no pair of factors for a weight matrix; train plain LoRA"
-NOT_READ = (LATER, KOHYA)
 
 PEFT_TYPES = {"LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "ADALORA": "AdaLoRA"}
 NO_PAIRS = (
@@ -104,7 +102,7 @@ def refuse_variant(variant: str, marker: str, remedy: str, who: str) -> None:
     reason = "its update is not s*B*A, so it cannot be aggregated here"
     if remedy == DROP:
         reason = "its tensors are more than B and A, so it cannot be aggregated here"
-    if remedy in NOT_READ:
+    if remedy == KOHYA:
         reason = "this version does not aggregate it"
     raise UnsupportedVariantError(f"{who}: adapter uses {variant} ({marker}); {reason}. {remedy}")
 

@@ -1,4 +1,8 @@
-"""Tensors that are no factors: weighted means of absolute values, weighted sums of bias changes."""
+"""Tensors that are no factors: weighted means of absolute values, weighted sums of bias changes.
+
+An embedding saved along may be larger than all factors together, so tensors are taken in pieces of some rows: beside the result
+nothing whole lies in memory.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,9 @@ from fedlora_kernels.engine.faults import nonfinite
 from fedlora_kernels.errors import FedLoRAError, InputError, NonFiniteError, OutputOverflowError, WeightError
 
 __all__ = ["check_mean", "combine_extra", "own_extra", "scan_extras"]
+
+PIECE = 32 << 20
+"""Bytes of a piece in float64."""
 
 
 def combine_extra(
@@ -40,7 +47,7 @@ def combine_extra(
     """
     owners = [k for k, client in enumerate(clients) if name in client.opened.extras]
     if scales is None and rule == "first":
-        return _cast(name, _read(clients[owners[0]], name), dtype), "first"
+        return own_extra(name, clients[owners[0]], None, dtype), "first"
     share = math.fsum(weights[k] for k in owners)
     whole = math.fsum(weights)
     if scales is None:
@@ -50,13 +57,9 @@ def combine_extra(
     if share == 0.0 and not (scales is not None and complete):
         raise WeightError(f"tensor {printable(name)!r}: the weights of its owners sum to 0; a positive sum needed")
     rescale = 1.0 if scales is not None and complete else whole / share
-    total: Tensor | None = None
-    for k in owners:
-        factor = weights[k] * rescale * (1.0 if scales is None else scales[k])
-        value = _read(clients[k], name).to(torch.float64, copy=True).mul_(factor)
-        total = value if total is None else total.add_(value)
-    assert total is not None
-    return _cast(name, total, dtype), "mean" if scales is None else "sum"
+    factors = [weights[k] * rescale * (1.0 if scales is None else scales[k]) for k in owners]
+    result = _combined(name, [clients[k] for k in owners], factors, dtype)
+    return result, "mean" if scales is None else "sum"
 
 
 def check_mean(name: str, weights: Sequence[float]) -> None:
@@ -71,13 +74,35 @@ def check_mean(name: str, weights: Sequence[float]) -> None:
 
 def own_extra(name: str, client: Client, scale: float | None, dtype: torch.dtype) -> Tensor:
     """An extra that stays on its client: its value, or its bias change with the scale folded in."""
-    value = _read(client, name)
-    return _cast(name, value if scale is None else value.to(torch.float64) * scale, dtype)
+    return _combined(name, [client], [1.0 if scale is None else scale], dtype)
 
 
-def _read(client: Client, name: str) -> Tensor:
-    value = client.opened.extra(name).cpu()
-    if (error := nonfinite(value, f"client {printable(client.name)!r}, tensor {printable(name)!r}")) is not None:
+def _combined(name: str, clients: Sequence[Client], factors: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """The sum of the clients' tensors times their factors."""
+    shape = clients[0].opened.extras[name].tensor.shape
+    result = torch.empty(shape, dtype=dtype)
+    for start, stop in _cuts(shape):
+        total: Tensor | None = None
+        for client, factor in zip(clients, factors, strict=True):
+            value = _read(client, name, start, stop).to(torch.float64, copy=True).mul_(factor)
+            total = value if total is None else total.add_(value)
+        assert total is not None
+        (result[start:stop] if shape else result).copy_(_cast(name, total, dtype))
+    return result
+
+
+def _cuts(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Bounds of pieces of some rows; a single number is one."""
+    rows = shape[0] if shape else 1
+    step = max(1, PIECE // (8 * math.prod(shape[1:])))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _read(client: Client, name: str, start: int, stop: int) -> Tensor:
+    adapter = client.opened
+    value = adapter.extra_rows(name, start, stop) if adapter.extras[name].tensor.shape else adapter.extra(name).cpu()
+    where = f"client {printable(client.name)!r}, tensor {printable(name)!r}"
+    if (error := nonfinite(value, where, first=start)) is not None:
         raise error
     return value
 
@@ -89,7 +114,7 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         raise OutputOverflowError(
             f"tensor {printable(name)!r}: max|x| is {size:.4g}; {dtype} cannot hold it. Use bfloat16 or a wider dtype"
         )
-    return result.contiguous()
+    return result
 
 
 def scan_extras(clients: Sequence[Client], names: Sequence[str]) -> Iterator[tuple[Client, FedLoRAError]]:
@@ -98,7 +123,8 @@ def scan_extras(clients: Sequence[Client], names: Sequence[str]) -> Iterator[tup
         for name in names:
             if name in client.opened.extras:
                 try:
-                    _read(client, name)
+                    for start, stop in _cuts(client.opened.extras[name].tensor.shape):
+                        _read(client, name, start, stop)
                 except NonFiniteError as error:
                     yield client, error
                     break

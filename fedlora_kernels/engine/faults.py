@@ -13,13 +13,14 @@ from fedlora_kernels.methods.contract import Previous
 __all__ = ["beyond_float64", "nonfinite", "nonfinite_factor", "nonfinite_previous"]
 
 
-def nonfinite(value: Tensor, where: str, what: str = "that client") -> FedLoRAError | None:
-    """The error that names the first NaN or Inf of ``value``; None if there is none."""
+def nonfinite(value: Tensor, where: str, what: str = "that client", *, first: int = 0) -> FedLoRAError | None:
+    """The error that names the first NaN or Inf of ``value``, whose rows count from ``first``; None if there is none."""
     bad = ~torch.isfinite(value)
     if not bool(bad.any()):
         return None
     index = tuple(torch.nonzero(bad)[0].tolist())
     found = float(value[index])
+    index = (index[0] + first, *index[1:]) if index else index
     return NonFiniteError(f"{where}: {found} at index {index}; finite numbers needed. Repair {what} or leave it out")
 
 
