@@ -227,6 +227,13 @@ def test_the_same_matrices_of_another_kind_are_refused():
         aggregate([reshaped(pair) for pair in pairs], "prelort", previous=previous)
 
 
+def test_the_same_matrices_of_another_kernel_are_refused():
+    one, (state, config) = client(0), client(1)
+    flat = {key: x.reshape(-1, 4, 1, 9) if key.endswith("conv3x3.lora_A.weight") else x for key, x in state.items()}
+    with pytest.raises(MismatchError, match="module 'conv3x3': conv2d 5 x 4 x 1 x 9 but conv2d 5 x 4 x 3 x 3 in client"):
+        aggregate([one, (flat, config)])
+
+
 def test_a_budget_over_every_kind():
     whole = aggregate(clients(), rule=WHOLE).adapter
     size = sum(spec.rank * (spec.m + spec.n) * 4 for spec in whole.modules.values())

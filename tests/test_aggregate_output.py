@@ -70,7 +70,7 @@ def test_the_report_is_plain_json_with_the_promised_keys():
     json.dumps(report, allow_nan=False)
     assert set(report) == {
         *("schema", "tool", "method", "backend", "policy", "robust", "normalize", "round", "seed", "dtype"),
-        "decision",
+        *("decision", "comparison"),
         *("clients", "modules", "extras", "totals", "warnings", "notes", "passes", "seconds"),
     }
     assert set(report["clients"][0]) == {
@@ -93,9 +93,10 @@ def test_the_report_is_plain_json_with_the_promised_keys():
             "error_bound",
         ),
         *("rho", "sigma_err", "passes", "notes", "singular_values"),
+        *("energy_kept", "cancellation", "contributions"),
     }
     assert set(report["totals"]) == {
-        "modules",
+        *("modules", "energy_kept", "cancellation"),
         "clients",
         "rank_in",
         "broadcast_rank",
