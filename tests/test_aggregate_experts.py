@@ -392,3 +392,13 @@ def test_a_run_that_is_ended_among_the_experts_of_a_module_goes_on_after_the_mod
     assert (int(notes[0].split()[1]) if notes else 0) == there
     one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "out"))
     assert one.read_bytes() == other.read_bytes()
+
+
+@QUIET
+@pytest.mark.parametrize("rule", [fk.Krum(f=1, scope="matrix"), fk.TrimmedMean(scope="matrix")])
+def test_clients_chosen_expert_by_expert_are_read_where_they_are_chosen(rule):
+    """What is read of a flat tensor then has gaps."""
+    pairs = federation(make_method("florist", {}))
+    fused = aggregate(pairs, rule=ALL, robust=rule)
+    plain = aggregate({key: unfused(pair) for key, pair in pairs.items()}, rule=ALL, robust=rule)
+    assert distance(products(fused.adapter), renamed(products(plain.adapter))) < 1e-6
