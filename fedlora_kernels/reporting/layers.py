@@ -10,6 +10,8 @@ __all__ = ["LayerMap", "by_kind", "layer_map"]
 
 NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
 """A segment that is a number, between the dots of PEFT's names or the underscores of kohya's."""
+EXPERT = re.compile(r"\[\d+\]$")
+"""The number of an expert."""
 ROWS = 48
 """More kinds of modules than this, as of many experts, share rows."""
 
@@ -26,7 +28,7 @@ def layer_map(modules: Sequence[str]) -> LayerMap:
     """Arrange modules by kind and layer; names without a number are in a column of their own."""
     kinds = [NUMBER.sub("*", name, count=1) for name in modules]
     if len(set(kinds)) > ROWS:
-        kinds = [NUMBER.sub("*", name) for name in modules]
+        kinds = [NUMBER.sub("*", EXPERT.sub("[*]", name)) for name in modules]
     layers = [found.group() if (found := NUMBER.search(name)) else "" for name in modules]
     rows = list(dict.fromkeys(kinds))
     columns = sorted(set(layers), key=lambda layer: (layer == "", int(layer or 0), layer))

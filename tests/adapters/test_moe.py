@@ -92,6 +92,7 @@ def test_writing_is_the_inverse_of_reading():
         ([f"{target}.{name}" for target in TARGETS for name in ("gate_up_proj", "down_proj")], 2, ["q_proj"]),
         (["experts.w2"], 1, ["q_proj"]),
         (["w2"], 1, "all-linear"),
+        (["w2"], 1, ["q_proj"]),
     ],
 )
 def test_entries_name_parameters_by_the_end_of_their_name(entries, parameters, modules):

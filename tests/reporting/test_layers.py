@@ -39,3 +39,17 @@ def test_many_experts_share_rows():
     found = layer_map(names)
     assert found.rows == ["layers.*.experts.*.w"]
     assert set(found.cells) == {(0, 0), (0, 1)}
+
+
+def test_many_experts_of_one_parameter_share_a_row():
+    names = [
+        f"model.layers.{i}.mlp.experts{inner}[{e}]"
+        for i in range(3)
+        for inner in (".base_layer", "")
+        for e in range(40)
+    ]
+    found = layer_map(names)
+    assert found.rows == ["mlp.experts.base_layer[*]", "mlp.experts[*]"]
+    assert found.columns == ["0", "1", "2"]
+    few = layer_map(names[:1] + names[40:41])
+    assert len(few.rows) == 2
