@@ -16,9 +16,11 @@ from importlib.resources import files
 from typing import Any
 
 from fedlora_kernels.errors import InputError
+from fedlora_kernels.reporting.aggregate_page import aggregate_sections
 from fedlora_kernels.reporting.charts import aggregate_charts, inspect_charts, resize_charts
+from fedlora_kernels.reporting.inspect_page import inspect_sections
 from fedlora_kernels.reporting.markup import Markup, element, embedded
-from fedlora_kernels.reporting.sections import aggregate_sections, inspect_sections, resize_sections
+from fedlora_kernels.reporting.resize_page import resize_sections
 
 __all__ = ["check_plotly", "html_page"]
 
