@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 from fedlora_kernels.engine.report import number
 from fedlora_kernels.linalg.rules import Energy
 from fedlora_kernels.methods.contract import Group
-from fedlora_kernels.methods.factors import chunks, client_gram, drift, measured_dtype, owned, padded_mean
+from fedlora_kernels.methods.factors import chunks, client_gram, drift, owned, padded_mean
 from fedlora_kernels.methods.products import stack_svd
 from fedlora_kernels.methods.robust import NOISE, near_twins
 
@@ -183,9 +182,7 @@ def _spectra(group: Group) -> list[Tensor | None]:
     B, A, weight = owned(group)
     if not B:
         return [torch.zeros(0, dtype=torch.float64)] * group.batch
-    # the values are float64 in any case; vectors of a half could overflow
-    wide = dataclasses.replace(group, dtype=measured_dtype(group))
-    svd = stack_svd(wide, B, A, weight, Energy(1.0), "usv")
+    svd = stack_svd(group, B, A, weight, Energy(1.0), "usv")
     info, S = svd.info.cpu(), svd.S.cpu()
     return [None if int(info[i]) else S[i] for i in range(group.batch)]
 

@@ -112,6 +112,14 @@ def test_a_client_and_its_negative_cancel_and_no_cosine_is_made_of_rounding():
     assert found["cancellation"] == pytest.approx(0.0, abs=1e-13)
     assert found["with_sum"] == [0.0, 0.0]
     assert found["with_rest"] == pytest.approx([-1.0, -1.0])
+    # the same from other factors: what is left of the sum is rounding, and has no direction
+    wide = {key: x.double() for key, x in state.items()}
+    gauge = {key: x * -0.1 if ".lora_B." in key else x / 0.1 for key, x in wide.items()}
+    found = compared([(wide, settings), (gauge, settings)])
+    assert found["norm"] > 0.0
+    assert found["with_sum"] == [0.0, 0.0]
+    beside = compared([(wide, settings), (gauge, settings), client(seed=2, dtype=torch.float64)])
+    assert (beside["with_rest"][2], beside["without"][2]) == (0.0, 0.0)
     third = compared([(state, settings), opposite, client(seed=2)])
     assert third["orthogonal"] == pytest.approx(1 / 3, rel=0.3)
 
@@ -162,6 +170,9 @@ def test_a_half_precision_answer_leaves_the_figures_as_they_are():
     big = clients(dtype=torch.float64)
     loud = [({key: 300.0 * x for key, x in state.items()}, settings) for state, settings in big]
     found = compared(loud, "florist", dtype="bfloat16")
+    plain = compared(loud, "florist")["modules"]
+    for name, module in found["modules"].items():
+        assert module["singular_values"] == pytest.approx(plain[name]["singular_values"], rel=1e-12)
     norm = [float(torch.cat([u.flatten() for u in updates(pair).values()]).norm()) for pair in loud]
     assert found["norms"] == pytest.approx(norm, rel=1e-12)
 
