@@ -37,7 +37,7 @@ def report(modules=3, **client):
                     "fallbacks": [{"op": "product_svd", "backend": "cuda", "reason": "no GPU"}]},
         "clients": [used, used | client], "modules": rows, "extras": [],
         "totals": {"modules": modules, "clients": 2, "rank_in": 18, "rank": 9, "parameters": 540, "bytes": 2160,
-                   "error": 0.01, "error_bound": 0.011},
+                   "error": 0.01, "error_bound": 0.011, "cancellation": None},
         "warnings": [], "passes": 1, "seconds": {"read": 0.1, "compute": 0.2, "write": 0.1, "total": 0.4},
     }  # fmt: skip
 
