@@ -1,4 +1,4 @@
-"""The table of edge cases (docs/formats.md, Edge cases), row by row: what is accepted with which value, what is refused with which words."""
+"""The table of edge cases (docs/formats.md, Edge cases), row by row: accepted with which value, refused with which words."""
 
 import json
 import os

@@ -54,7 +54,7 @@ PATTERNS = [
     "(a+)+b", ".*a.*a.*a", "q_proj|v", "^q$", "a" * 300, "[", "(", "\\", "q{1,99999}", "(a|b|c)" * 40, "\\1", "(?R)", ".*", "", "^^",
     "a{,3}", "[^]", "\\N{LATIN SMALL LETTER A}", "\\x4", "a{2,1}", "é", "\ud800", ".*" * 3, "q_proj", "layers.0.q_proj",
 ]  # fmt: skip
-KINDS = ["peft", "adalora", "kohya", "sharded", "experts", "state", "previous"]
+KINDS = ["peft", "adalora", "kohya", "sharded", "experts", "state", "previous", "pickle", "many"]
 
 
 def tensors_of(rng, kind):
@@ -76,6 +76,17 @@ def tensors_of(rng, kind):
                 f"{PREFIX}{name}.lora_B": (m, r),
                 f"{PREFIX}{name}.lora_E": (r, 1),
             }
+        return entries, dtype, config
+    if kind == "many":  # as many modules and patterns as a small file holds
+        modules = [f"layers.{i}.{rng.choice('qkvo')}_proj" for i in range(rng.choice([50, 400]))]
+        m, n, r = 1, 1, 1
+        pieces = ["layers", r"\.", r"\d+", ".*", "(q|k)", "_proj", "[0-9]", "a?", "."]
+        keys = [
+            "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 9))) for _ in range(rng.choice([5, 300, 3000]))
+        ]
+        config |= {"r": 1, "alpha_pattern": {key: 1 + k for k, key in enumerate(keys)}}
+        for name in modules:
+            entries |= {f"{PREFIX}{name}.lora_A.weight": (1, 1), f"{PREFIX}{name}.lora_B.weight": (1, 1)}
         return entries, dtype, config
     if kind == "experts":
         config |= {"target_parameters": ["experts.up"], "target_modules": []}
@@ -291,7 +302,9 @@ def make(seed, folder):
         path.write_bytes(file_bytes(rng, entries, dtype, seed))
         return path, None, options
     name = "adapter_model.safetensors"
-    if kind == "sharded":
+    if kind == "pickle":
+        write_pickle(rng, folder, entries, dtype)
+    elif kind == "sharded":
         write_shards(rng, folder, entries, dtype, seed)
     else:
         (folder / name).write_bytes(file_bytes(rng, entries, dtype, seed))
@@ -328,6 +341,32 @@ def state_dict(rng, entries, dtype):
             value = np.ones(shape)
         state[key if choice != 3 else rng.choice([3, None, key, ("a",)])] = value
     return state
+
+
+def write_pickle(rng, folder, entries, dtype):
+    path = folder / "adapter_model.bin"
+    state = state_dict(rng, entries, dtype)
+    try:
+        torch.save(
+            {key: value for key, value in state.items() if not isinstance(value, np.ndarray) or value.dtype != object},
+            path,
+        )
+    except RuntimeError:  # what has no bytes cannot be saved
+        path.write_bytes(b"")
+    made = bytearray(path.read_bytes())
+    choice = rng.randrange(4)
+    if choice == 0 and made:
+        del made[rng.randrange(len(made)) :]
+    elif choice == 1 and made:
+        for _ in range(rng.choice([1, 3, 20])):
+            made[rng.randrange(len(made))] ^= 1 << rng.randrange(8)
+    elif choice == 2:
+        made = bytearray(
+            rng.choice(
+                [b"", b"\x80\x02.", b"cos\nsystem\n(S'exit 9'\ntR.", b"PK\x03\x04" * 9, b"\x80\x04\x95" + b"\xff" * 8]
+            )
+        )
+    path.write_bytes(bytes(made))
 
 
 def write_shards(rng, folder, entries, dtype, seed):
