@@ -37,6 +37,7 @@ _SWITCHES = {
     "resume=True": "--resume",
     "per_client=True": "--per-client",
     "drop_zero=False": "no --drop-zero",
+    "drop_zero=True": "--drop-zero",
     "adapter_name=": "--adapter-name ",
     "init_factors=": "--init-factors",
     "drop_state=True": "--drop-state",

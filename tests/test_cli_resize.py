@@ -87,7 +87,10 @@ def test_modules_by_layer_type_where_there_are_many(tmp_path, capsys):
         (["missing", "-o", "{out}"], "missing"),
         (["{a}", "-o", "{out}", "--rank", "0"], "--rank"),
         (["{a}", "-o", "{out}", "--budget", "12parsec"], "--budget"),
-        (["{a}", "-o", "{out}", "--budget", "9"], "at least 1056 needed"),
+        (
+            ["{a}", "-o", "{out}", "--budget", "9"],
+            "at least 1056 needed, one component in each of them. Give a larger size or a narrower dtype, or --drop-zero",
+        ),
         (["{a}", "-o", "{out}", "--rank", "1", "--energy", "1"], "--energy"),
         (["{a}", "-o", "{out}/x/y"], "does not exist"),
         (["{a}", "-o", "{a}", "--overwrite"], "would replace it; name another one"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,6 @@ from fedlora_kernels.adapters.inits import kept_init
 from fedlora_kernels.adapters.model import ExtraSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.validation import ClientCheck
-from fedlora_kernels.backends.contract import Note
 from fedlora_kernels.engine.budget import Held, Share
 from fedlora_kernels.engine.clients import PRESENT, Client, check_unchanged
 from fedlora_kernels.engine.cohort import Cohort
@@ -26,6 +24,7 @@ from fedlora_kernels.engine.combine import combine
 from fedlora_kernels.engine.delivery import Delivered, Delivery, ModuleOutput
 from fedlora_kernels.engine.extras import check_mean, combine_extra, own_extra
 from fedlora_kernels.engine.journal import Journal
+from fedlora_kernels.engine.notes import module_notes
 from fedlora_kernels.engine.policy import (
     admit,
     beyond_bound,
@@ -50,9 +49,6 @@ from fedlora_kernels.methods.contract import Method
 from fedlora_kernels.methods.robust import RobustRule
 
 __all__ = ["Run"]
-
-CANCELLED = 1e-6
-"""Cancellation from which on a module is named."""
 
 
 class Run:
@@ -363,33 +359,9 @@ class Run:
         return self.settings.method.describe(plan, [client.name for client in self.walk.cohort.clients]) or None
 
     def _notes(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Facts for the report only: from reading, modules that some clients lack, pairs that are far off."""
+        """Facts for the report only: from reading, and of modules."""
         notes = [text for client in self.roster if client.adapter for text in client.adapter.notes]
-        cohort = self.walk.cohort
-        lacking = [name for name, owned in zip(cohort.modules, cohort.owns, strict=True) if not owned.all()]
-        if lacking:
-            how = (
-                "are the means over their owners"
-                if cohort.missing == "renormalize"
-                else "count missing updates as zero"
-            )
-            notes.append(f"modules that some clients lack ({len(lacking)}, {printable(lacking[0])!r} first) {how}")
-        far = [row["name"] for row in rows if row["error"] is not None and row["error"] > 1.0]
-        if far:
-            notes.append(
-                f"farther from the weighted sum than nothing at all: {len(far)} modules, {printable(far[0])!r} first"
-            )
-        gone = [row["name"] for row in rows if row["cancellation"] is not None and row["cancellation"] < CANCELLED]
-        if gone:
-            notes.append(
-                f"updates cancel to less than {math.sqrt(CANCELLED):g} of what they add up to in {len(gone)} modules, "
-                f"{printable(gone[0])!r} first: what is left is as good as the last digits of the adapters"
-            )
-        small = [row["name"] for row in rows if row["rank"] == 0 and Note.ZERO.name not in row["notes"]]
-        if small:
-            notes.append(
-                f"{self.settings.rule} leaves no room for {len(small)} modules, {printable(small[0])!r} first; they are left out"
-            )
+        notes += module_notes(rows, self.walk.cohort, self.settings.rule)
         return list(dict.fromkeys(notes + self.notes))
 
     def _client_rows(self) -> list[dict[str, Any]]:
