@@ -109,6 +109,8 @@ class Run:
             summary = totals(rows, len(self.roster), parameters, parameters * walk.dtype.itemsize)
             summary |= efficiency(method, rows)
             check_unchanged(walk.cohort.clients)
+            if settings.state is not None:
+                settings.state.check_unchanged()
             delivery.finish(kept, certificates(summary), method.remember(plan) if "state" in method.gives else None)
         except BaseException:
             delivery.abandon()

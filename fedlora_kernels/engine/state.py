@@ -84,6 +84,16 @@ class State:
         start = f"{module}."
         return {key[len(start) :]: self.tensors[key] for key in self._names.get(module, ()) if key.startswith(start)}
 
+    def check_unchanged(self) -> None:
+        """Raise FormatError where a file of it was written into since it was opened."""
+        try:
+            if self.adapter is not None:
+                self.adapter.source.check_unchanged()
+            if isinstance(self.tensors, _Lazy):
+                self.tensors.check_unchanged()
+        except FormatError as error:
+            raise FormatError(f"previous: {error}") from None
+
     def fingerprint(self) -> str:
         """Text that differs for any other state."""
         tensors = self.tensors
@@ -126,6 +136,9 @@ class _Lazy(Mapping[str, Tensor]):
 
     def fingerprint(self) -> str:
         return self._file.fingerprint()
+
+    def check_unchanged(self) -> None:
+        self._file.check_unchanged()
 
 
 class StateWriter(SafetensorsWriter):

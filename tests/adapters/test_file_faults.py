@@ -103,6 +103,19 @@ def test_a_file_that_changes_under_the_run_is_an_error_and_nothing_is_put_in_pla
     assert sorted(os.listdir(tmp_path)) == ["clients", "out"]
 
 
+@pytest.mark.parametrize(("method", "file"), [("fedrot", WEIGHTS), ("fedtree", "fedlora_state.safetensors")])
+def test_a_round_before_that_changes_under_the_run_is_an_error_too(tmp_path, monkeypatch, capsys, method, file):
+    clients = make_clients(tmp_path / "clients", ranks=(4,))
+    argv = ["aggregate", *clients, "--method", method, "--quiet"] + ["--per-client"] * (method == "fedtree")
+    assert main([*argv, "-o", str(tmp_path / "first")]) == 0
+    during(monkeypatch, lambda: rewrite(tmp_path / "first" / file))
+    assert main([*argv, "-o", str(tmp_path / "second"), "--previous", str(tmp_path / "first")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("fedlora: error: previous: ")
+    assert f"{file}: changed while it was being read" in told
+    assert sorted(os.listdir(tmp_path)) == ["clients", "first"]
+
+
 def test_a_file_cut_short_under_the_run_is_an_error_that_says_whose_it_is(tmp_path, capsys, monkeypatch):
     clients = make_clients(tmp_path / "clients", ranks=(4,))
     survey = engine.combine
