@@ -158,7 +158,7 @@ def aggregate(
         for client in roster:
             stack.callback(client.close)
         if out is not None:
-            check_apart(roster, out)
+            check_apart(roster, out, settings.read)
         names = [client.name for client in roster]
         settings = dataclasses.replace(settings, client_state=client_state_of(client_state, made, names))
         seen = stack.enter_context(backends.record())

@@ -139,7 +139,7 @@ def resize_all(
         steps = _Steps(roster, progress)
         if out is None:
             return {client.name: steps.run(client, None, read, options) for client in roster}
-        check_apart(roster, out)
+        check_apart(roster, out, read)
         places = _places([client.name for client in roster])
         folder = stack.enter_context(OutputFolder(out, overwrite))
         results = {

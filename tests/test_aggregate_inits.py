@@ -17,6 +17,7 @@ import fedlora_kernels as fk
 from fedlora_kernels.adapters.options import ReadOptions, WriteOptions
 from fedlora_kernels.adapters.policy import Policy
 from fedlora_kernels.adapters.reader import open_adapter
+from fedlora_kernels.cli import main
 from fedlora_kernels.errors import InputError, MismatchError, UnsupportedVariantError
 
 
@@ -326,3 +327,25 @@ def test_a_client_that_started_plainly_is_left_as_it_is(cohort):
     pair = (peft.get_peft_model_state_dict(plain), plain.peft_config["default"])
     read = ReadOptions(init_factors=start)
     assert {spec.rank for spec in open_adapter(pair, read).modules.values()} == {3}
+
+
+def test_the_flags_reach_the_reader(cohort, tmp_path, capsys):
+    start, folders, weights = cohort("pissa")
+    out = str(tmp_path / "out")
+    arguments = ["aggregate", *folders, "--quiet", "-o", out]
+    assert main(arguments) == 2
+    assert "with --init-factors, or stay on that base with --init keep" in capsys.readouterr().err
+    assert main([*arguments, "--energy", "1", "--init-factors", start]) == 0
+    assert close(peft_logits(out), dense_logits(weights, [0.5, 0.5]))
+    assert "what it started from was subtracted" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--method", "fedit", "--init", "keep"]) == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["init_lora_weights"] == "pissa"
+    assert main([*arguments, "--init", "keep", "--init-factors", start]) == 2
+    assert main(["aggregate", *folders, "--quiet", "-o", start, "--overwrite", "--init-factors", start]) == 2
+    assert "init_factors: the output" in capsys.readouterr().err
+
+
+def test_a_start_that_cannot_be_read_is_named(cohort, tmp_path):
+    _, folders, _ = cohort("pissa")
+    with pytest.raises(InputError, match=r"client 'init_factors': .*absent: cannot be read"):
+        fk.aggregate(folders, read=ReadOptions(init_factors=tmp_path / "absent"))

@@ -230,7 +230,9 @@ def test_the_same_matrices_of_another_kind_are_refused():
 def test_the_same_matrices_of_another_kernel_are_refused():
     one, (state, config) = client(0), client(1)
     flat = {key: x.reshape(-1, 4, 1, 9) if key.endswith("conv3x3.lora_A.weight") else x for key, x in state.items()}
-    with pytest.raises(MismatchError, match="module 'conv3x3': conv2d 5 x 4 x 1 x 9 but conv2d 5 x 4 x 3 x 3 in client"):
+    with pytest.raises(
+        MismatchError, match="module 'conv3x3': conv2d 5 x 4 x 1 x 9 but conv2d 5 x 4 x 3 x 3 in client"
+    ):
         aggregate([one, (flat, config)])
 
 

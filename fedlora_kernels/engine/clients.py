@@ -118,15 +118,16 @@ def open_clients(
     return opened
 
 
-def check_apart(roster: Sequence[Client], out: str | os.PathLike[str]) -> None:
-    """Raise InputError where the output is a client's folder or file, or holds it: replacing it would destroy the client."""
+def check_apart(roster: Sequence[Client], out: str | os.PathLike[str], read: ReadOptions | None = None) -> None:
+    """Raise InputError where the output is a folder or file that is read, or holds one: replacing it would destroy that."""
     place = os.path.realpath(out)
-    for client in roster:
-        folder = os.path.realpath(client.source)
+    sources = {f"client {printable(client.name)!r}": client.source for client in roster}
+    if read is not None and isinstance(read.init_factors, (str, os.PathLike)):
+        sources["init_factors"] = os.fspath(read.init_factors)
+    for who, source in sources.items():
+        folder = os.path.realpath(source)
         if os.path.exists(folder) and os.path.commonpath([place, folder]) == place:
-            raise InputError(
-                f"client {printable(client.name)!r}: the output {printable(place)} would replace it; name another one"
-            )
+            raise InputError(f"{who}: the output {printable(place)} would replace it; name another one")
 
 
 def check_unchanged(clients: Sequence[Client]) -> None:

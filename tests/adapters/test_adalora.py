@@ -11,6 +11,7 @@ from torch import nn
 
 from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.adapters.reader import open_adapter
+from fedlora_kernels.cli import main
 from fedlora_kernels.errors import FormatError, UnsupportedVariantError
 
 FOLD = ReadOptions(adalora="fold")
@@ -183,3 +184,18 @@ def test_tensors_that_do_not_fit_are_refused(key, value, text):
         open_adapter((state, config), FOLD, name="c")
     assert str(caught.value).startswith("client 'c', module 'v': ")
     assert text in str(caught.value)
+
+
+def test_the_flag_folds_and_another_client_may_be_plain(tmp_path, capsys):
+    model, _ = trained(MASKS["some"])
+    save(model, tmp_path / "ada")
+    open_adapter(tmp_path / "ada", FOLD).save(tmp_path / "plain")
+    clients = [str(tmp_path / name) for name in ("ada", "plain")]
+    arguments = ["aggregate", *clients, "--quiet", "--energy", "1", "-o", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "with --adalora fold" in capsys.readouterr().err
+    assert main([*arguments, "--adalora", "fold"]) == 0
+    out, plain = open_adapter(tmp_path / "out"), open_adapter(tmp_path / "plain")
+    for name, pair in out.pairs():
+        wanted = plain[name].B.double() @ plain[name].A.double()
+        assert (pair.B.double() @ pair.A.double() - wanted).norm() <= 1e-6 * wanted.norm()
