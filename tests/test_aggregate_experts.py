@@ -402,3 +402,23 @@ def test_clients_chosen_expert_by_expert_are_read_where_they_are_chosen(rule):
     fused = aggregate(pairs, rule=ALL, robust=rule)
     plain = aggregate({key: unfused(pair) for key, pair in pairs.items()}, rule=ALL, robust=rule)
     assert distance(products(fused.adapter), renamed(products(plain.adapter))) < 1e-6
+
+
+def test_experts_of_the_round_before_must_have_the_layout_of_the_clients():
+    square = {"gate_up_proj": (9, 9), "down_proj": (11, 6)}
+    before = aggregate(clients((3, 3), parameters=square, peft_version="0.18.1"), "fedrot")
+    again = aggregate(clients((3, 3), parameters=square, peft_version="0.18.0"), "fedrot", previous=before)
+    assert again.report["round"] == 1
+    with pytest.raises(
+        MismatchError,
+        match=r"client 'client_0', configuration: peft_version is '0.21.2' but '0.18.1' in client 'previous'",
+    ):
+        aggregate(clients((3, 3), parameters=square), "fedrot", previous=before)
+
+
+@pytest.mark.parametrize("experts", [1, EXPERTS])
+def test_experts_have_no_form_in_a_kohya_file(tmp_path, capsys, experts):
+    source = folder(tmp_path / "c", client(experts=experts))
+    assert main(["convert", source, "-o", str(tmp_path / "x.safetensors"), "--to", "kohya"]) == 2
+    assert "a parameter of target_parameters has no form in a kohya file" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()

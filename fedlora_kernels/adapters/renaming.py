@@ -147,9 +147,10 @@ def _refuse_without_words(adapter: Adapter) -> None:
             f"{where}: fan_in_fan_out says that base weights are stored transposed (Conv1D), which a kohya file cannot say"
         )
     for module in adapter.modules.values():
-        attention = "base_layer" in module.form.path.split(".")
-        if module.kind not in IN_KOHYA or attention:
+        attention = "base_layer" in module.form.path.split(".") and not module.form.parameters
+        if module.kind not in IN_KOHYA or attention or module.form.parameters:
             kind = "nn.MultiheadAttention" if attention else f"a layer of kind {module.kind}"
+            kind = "a parameter of target_parameters" if module.form.parameters else kind
             raise UnsupportedVariantError(
                 f"module {printable(module.name)!r}: {kind} has no form in a kohya file. Leave this module out of the adapter"
             )

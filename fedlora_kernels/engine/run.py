@@ -39,7 +39,7 @@ from fedlora_kernels.engine.policy import (
 from fedlora_kernels.engine.report import SCHEMA, certificates, efficiency, number, totals
 from fedlora_kernels.engine.robust import apply_rule
 from fedlora_kernels.engine.settings import Settings
-from fedlora_kernels.engine.state import State, check_modules, check_pair
+from fedlora_kernels.engine.state import State, check_experts, check_modules, check_pair
 from fedlora_kernels.engine.survey import Survey, census, make_survey
 from fedlora_kernels.engine.target import target_findings
 from fedlora_kernels.engine.twins import same_content
@@ -81,6 +81,7 @@ class Run:
             check_modules(state, method, cohort.modules)
         else:
             check_pair(state, method, {name: cohort.spec(name) for name in cohort.modules})
+            check_experts(state, cohort.clients[0].name, cohort.adapters[0])
 
     def execute(
         self, folder: OutputFolder | None, seen: dict[Any, None], started: float, journal: Journal | None = None

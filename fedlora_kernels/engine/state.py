@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlora_kernels._version import __version__
+from fedlora_kernels.adapters.expert_check import expert_misfits
 from fedlora_kernels.adapters.model import Adapter, ModuleSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import WRITTEN_HERE
@@ -27,6 +28,7 @@ __all__ = [
     "STATE_NAME",
     "State",
     "StateWriter",
+    "check_experts",
     "check_modules",
     "check_pair",
     "check_state",
@@ -232,6 +234,13 @@ def check_pair(state: State, method: Method, modules: Mapping[str, ModuleSpec]) 
             raise MismatchError(
                 f"module {printable(name)!r}: {module.shape_text} in the clients, {spec.shape_text} in previous; one shape needed"
             )
+
+
+def check_experts(state: State, name: str, client: Adapter) -> None:
+    """Raise MismatchError where the experts of a client, which those of all others fit, do not fit those of the round before."""
+    adapters = {} if state.adapter is None else {"previous": state.adapter, name: client}
+    for misfit in expert_misfits(adapters) if len(adapters) == 2 else ():
+        raise MismatchError(f"client {printable(misfit.client)!r}, {misfit.where}: {misfit.text}")
 
 
 def check_modules(state: State, method: Method, modules: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from expert_problems import EXPERTS, PREFIX, TARGETS, client, config, dense, distance, nested, paths, state
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from fedlora_kernels.adapters.forms import stored_tensors, whole_units
@@ -13,7 +13,7 @@ from fedlora_kernels.adapters.moe import TargetParameters, expert_modules, nesti
 from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.adapters.policy import Limits
 from fedlora_kernels.adapters.reader import open_adapter
-from fedlora_kernels.errors import FormatError, InputError, LimitError
+from fedlora_kernels.errors import FedLoRAError, FormatError, InputError, LimitError
 
 ORDER = ReadOptions(parameter_order=("gate_up_proj", "down_proj"))
 MIXED = {"rank_pattern": {r".*\.experts\.gate_up_proj": 6}, "alpha_pattern": {r".*\.experts\.gate_up_proj": 10}}
@@ -293,3 +293,51 @@ def test_the_paths_of_the_problem_are_what_the_model_registers():
     assert [path for path, *_ in paths()][:2] == [nested(TARGETS[0], 1), TARGETS[0]]
     assert nesting("a.base_layer.base_layer") == ("a", 2)
     assert nesting("a.base_layer.out_proj") == ("a.base_layer.out_proj", 0)
+
+
+USUAL = ["experts", "experts.base_layer", "m.experts", "m.experts.base_layer", "q_proj"]
+STRANGE = ["", "base_layer", "experts[0]", "experts.base_layer.base_layer", "a..b", "a" * 300]
+PATHS = st.sampled_from(5 * USUAL + STRANGE)
+NAMED = ["experts.gate", "experts.down", "m.experts.gate", "gate", "down"]
+ENTRIES = st.sampled_from(6 * NAMED + ["experts", ".", "", "q_proj.weight"])
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(st.data())
+def test_anything_that_calls_itself_experts_is_read_or_refused_by_name(data):
+    """Paths, shapes, entries and patterns of a stranger."""
+    tensors = {}
+    for path in data.draw(st.lists(PATHS, min_size=1, max_size=3, unique=True)):
+        rows = data.draw(st.sampled_from([2] if path == "q_proj" else [2, 4, 6, 8, 4, 6, 8, 3]))
+        for letter, shape in (("A", (rows, 5)), ("B", (7, rows))):
+            odd = data.draw(st.sampled_from([None] * 60 + [(rows, 5, 1), (rows,), (0, 5), (7, rows + 1)]))
+            tensors[f"{path}.lora_{letter}.weight"] = torch.ones(odd or shape)
+    fields = data.draw(
+        st.fixed_dictionaries(
+            {"r": st.sampled_from([2] * 8 + [1, 3]), "target_parameters": st.lists(ENTRIES, min_size=1, max_size=4)},
+            optional={
+                "target_modules": st.one_of(st.none(), st.just("all-linear"), st.lists(PATHS, max_size=2)),
+                "rank_pattern": st.dictionaries(ENTRIES, st.integers(1, 4), max_size=1),
+                "alpha_pattern": st.dictionaries(ENTRIES, st.floats(-2, 2), max_size=1),
+                "peft_version": st.one_of(st.none(), st.just("0.18"), st.integers()),
+            },
+        )
+    )
+    options = ReadOptions(parameter_order=data.draw(st.sampled_from([None, ("gate", "down"), ("gate",)])))
+    try:
+        adapter = open_adapter((tensors, {"peft_type": "LORA", "lora_alpha": 4, **fields}), options, name="c")
+    except FedLoRAError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    if refusal:
+        assert refusal.startswith("client 'c'")
+        return
+    event(f"{sum(spec.kind == 'expert' for spec in adapter.modules.values())} experts")
+    for name, pair in adapter.pairs():
+        spec = adapter.modules[name]
+        assert pair.B.shape == (spec.m, spec.rank)
+        assert pair.A.shape == (spec.rank, spec.n)
+    assert sum(spec.rank * (spec.m + spec.n) for spec in adapter.modules.values()) == sum(
+        x.numel() for x in tensors.values()
+    )
