@@ -88,6 +88,8 @@ def rank_patterns(ranks: Mapping[str, N], default: N) -> dict[str, N]:
     No module is hit by an entry of another value, so the order of entries does not matter: PEFT sorts them on saving.
     """
     special = {name: rank for name, rank in ranks.items() if rank != default}
+    if not special:
+        return {}
     keys = {name: name if re.fullmatch(r"[^\\^$*+?{}\[\]()|]+", name) else re.escape(name) for name in special}
     for escape in (False, True):
         owner = {key: name for name, key in keys.items()}

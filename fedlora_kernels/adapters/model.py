@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -225,7 +226,7 @@ class Adapter:
         """How a kohya file spells its keys; None for an adapter in PEFT's form."""
         return next((module.form.spelling for module in self.modules.values()), None)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.source.tensors.values())

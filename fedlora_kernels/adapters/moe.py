@@ -46,7 +46,7 @@ class TargetParameters:
 
     def of(self, module: str) -> tuple[str, ...]:
         """Full names of the parameters of ``module`` that may carry a pair: PEFT takes each whose name ends with an entry."""
-        return self._found(module, ("",)) if self._by_module else ()
+        return self._found(module, ("",))
 
     def names(self, module: str) -> bool:
         """Whether an entry names this module with its parameter; one without a module may mean any."""
@@ -59,6 +59,8 @@ class TargetParameters:
         return sorted(known, key=lambda name: known[name]) if len(known) == len(names) else None
 
     def _found(self, module: str, more: Sequence[str]) -> tuple[str, ...]:
+        if not self._by_module:  # most configurations have none, and each module of each client asks
+            return ()
         parts = module.split(".")
         ends = [".".join(parts[i:]) for i in range(len(parts))]
         found = [name for end in (*ends, *more) for name in self._by_module.get(end, ())]

@@ -325,7 +325,11 @@ def _refused(where: str, key: str, text: str) -> FormatError:
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < LARGEST for value in values)
+    return isinstance(values, list) and all(map(_is_size, values))
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < LARGEST
 
 
 def _check_coverage(ranges: list[tuple[int, int, str]], size: int, where: str) -> None:
