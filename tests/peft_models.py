@@ -6,7 +6,7 @@ import warnings
 import peft
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 
@@ -45,6 +45,11 @@ def language_model(tied=True):
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied)).eval()
 
 
+def gpt2():
+    torch.manual_seed(5)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=17, n_positions=12, n_embd=8, n_layer=1, n_head=2)).eval()
+
+
 def untied():
     return language_model(tied=False)
 
@@ -73,6 +78,30 @@ CASES = {
     "tied head, rslora": (
         language_model,
         {"target_modules": ["lm_head", "embed_tokens"], "ensure_weight_tying": True, "use_rslora": True},
+    ),
+    "tied head, regex": (
+        language_model,
+        {
+            "target_modules": r"(.*\.)?(embed_tokens|down_proj|q_proj)",
+            "ensure_weight_tying": True,
+            "rank_pattern": {"q_proj": 2},
+        },
+    ),
+    "tied tokens": (
+        language_model,
+        {"target_modules": ["q_proj"], "trainable_token_indices": [2, 9], "ensure_weight_tying": True},
+    ),
+    "layer_replication": (
+        language_model,
+        {
+            "target_modules": ["down_proj"],
+            "layer_replication": [[0, 1], [0, 1]],
+            "rank_pattern": {"layers.1.mlp.down_proj": 2},
+        },
+    ),
+    "GPT-2": (
+        gpt2,
+        {"target_modules": ["c_attn", "mlp.c_fc", "wte"], "fan_in_fan_out": True, "rank_pattern": {"wte": 4}},
     ),
     "tied modules_to_save": (
         language_model,
@@ -115,7 +144,7 @@ def loaded(base, path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", UserWarning)
-        for harmless in (".*fan_in_fan_out.*", ".*embedding layers found.*", ".*tie_word_embeddings.*"):
+        for harmless in (".*fan_in_fan_out.*", ".*embedding layers found.*", ".*tie_word_embeddings.*", ".*no tied modules.*"):
             warnings.filterwarnings("ignore", message=harmless)
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), path).eval()
 

@@ -236,6 +236,21 @@ def test_the_same_matrices_of_another_kernel_are_refused():
         aggregate([one, (flat, config)])
 
 
+def test_fresh_embeddings_are_zero_and_stay_at_rank_one(tmp_path):
+    """A fresh embedding has A = 0 and B random, the reverse of a linear layer."""
+    pairs = clients()
+    for state, _ in pairs:
+        state[f"{PREFIX}model.embed_tokens.lora_embedding_A"].zero_()
+        state[f"{PREFIX}lm_head.lora_B.weight"].zero_()
+    result = aggregate(pairs, rule=WHOLE, out=tmp_path / "out")
+    row = next(row for row in result.report["modules"] if row["name"] == "model.embed_tokens")
+    assert (row["rank"], row["notes"]) == (1, ["ZERO"])
+    found = dense(written(tmp_path / "out")[0], 1.0)
+    assert not found["model.embed_tokens"].any()
+    assert not found["lm_head"].any()
+    assert "model.embed_tokens" not in aggregate(pairs, rule=WHOLE, write=WriteOptions(drop_zero=True)).adapter
+
+
 def test_a_budget_over_every_kind():
     whole = aggregate(clients(), rule=WHOLE).adapter
     size = sum(spec.rank * (spec.m + spec.n) * 4 for spec in whole.modules.values())

@@ -15,7 +15,8 @@ from fedlora_kernels.errors import FormatError
 __all__ = ["FLOATS", "Findings", "check_float", "read_extras"]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-EMBEDDINGS = ("embed_tokens", "lm_head")
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")
+"""What models call their embedding and their head, which PEFT saves whole where the vocabulary has changed."""
 Findings = dict[tuple[str, str], list[str]]
 """Names by what was found ("module" or "tensor", text)."""
 

@@ -180,6 +180,17 @@ def test_embeddings_saved_along_have_a_weighted_mean():
         assert torch.allclose(adapter.extra(f"{name}.base_layer.weight"), wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head", "transformer.wte", "gpt_neox.embed_in", "shared"])
+def test_embeddings_of_a_larger_vocabulary_are_saved_whole(name):
+    state, config = client(ensure_weight_tying=False, target_modules=["q_proj"])
+    state = {key: x for key, x in state.items() if "q_proj" in key}
+    pairs = [({**state, f"{PREFIX}{name}.weight": torch.full((19, 6), value)}, config) for value in (1.0, 4.0)]
+    adapter = aggregate(pairs, weights=[2.0, 1.0]).adapter
+    assert torch.equal(adapter.extra(f"{name}.weight"), torch.full((19, 6), 2.0))
+    with pytest.raises(FormatError, match="unknown tensor"):
+        open_adapter(({**state, f"{PREFIX}model.norm.weight": torch.ones(6)}, config))
+
+
 def test_embeddings_of_any_name_are_saved_along():
     state = {
         "wte.lora_embedding_A": torch.ones(2, 9),
