@@ -76,8 +76,8 @@ def test_a_run_that_died_in_any_write_goes_on(tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_that_died_in_any_write_goes_on_whatever_it_writes(tmp_path, name):
-    rows = killed(tmp_path, "points", 40, name)
-    assert len(rows) == 40
+    rows = killed(tmp_path, "points", 24, name)
+    assert len(rows) == 24
     check_points(rows)
 
 

@@ -25,7 +25,7 @@ from fedlora_kernels.adapters.model import Adapter, TensorSource, TensorSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.adapters.safetensors import SafetensorsFile, open_file, read_json
-from fedlora_kernels.adapters.shards import INDEX_NAME, ShardedFile
+from fedlora_kernels.adapters.shards import INDEX_NAME, SHARD, ShardedFile
 from fedlora_kernels.adapters.tied import check_tied
 from fedlora_kernels.errors import FedLoRAError, FormatError, InputError
 
@@ -229,6 +229,8 @@ def _open_folder(folder: Path, options: ReadOptions) -> tuple[TensorSource, dict
         return _read_pickle(folder / PICKLE_NAME), config
     if f"{PICKLE_NAME}.index.json" in entries:
         raise FormatError(f"{where}: an adapter in several pickles; re-save it as safetensors")
+    if (shard := next((entry for entry in entries if SHARD.fullmatch(entry)), None)) is not None:
+        raise FormatError(f"{where}: {shard} without {INDEX_NAME}, which says what is in which file; copy that one too")
     raise FormatError(f"{where}: neither {WEIGHTS_NAME} nor {PICKLE_NAME}; one of them needed")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,9 +20,11 @@ from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.safetensors import HEADER_CAP, SafetensorsFile, read_json
 from fedlora_kernels.errors import FormatError, LimitError
 
-__all__ = ["INDEX_NAME", "ShardedFile", "count_files"]
+__all__ = ["INDEX_NAME", "SHARD", "ShardedFile", "count_files"]
 
 INDEX_NAME = "adapter_model.safetensors.index.json"
+SHARD = re.compile(r"adapter_model-[0-9]+-of-[0-9]+\.safetensors")
+"""How such files are usually called; the index may call them otherwise."""
 MOST_SHARDS = 4096
 LARGEST = 1 << 63
 

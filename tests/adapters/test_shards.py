@@ -216,6 +216,13 @@ def test_an_adapter_in_several_pickles_is_refused(tmp_path):
         open_adapter(path)
 
 
+def test_files_without_their_index_are_told_from_a_folder_without_any(tmp_path):
+    path = sharded(tmp_path / "c")
+    (path / INDEX_NAME).unlink()
+    with pytest.raises(FormatError, match=rf"{NAMES[0]} without {INDEX_NAME}.*copy that one too"):
+        open_adapter(path)
+
+
 def test_files_are_closed_after_a_refusal_and_after_use(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     path = sharded(tmp_path / "c")
