@@ -10,7 +10,7 @@ from fedlora_kernels.adapters.majority import majority
 from fedlora_kernels.adapters.model import Adapter, ModuleSpec
 from fedlora_kernels.adapters.names import printable
 
-__all__ = ["Misfit", "expert_misfits"]
+__all__ = ["Misfit", "expert_misfits", "swapped"]
 
 SWAPPED_BEFORE = (0, 19)
 """Older versions of PEFT make A as wide as the second axis of a parameter and B as high as its third, whatever the model."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedlora_kernels.adapters.expert_check import swapped
 from fedlora_kernels.adapters.extras import FLOATS, Findings, check_float, read_extras
 from fedlora_kernels.adapters.keys import TensorKey, canonical_keys, is_embedding
 from fedlora_kernels.adapters.lora_config import LoRAConfig
@@ -65,7 +66,13 @@ def read_layout(
     findings: Findings = {}
     modules = tie(_modules(keys, tensors, config, rank_from, findings, limits or Limits()), config)
     found = read_extras(keys, tensors, config, modules, extras == "ignore", findings)
-    return Layout(modules, found, tuple(_warnings(who, findings) + config.warnings()), tuple(config.notes()))
+    notes = config.notes()
+    if swapped(raw.get("peft_version")) and any(module.form.parameters for module in modules.values()):
+        notes.append(
+            f"{who}: saved by PEFT {printable(raw['peft_version'])}; from 0.19 on PEFT has the two sides of an expert the other way "
+            "round unless the model is_transposed, and the result loads where this adapter does"
+        )
+    return Layout(modules, found, tuple(_warnings(who, findings) + config.warnings()), tuple(notes))
 
 
 def _warnings(who: str, findings: Findings) -> list[str]:

@@ -264,6 +264,13 @@ def test_an_alpha_of_zero_is_warned_of_once_for_a_module():
     assert "'model.layers.0.mlp.experts' and 1 more: lora_alpha is 0" in adapter.warnings[0]
 
 
+@pytest.mark.parametrize(("version", "count"), [("0.18.1", 1), ("0.19.0", 0), (None, 0)])
+def test_the_layout_of_older_versions_is_noted(version, count):
+    notes = open_adapter(client(peft_version=version), name="c").notes
+    assert len(notes) == count
+    assert all(note.startswith("client 'c': saved by PEFT 0.18.1; from 0.19 on") for note in notes)
+
+
 @pytest.mark.parametrize("value", ["experts.w1", 3, [1], [""]])
 def test_target_parameters_are_a_list_of_names(value):
     with pytest.raises(FormatError, match="target_parameters"):
