@@ -303,6 +303,26 @@ def test_a_run_on_wrong_input_keeps_nothing(tmp_path):
     assert kept(tmp_path / "out") == []
 
 
+def test_an_output_that_appears_meanwhile_costs_nothing(halfway, monkeypatch):
+    """Put in place by somebody else: the run is refused at its end, and goes on from there with overwrite."""
+    clients, out, partial, wanted = halfway
+    journal = fk.engine.journal.Journal
+    finish = journal.finish
+
+    def overtaken(self):
+        shutil.copytree(wanted.parent, out)
+        finish(self)
+
+    monkeypatch.setattr(journal, "finish", overtaken)
+    with pytest.raises(fk.InputError, match="exists; replace it with overwrite"):
+        fk.aggregate(clients, out=out, resume=True, memory=1)
+    assert kept(out) == [partial]
+    monkeypatch.undo()
+    assert gone_on(clients, out, overwrite=True) == (len(SHAPES), [])
+    assert (out / WEIGHTS).read_bytes() == wanted.read_bytes()
+    assert kept(out) == []
+
+
 def test_an_old_output_stays_until_the_new_one_is_whole(halfway):
     clients, out, _, wanted = halfway
     fk.aggregate(clients, out=out, rule=fk.Rank(1))

@@ -166,6 +166,7 @@ class KeptFolder(OutputFolder):
         super().__init__(out, overwrite)
         self._prefix = f"{_short(self.out.name)}.partial-"
         self.place = self.out.with_name(f"{self._prefix}{key[:16]}")
+        self._whole = False
         self.path = self.place / "out"
         self.keep = False
 
@@ -178,9 +179,14 @@ class KeptFolder(OutputFolder):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if not self.keep or isinstance(error, InputError):
+        if not self.keep or (isinstance(error, InputError) and not self._whole):
             shutil.rmtree(self.place, ignore_errors=True)
         self._unlock()
+
+    def commit(self) -> None:
+        """Put the output in place, as `OutputFolder.commit`; where that is refused, it is kept: nothing is wrong with its input."""
+        self._whole = True
+        super().commit()
 
     def others(self) -> list[Path]:
         """What runs of other keys for the same output have kept."""
