@@ -286,7 +286,7 @@ def test_policy_drop_stops_below_its_limits(tmp_path, capsys):
         (["--max-update-norm", "median"], ["--max-update-norm", "--policy clip"]),
         (["--policy", "drop", "--min-weight", "2"], ["min_weight", "2"]),
         (["--previous", "absent"], ["--previous", "absent"]),
-        (["--report", "r.html"], ["--report", "r.html", ".json"]),
+        (["--report", "r.txt"], ["--report", "r.txt", ".json", ".html"]),
         (["--report", "absent/r.json"], ["--report", "absent"]),
         (["--no-such-flag"], ["--no-such-flag"]),
         (["--robust", "krum"], ["--robust"]),

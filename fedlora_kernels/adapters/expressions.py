@@ -17,7 +17,7 @@ from fedlora_kernels.errors import FormatError, LimitError
 __all__ = ["Expressions"]
 
 LONGEST = 256
-LONGEST_TOGETHER = 1 << 16
+LONGEST_TOGETHER = 1 << 14
 MOST_ENTRIES = 4096
 MOST_UNBOUNDED = 3
 MOST_WAYS = 4096
@@ -51,9 +51,10 @@ class Expressions:
             raise LimitError(
                 f"{what}: {length} characters of regular expressions; at most {LONGEST_TOGETHER}. Write plain module names"
             )
-        self._atoms: list[str] = []
+        self._atoms: list[str | re.Pattern[str]] = []
         self._follow: list[Places] = []
-        self._known: dict[tuple[str, str], bool] = {}
+        self._classes: dict[str, re.Pattern[str]] = {}
+        self._known: dict[tuple[re.Pattern[str], str], bool] = {}
         starts = [self._compiled(k) for k in range(len(keys))]
         self._after_dot = tuple(place for _, later in starts for place in later)
         self._first: dict[str, Places] = {}
@@ -106,12 +107,12 @@ class Expressions:
                 found.update(self._follow[place])
         return tuple(sorted(found))
 
-    def _takes(self, atom: str, char: str) -> bool:
+    def _takes(self, atom: str | re.Pattern[str], char: str) -> bool:
+        if isinstance(atom, str):
+            return atom == char
         known = self._known.get((atom, char))
         if known is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                known = self._known[atom, char] = re.fullmatch(atom, char) is not None
+            known = self._known[atom, char] = atom.fullmatch(char) is not None
         return known
 
     def _compiled(self, k: int) -> tuple[Places, Places]:
@@ -170,7 +171,15 @@ class Expressions:
         return first
 
     def _place(self, atom: str, follow: Places) -> int:
-        self._atoms.append(atom)
+        single = atom if len(atom) == 1 else atom[1:] if _ESCAPED.fullmatch(atom) else ""
+        if not single or atom == ".":
+            if atom not in self._classes:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    self._classes[atom] = re.compile(atom)
+            self._atoms.append(self._classes[atom])
+        else:
+            self._atoms.append(single)
         self._follow.append(follow)
         return len(self._atoms) - 1
 
@@ -205,7 +214,7 @@ _TOKEN = re.compile(
     r"|(?P<other>.)",
     re.DOTALL,
 )
-_WITHOUT_END = ("*", "+")
+_ESCAPED = re.compile(r"\\[^A-Za-z0-9]", re.DOTALL)
 
 
 def _tokens(pattern: str) -> Iterator[_Token]:

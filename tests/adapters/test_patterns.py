@@ -185,6 +185,10 @@ HOSTILE = {
     "many expressions": ([f".*a.*{i}.*b" for i in range(4096)], names_of(65536)),
     "many alternatives": ([f"(a|b|{i})(c|d)(a|b)" + ".*" for i in range(900)], names_of(65536)),
     "much text": ([f"{i:05}" + "a?" * 5 + "[a-z]" * 40 + "+" for i in range(4000)], names_of(65536)),
+    "many sets": (
+        [f"[ab{chr(0x4E00 + i)}]+q" for i in range(2300)],
+        [f"m.{chr(97 + i % 2) * 9}.{chr(48 + i % 64)}q" for i in range(65536)],
+    ),
     "long repeats": ([f"a{{0,60000}}b{{{i}}}" for i in range(9)], names_of(65536)),
     "shapes": (
         ["".join("." if i >> k & 1 else "a" for k in range(16)) for i in range(1 << 15)],
@@ -196,14 +200,14 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_patterns_end_soon_whatever_the_modules(case):
     keys, modules = HOSTILE[case]
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         table = PatternTable(dict.fromkeys(keys, 1), "client 'c': rank_pattern")
         for name in modules:
             table.resolve(name, 0)
     except LimitError as error:
         assert str(error).startswith("client 'c': rank_pattern: ")  # noqa: PT017 - to be fast is enough
-    assert time.perf_counter() - start < 5  # on a busy machine; 1 s alone
+    assert time.process_time() - start < 4  # a second of a processor that nobody shares
 
 
 def test_hundreds_of_honest_expressions_on_thousands_of_modules_are_within_the_limit():
@@ -220,9 +224,9 @@ def test_hundreds_of_honest_expressions_on_thousands_of_modules_are_within_the_l
 def test_thousands_of_full_names_resolve_quickly():
     names = [f"model.layers.{i}.{kind}_proj" for i in range(300) for kind in "qkvo"]
     table = PatternTable({name: i for i, name in enumerate(names)}, "rank_pattern")
-    start = time.perf_counter()
+    start = time.process_time()
     assert [table.resolve(name, -1) for name in names] == list(range(len(names)))
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_no_python_warning_leaves_the_compiler():
