@@ -28,6 +28,8 @@ def call(folders, out, options):
     options = dict(options)
     if "rule" in options:
         options["rule"] = fk.Budget(options["rule"]) if isinstance(options["rule"], str) else fk.Rank(options["rule"])
+    if options.pop("padded", False):
+        options["write"] = fk.WriteOptions(uniform_rank=True, fill="random")
     return fk.aggregate(folders, out=out, **options)
 
 

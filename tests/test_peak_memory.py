@@ -26,6 +26,7 @@ CASES = {
     "robust": {"method": "fedit", "robust": "geometric_median"},
     "budget": {"rule": "50MB"},
     "compared": {"method": "fedit", "compare": True},
+    "padded": {"rule": 8, "padded": True},
     "resumed": {"method": "flora", "resume": True},
 }
 
