@@ -118,7 +118,7 @@ def open_adapter(source: Any, options: ReadOptions | None = None, *, name: str |
     who = f"client {printable(name)!r}" if name is not None else f"adapter {printable(label)!r}"
     try:
         adapter = assemble(label, tensors, config, metadata, who, options)
-        check_tied(adapter.modules, adapter.source, who)
+        check_tied(adapter.modules, adapter.config, adapter.source, who)
         initial = open_initial(options.init_factors, options) if kept_init(adapter.config) is not None else None
         return adapter if initial is None else since_start(adapter, initial, who)
     except BaseException:

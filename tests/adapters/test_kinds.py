@@ -56,8 +56,16 @@ def test_a_tied_head_of_another_scale_is_refused():
 
 def test_a_head_is_a_module_of_its_own_where_nothing_ties_it():
     assert "lm_head" in open_adapter(client(ensure_weight_tying=False))
-    named = client(target_modules=["embed_tokens", "lm_head"])
+    named = changed(client(target_modules=["embed_tokens", "lm_head"]), "lm_head.lora_A", torch.neg)
     assert "lm_head" in open_adapter(named)
+
+
+def test_a_head_that_is_tied_and_a_layer_of_its_own_is_refused():
+    """PEFT would tie it on loading, and the sums of both would overwrite each other."""
+    with pytest.raises(
+        FormatError, match=r"client 'c', module 'lm_head': holds the transposes of 'model.embed_tokens'"
+    ):
+        open_adapter(client(target_modules=["embed_tokens", "lm_head"]), name="c")
 
 
 def test_tied_and_untied_clients_do_not_mix():
