@@ -43,6 +43,7 @@ _SWITCHES = {
     "drop_state=True": "--drop-state",
     "parameter_order=": "--parameter-order ",
     "previous=": "--previous",
+    "target=": "--target",
     "round=0": "--round 0",
     "round=": "--round",
 }

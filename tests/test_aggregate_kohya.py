@@ -15,6 +15,7 @@ import fedlora_kernels as fk
 from fedlora_kernels.adapters.reader import open_adapter
 from fedlora_kernels.cli import main
 from fedlora_kernels.errors import InputError, MismatchError, RunError
+from fedlora_kernels.reporting.tables import layer_type
 
 EXACT = {"rule": fk.Energy(1.0)}
 DOTTED = {"transformer.blocks.0.attn.to_q": (11, 7), "transformer.blocks.1.attn.to_k": (5, 13)}
@@ -188,7 +189,7 @@ def test_a_folder_takes_files_too_with_everything_a_method_gives(tmp_path):
     assert sorted(path.name for path in out.iterdir()) == [
         "adapter_model.safetensors", "clients", "report.json", "residual",
     ]  # fmt: skip
-    assert len(open_adapter(out / "clients" / "c0.safetensors")) == 4
+    assert len(open_adapter(out / "clients" / "c0")) == 4
     assert open_adapter(out).spelling == open_adapter(out / "residual").spelling == SPELLINGS["kohya"]
     fk.aggregate(clients, "fedex", out=out, per_client=True, overwrite=True)
 
@@ -330,3 +331,13 @@ def test_the_command_line_writes_a_file_and_its_report(clients, tmp_path, capsys
     assert main(["aggregate", *clients, "-o", clients[0], "--overwrite"]) == 2
     assert "would replace it" in capsys.readouterr().err
     assert main(["aggregate", *clients, "-o", str(out), "--overwrite", "--target", "kohya", "--quiet"]) == 0
+    assert main(["aggregate", *clients, "-o", str(tmp_path / "p"), "--target", "peft"]) == 2
+    assert "Leave --target out and convert the result (fedlora convert --to peft)" in capsys.readouterr().err
+
+
+def test_kohya_names_are_summed_up_by_layer_type():
+    assert (
+        layer_type("lora_unet_down_blocks_0_attentions_11_to_out_0") == "lora_unet_down_blocks_*_attentions_*_to_out_*"
+    )
+    assert layer_type("lora_te1_text_model_encoder_layers_3_mlp_fc1") == "lora_te1_text_model_encoder_layers_*_mlp_fc1"
+    assert layer_type("blocks.0.conv_1") == "blocks.*.conv_1"

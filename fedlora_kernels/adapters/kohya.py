@@ -23,7 +23,7 @@ from fedlora_kernels.adapters.policy import Limits
 from fedlora_kernels.adapters.variants import CONVERT, GROUPS, MERGE, refuse_variant
 from fedlora_kernels.errors import FormatError, LimitError
 
-__all__ = ["ALPHA", "KOHYA", "alpha_tensor", "carries_scales", "is_factor", "kohya_config", "read_kohya"]
+__all__ = ["ALPHA", "FILE_SUFFIX", "KOHYA", "alpha_tensor", "carries_scales", "is_factor", "kohya_config", "read_kohya"]
 
 KOHYA = (".lora_up.weight", ".lora_down.weight")
 """What kohya's own scripts write after a module's name: B, A."""
@@ -37,6 +37,7 @@ SPELLINGS = (
     (".lora_B", ".lora_A"),
 )
 ALPHA = ".alpha"
+FILE_SUFFIX = ".safetensors"
 
 NO_PAIRS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "boft_": "BOFT"}
 """Variants by what the tensor's own name begins with: nothing of them could be left out."""

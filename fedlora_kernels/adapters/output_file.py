@@ -7,14 +7,13 @@ import os
 import stat
 from pathlib import Path
 
-from fedlora_kernels.adapters.kohya import is_factor
+from fedlora_kernels.adapters.kohya import FILE_SUFFIX, is_factor
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.safetensors import SafetensorsFile
 from fedlora_kernels.errors import FedLoRAError, InputError
 
 __all__ = ["check_file", "names_file", "place_file", "report_beside"]
 
-SUFFIX = ".safetensors"
 WEIGHTS = "adapter_model.safetensors"
 REPORT = "report.json"
 LONGEST_REPORT = 1 << 30
@@ -22,7 +21,7 @@ LONGEST_REPORT = 1 << 30
 
 def names_file(path: str | os.PathLike[str]) -> bool:
     """Whether an output of this name is one file: it ends in ``.safetensors`` and no folder is there."""
-    return Path(path).suffix.lower() == SUFFIX and not os.path.isdir(path)
+    return Path(path).suffix.lower() == FILE_SUFFIX and not os.path.isdir(path)
 
 
 def report_beside(out: str | os.PathLike[str]) -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedlora_kernels.adapters.assembly import assemble
 from fedlora_kernels.adapters.inits import kept_init, since_start
 from fedlora_kernels.adapters.keys import PREFIX
-from fedlora_kernels.adapters.kohya import carries_scales
+from fedlora_kernels.adapters.kohya import FILE_SUFFIX, carries_scales
 from fedlora_kernels.adapters.kohya_scales import DIFFUSERS
 from fedlora_kernels.adapters.model import Adapter, TensorSource, TensorSpec
 from fedlora_kernels.adapters.names import printable
@@ -34,7 +34,6 @@ __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "StateDict", "open_adapter", "open_ini
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-FILE_SUFFIX = ".safetensors"
 CONFIG_CAP = 1 << 20
 
 

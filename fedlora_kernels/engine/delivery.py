@@ -20,6 +20,7 @@ from fedlora_kernels.adapters.config import peft_config
 from fedlora_kernels.adapters.folder import OutputFolder
 from fedlora_kernels.adapters.forms import spelled, written_numbers
 from fedlora_kernels.adapters.inits import KEEPS_ALPHA, check_kept_rank, kept_init
+from fedlora_kernels.adapters.kohya import FILE_SUFFIX
 from fedlora_kernels.adapters.kohya_metadata import kept_metadata
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec
 from fedlora_kernels.adapters.names import path_name
@@ -63,8 +64,13 @@ class Delivered:
 
 
 def client_folders(names: Sequence[str]) -> list[str]:
-    """A folder for each client within the output: its name reduced to harmless characters, and no two alike on any file system."""
-    return [os.path.join("clients", folder) for folder in folder_names(names)]
+    """A folder for each client within the output: its name reduced to harmless characters, and no two alike on any file system.
+
+    A kohya file's name goes without its ending, which would promise a file.
+    """
+    return [
+        os.path.join("clients", folder) for folder in folder_names([name.removesuffix(FILE_SUFFIX) for name in names])
+    ]
 
 
 def folder_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:

@@ -27,6 +27,8 @@ GAP = 2
 """Columns of a terminal between two columns of a table."""
 
 _LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])|(?<=\[)\d+(?=\]$)")
+_FLATTENED_NUMBER = re.compile(r"(?<=_)\d+(?=_|$)")
+"""In a kohya name, whose dots are underscores."""
 
 
 class FittedTable(Table):
@@ -98,7 +100,8 @@ def span(low: int | None, high: int | None) -> str:
 
 def layer_type(module: str) -> str:
     """Return a module's name with its numbers, and that of an expert, as ``*``: what layers of one kind share."""
-    return _LAYER_NUMBER.sub("*", module)
+    flattened = module.startswith("lora_") and "." not in module
+    return (_FLATTENED_NUMBER if flattened else _LAYER_NUMBER).sub("*", module)
 
 
 def aggregate_tables(report: Mapping[str, Any], out: str) -> RenderableType:
