@@ -349,3 +349,11 @@ def test_a_start_that_cannot_be_read_is_named(cohort, tmp_path):
     _, folders, _ = cohort("pissa")
     with pytest.raises(InputError, match=r"client 'init_factors': .*absent: cannot be read"):
         fk.aggregate(folders, read=ReadOptions(init_factors=tmp_path / "absent"))
+
+
+def test_resize_makes_plain_lora_of_one_that_changed_the_base(cohort, tmp_path):
+    start, folders, weights = cohort("pissa", count=1)
+    out = str(tmp_path / "out")
+    assert main(["resize", folders[0], "-o", out, "--energy", "1", "--init-factors", start, "--quiet"]) == 0
+    assert close(peft_logits(out), dense_logits(weights, [1.0]))
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["init_lora_weights"] is True
