@@ -139,6 +139,7 @@ void check_entry_point(int p, int q, int batch, int threads) {
 
 }  // namespace
 
+int check_read();
 int check_weighted_sum();
 int check_panels();
 int check_calibrate();
@@ -171,6 +172,7 @@ int main() {
             check_entry_point<double>(shape[0], shape[1], batch, 1);
         }
     failures += check_weighted_sum();
+    failures += check_read();
     failures += check_panels();
     failures += check_calibrate();
     failures += check_cholesky();
