@@ -97,7 +97,7 @@ def _layouts(experts: Experts) -> list[Misfit]:
 def _described(layout: Iterable[tuple[str, int]]) -> str:
     counts = [parts for _, parts in layout]
     listing = str(counts[0]) if len(set(counts)) == 1 else " and ".join(map(str, counts))
-    return f"{len(counts)} parameter{'s' * (len(counts) > 1)} of {listing} experts"
+    return f"{len(counts)} parameter{'s' * (len(counts) > 1)} of {listing} expert{'s' * (listing != '1')}"
 
 
 def _unfused(adapters: Mapping[str, Adapter], experts: Experts) -> list[Misfit]:

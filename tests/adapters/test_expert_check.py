@@ -55,7 +55,7 @@ def test_another_number_of_experts_is_said_once_for_each_module(missing):
 def test_one_expert_beside_many_is_refused(missing):
     found = texts(opened(client(0), client(1), client(2, experts=1)), missing)
     assert len(found) == 2
-    assert "2 parameters of 1 experts but 2 parameters of 5 experts" in found[0]
+    assert "2 parameters of 1 expert but 2 parameters of 5 experts" in found[0]
 
 
 @MISSING
