@@ -91,7 +91,7 @@
     return show("spectra", traces, {
       xaxis: { title: { text: "singular value number", font: { size: 11 } }, showgrid: false },
       yaxis: { range: [data.modules.length - .5, -.5], showgrid: false, ...kinds(narrow() ? 14 : 24) }, shapes: borders("y"),
-    }, Math.min(440, Math.max(240, 100 + 12 * data.modules.length)));
+    }, Math.min(440, Math.max(narrow() ? 260 : 420, 100 + 12 * data.modules.length)));
   };
 
   charts.spectrum = () => {
@@ -109,12 +109,13 @@
         hovertemplate: "%{fullData.name}<br>number %{x}<br><b>%{y:.4~g}</b><extra></extra>",
       });
     });
+    const shown = traces.flatMap(trace => trace.y), wide = Math.max(...shown) > 100 * Math.min(...shown);
     const cut = rank && traces.length ? [{ type: "line", x0: rank + .5, x1: rank + .5, yref: "paper", y0: 0, y1: 1, line: { color: style("--second"), width: 2, dash: "dot" } }] : [];
     const told = cut.length ? [{ x: rank + .5, yref: "paper", y: 1, text: `rank ${rank} kept`, showarrow: false, xanchor: "left", yanchor: "top", font: { size: 11, color: style("--second") } }] : [];
     return show("spectrum", traces, {
       showlegend: many && traces.length <= 12, legend: { orientation: "h", y: -.2, font: { size: 11 } }, shapes: cut, annotations: told,
       xaxis: { title: { text: "singular value number", font: { size: 11 } }, rangemode: "tozero" },
-      yaxis: { type: "log", exponentformat: "power", dtick: 1 },
+      yaxis: { type: "log", exponentformat: "power", dtick: wide ? 1 : "D2" },
     }, 440);
   };
 
