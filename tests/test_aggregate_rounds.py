@@ -228,6 +228,9 @@ def test_a_folder_without_its_adapter_is_refused_by_name(tmp_path):
     out = tmp_path / "out"
     aggregate(federation(0), "fedrot", out=out)
     (out / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match=r"no adapter_config.json; a PEFT adapter folder needed"):
+        aggregate(federation(1), "fedrot", previous=out)
+    (out / "adapter_model.safetensors").unlink()
     with pytest.raises(
         InputError, match=r"previous holds no common adapter, which method 'fedrot' needs; give the whole output"
     ):
