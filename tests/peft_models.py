@@ -144,7 +144,12 @@ def loaded(base, path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", UserWarning)
-        for harmless in (".*fan_in_fan_out.*", ".*embedding layers found.*", ".*tie_word_embeddings.*", ".*no tied modules.*"):
+        for harmless in (
+            ".*fan_in_fan_out.*",
+            ".*embedding layers found.*",
+            ".*tie_word_embeddings.*",
+            ".*no tied modules.*",
+        ):
             warnings.filterwarnings("ignore", message=harmless)
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), path).eval()
 

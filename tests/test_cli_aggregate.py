@@ -250,7 +250,10 @@ def test_table_to_stdout_and_nothing_to_stderr(tmp_path, capsys):
 
 
 def test_quiet_shows_no_table_but_warnings(tmp_path, capsys):
-    clients = [*make_clients(tmp_path), str(make_adapter(tmp_path / "x", seed=9, base_model_name_or_path="other/model"))]
+    clients = [
+        *make_clients(tmp_path),
+        str(make_adapter(tmp_path / "x", seed=9, base_model_name_or_path="other/model")),
+    ]
     assert main(["aggregate", *clients, "-o", str(tmp_path / "out"), "--quiet"]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""

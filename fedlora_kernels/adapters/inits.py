@@ -7,18 +7,19 @@ What fits the original base is the difference ``s B A - s0 B0 A0``, a pair of th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedlora_kernels.adapters.majority import majority
 from fedlora_kernels.adapters.model import Adapter, ModuleSpec, TensorSource, TensorSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.variants import changes_base
 from fedlora_kernels.errors import FormatError, InputError, MismatchError
 
-__all__ = ["KEEPS_ALPHA", "check_kept_rank", "kept_fields", "kept_init", "kept_warning", "since_start"]
+__all__ = ["KEEPS_ALPHA", "check_kept_rank", "kept_fields", "kept_init", "kept_misfits", "kept_warning", "since_start"]
 
 KEEPS_ALPHA = "olora"
 """Its residual depends on the scale, so the output must keep the clients'."""
@@ -55,6 +56,21 @@ def check_kept_rank(module: ModuleSpec, rank: int, init: str) -> None:
             f"module {printable(module.name)!r}: rank {rank} in the output, {module.rank} in the clients; init='keep' needs the same, as "
             f"{printable(init)} changes the base by its rank. Take rule=Rank({module.rank}), or init_factors="
         )
+
+
+def kept_misfits(adapters: Mapping[str, Adapter], modules: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Client, module and text where clients that keep an initialisation have not one residual base: one rank, for OLoRA one scale."""
+    kept = {client: adapter for client, adapter in adapters.items() if kept_init(adapter.config) is not None}
+    scaled = any(kept_init(adapter.config) == KEEPS_ALPHA for adapter in kept.values())
+    for name in modules if kept else ():
+        owners = {client: adapter.modules[name] for client, adapter in kept.items() if name in adapter.modules}
+        for what in ("rank", "scale") if scaled else ("rank",):
+            values = {client: getattr(spec, what) for client, spec in owners.items()}
+            _, holder, common = majority(values)
+            for client, value in values.items():
+                if value != common:
+                    text = f"{what} {value} but {common} in client {printable(holder)!r}"
+                    yield client, name, f"{text}; init='keep' needs one. Use init_factors="
 
 
 def kept_warning(config: Mapping[str, Any], who: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora_kernels.adapters.expert_check import expert_misfits
-from fedlora_kernels.adapters.inits import KEEPS_ALPHA, kept_init
+from fedlora_kernels.adapters.inits import kept_init, kept_misfits
 from fedlora_kernels.adapters.majority import majority
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
 from fedlora_kernels.adapters.names import printable
@@ -102,7 +102,8 @@ def validate_clients(
     _check_fields(adapters, extras, failures)
     said = _check_experts(adapters, failures)
     modules = _check_modules(adapters, missing, failures, said)
-    _check_kept(adapters, modules, failures)
+    for client, name, text in kept_misfits(adapters, modules):
+        failures.append(Failure(client, _at(name), MismatchError, text))
     _check_stack(adapters, modules, limits)
     found = _check_extras(adapters, modules, missing, extras, failures, warnings)
     position = {name: i for i, name in enumerate(adapters)}
@@ -148,24 +149,6 @@ def _check_fields(adapters: Mapping[str, Adapter], extras: str, failures: list[F
             if value != reference:
                 text = f"{name} is {printable(value)} but {printable(reference)} in client {printable(holder)!r}; equal values needed"
                 failures.append(Failure(client, "configuration", MismatchError, text))
-
-
-def _check_kept(adapters: Mapping[str, Adapter], modules: Mapping[str, ModuleSpec], failures: list[Failure]) -> None:
-    """Clients that keep an initialisation have one residual base: of one rank, and for OLoRA of one scale."""
-    kept = {client: adapter for client, adapter in adapters.items() if kept_init(adapter.config) is not None}
-    for name in modules if kept else ():
-        owners = {client: adapter.modules[name] for client, adapter in kept.items() if name in adapter.modules}
-        for what in ("rank", "scale") if KEEPS_ALPHA in map(kept_init, _configs(kept)) else ("rank",):
-            values = {client: getattr(spec, what) for client, spec in owners.items()}
-            _, holder, reference = majority(values)
-            for client, value in values.items():
-                if value != reference:
-                    text = f"{what} {value} but {reference} in client {printable(holder)!r}; init='keep' needs one. Use init_factors="
-                    failures.append(Failure(client, _at(name), MismatchError, text))
-
-
-def _configs(adapters: Mapping[str, Adapter]) -> list[Mapping[str, Any]]:
-    return [adapter.config for adapter in adapters.values()]
 
 
 def _field(config: Mapping[str, Any], name: str) -> str:
