@@ -220,6 +220,38 @@ def test_report_targets_are_checked(tmp_path, name):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.json"]
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "list.json", "page.html", "link.json"])
+def test_reports_replace_nobodys_files(tmp_path, name):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "page.html").write_text("<!doctype html><title>Not ours</title>")
+    write_json(tmp_path / "ours", report())
+    (tmp_path / "link.json").symlink_to("ours")
+    with pytest.raises(InputError, match=f"{name}: a file is there that is no report written here"):
+        check_target(tmp_path / name, suffixes=(".json", ".html"))
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.html"])
+def test_reports_replace_older_ones_and_empty_files(tmp_path, name):
+    target, adapter = tmp_path / name, str(make_adapter(tmp_path / "a"))
+    target.touch()
+    assert main(["inspect", adapter, "--quiet", "--report", str(target)]) == 0
+    before = target.stat()
+    assert before.st_size > 0
+    assert main(["inspect", adapter, "--quiet", "--report", str(target)]) == 0
+    assert target.stat().st_ino != before.st_ino
+
+
+def test_a_report_never_replaces_a_clients_file(tmp_path, capsys):
+    adapter = str(make_adapter(tmp_path / "a"))
+    config = tmp_path / "a" / "adapter_config.json"
+    before = config.read_bytes()
+    assert main(["aggregate", adapter, "-o", str(tmp_path / "out"), "--report", str(config)]) == 2
+    assert "is no report written here" in capsys.readouterr().err
+    assert config.read_bytes() == before
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_bar_in_a_pipe(capsys):
     with ProgressBar(quiet=False) as progress:
         progress("read", 1, 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -17,6 +16,7 @@ from types import TracebackType
 
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.output_file import check_file, names_file, place_file
+from fedlora_kernels.adapters.own_report import own_report
 from fedlora_kernels.adapters.safetensors import disc_errors
 from fedlora_kernels.errors import InputError, RunError
 
@@ -30,7 +30,6 @@ OUR_FILES = (
     "README.md",
 )
 OUR_FOLDERS = ("clients", "residual")
-LARGEST_REPORT = 1 << 28
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 
@@ -270,15 +269,10 @@ def _stranger(folder: Path, prefix: str = "") -> str | None:
 
 def _adapters(report: Path) -> frozenset[str]:
     """The folders of adapters that a report of ours names: without one, a folder of adapters is somebody's collection."""
-    try:
-        if report.stat().st_size > LARGEST_REPORT:
-            return frozenset()
-        content = json.loads(report.read_bytes())
-        if content["tool"]["name"] != "fedlora_kernels":
-            return frozenset()
-        return frozenset(str(row["folder"]) for row in content["adapters"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    rows = (own_report(report) or {}).get("adapters")
+    if not isinstance(rows, list):
         return frozenset()
+    return frozenset(str(row["folder"]) for row in rows if isinstance(row, dict) and "folder" in row)
 
 
 def _stranger_among_clients(folder: Path) -> str | None:

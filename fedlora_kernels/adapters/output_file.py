@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from pathlib import Path
 
 from fedlora_kernels.adapters.kohya import FILE_SUFFIX, is_factor
 from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.adapters.own_report import own_report
 from fedlora_kernels.adapters.safetensors import SafetensorsFile
 from fedlora_kernels.errors import FedLoRAError, InputError
 
@@ -16,7 +16,6 @@ __all__ = ["check_file", "names_file", "place_file", "report_beside"]
 
 WEIGHTS = "adapter_model.safetensors"
 REPORT = "report.json"
-LONGEST_REPORT = 1 << 30
 
 
 def names_file(path: str | os.PathLike[str]) -> bool:
@@ -34,7 +33,7 @@ def check_file(out: Path, overwrite: bool) -> None:
     where, report = printable(out), report_beside(out)
     if os.path.lexists(out) and not _is_adapter(out):
         raise InputError(f"output {where} is no LoRA file; name another one")
-    if os.path.lexists(report) and not _is_report(report):
+    if os.path.lexists(report) and own_report(report) is None:
         raise InputError(f"output {where}: {printable(report)} was not written here; name another output")
     if not overwrite and os.path.lexists(out):
         raise InputError(f"output {where} exists; replace it with overwrite (--overwrite), or name another file")
@@ -64,15 +63,4 @@ def _is_adapter(path: Path) -> bool:
         with SafetensorsFile(path) as file:
             return any(is_factor(key) for key in file.tensors)
     except FedLoRAError:
-        return False
-
-
-def _is_report(path: Path) -> bool:
-    status = os.lstat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > LONGEST_REPORT:
-        return False
-    try:
-        report = json.loads(path.read_bytes())
-        return bool(report["tool"]["name"] == "fedlora_kernels")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False

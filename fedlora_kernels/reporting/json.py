@@ -10,13 +10,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlora_kernels.adapters.own_report import own_report
 from fedlora_kernels.errors import InputError
 
 __all__ = ["check_target", "plain", "write_json", "write_text"]
 
+PAGE = b'<meta name="generator" content="fedlora_kernels '
+HEAD = 1 << 10
+"""Bytes at the beginning of a page that hold its generator."""
+
 
 def check_target(path: str | os.PathLike[str], flag: str = "--report", suffixes: Sequence[str] = (".json",)) -> Path:
-    """Return ``path``, given by that flag, if a report can be written there. InputError otherwise; nothing is created."""
+    """Return ``path``, given by that flag, if a report can be written there, in place of nothing but an older one.
+
+    InputError otherwise; nothing is created.
+    """
     target = Path(path)
     if target.suffix.lower() not in suffixes:
         raise InputError(f"{flag} {target}: give a name that ends in {' or '.join(suffixes)}")
@@ -26,6 +34,8 @@ def check_target(path: str | os.PathLike[str], flag: str = "--report", suffixes:
         raise InputError(f"{flag} {target}: there is no folder {target.parent}; create it first")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise InputError(f"{flag} {target}: the folder {target.parent} cannot be written; choose another one")
+    if not _replaceable(target):
+        raise InputError(f"{flag} {target}: a file is there that is no report written here; give another name")
     return target
 
 
@@ -63,6 +73,20 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     return str(value)
+
+
+def _replaceable(target: Path) -> bool:
+    """Whether nothing is lost with what is there: nothing, an empty file, or a report of ours."""
+    if not os.path.lexists(target):
+        return True
+    if target.is_symlink() or not target.is_file():
+        return False
+    try:
+        with open(target, "rb") as file:
+            head = file.read(HEAD)
+    except OSError:
+        return False
+    return not head or PAGE in head or own_report(target) is not None
 
 
 def _umask() -> int:
