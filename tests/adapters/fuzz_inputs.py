@@ -78,7 +78,7 @@ def tensors_of(rng, kind):
             }
         return entries, dtype, config
     if kind == "many":  # as many modules and patterns as a small file holds
-        modules = [f"layers.{i}.{rng.choice('qkvo')}_proj" for i in range(rng.choice([50, 400]))]
+        modules = [f"layers.{i}.{rng.choice('qkvo')}_proj" for i in range(rng.choice([10, 120]))]
         m, n, r = 1, 1, 1
         pieces = ["layers", r"\.", r"\d+", ".*", "(q|k)", "_proj", "[0-9]", "a?", "."]
         keys = [
