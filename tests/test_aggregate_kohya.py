@@ -330,6 +330,13 @@ def test_the_command_line_writes_a_file_and_its_report(clients, tmp_path, capsys
     assert "exists; replace it with overwrite (--overwrite), or name another file" in capsys.readouterr().err
     assert main(["aggregate", *clients, "-o", clients[0], "--overwrite"]) == 2
     assert "would replace it" in capsys.readouterr().err
+    held = tmp_path / "folder"
+    assert main(["aggregate", *clients, "-o", str(held), "--quiet"]) == 0
+    weights = held / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    assert main(["aggregate", str(held), *clients[1:], "-o", str(weights), "--overwrite"]) == 2
+    assert "client 'folder': the output" in capsys.readouterr().err
+    assert weights.read_bytes() == before
     assert main(["aggregate", *clients, "-o", str(out), "--overwrite", "--target", "kohya", "--quiet"]) == 0
     assert main(["aggregate", *clients, "-o", str(tmp_path / "p"), "--target", "peft"]) == 2
     assert "Leave --target out and convert the result (fedlora convert --to peft)" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedlora_kernels._version import __version__
 from fedlora_kernels.adapters.base_names import base_paths, names_in_base, read_names
 from fedlora_kernels.adapters.config import peft_config, rank_patterns
-from fedlora_kernels.adapters.folder import OutputFolder, check_out
+from fedlora_kernels.adapters.folder import OutputFolder, check_inputs, check_out
 from fedlora_kernels.adapters.forms import stored_shapes
 from fedlora_kernels.adapters.kohya import ALPHA, alpha_tensor
 from fedlora_kernels.adapters.kohya_metadata import kept_metadata, network_facts
@@ -75,8 +75,7 @@ def convert(
     if base is not None and (names is not None or to == "kohya"):
         raise InputError("base gives the names for to='peft' where names= does not; leave it out")
     check_out(out, overwrite)
-    if isinstance(source, str | os.PathLike) and os.path.realpath(source) == os.path.realpath(out):
-        raise InputError(f"output {printable(out)} would replace what is converted; name another one")
+    check_inputs(out, {"what is converted": source, "init_factors": read.init_factors, "names": names, "base": base})
     if isinstance(names, str | os.PathLike):
         names = read_names(names)
     adapter = open_adapter(source, read)

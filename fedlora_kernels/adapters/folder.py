@@ -10,9 +10,11 @@ import re
 import secrets
 import shutil
 import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.output_file import check_file, names_file, place_file
@@ -20,7 +22,7 @@ from fedlora_kernels.adapters.own_report import own_report
 from fedlora_kernels.adapters.safetensors import disc_errors
 from fedlora_kernels.errors import InputError, RunError
 
-__all__ = ["OUR_FILES", "OUR_FOLDERS", "KeptFolder", "OutputFolder", "check_out"]
+__all__ = ["OUR_FILES", "OUR_FOLDERS", "KeptFolder", "OutputFolder", "check_inputs", "check_out"]
 
 OUR_FILES = (
     "adapter_config.json",
@@ -55,6 +57,20 @@ def check_out(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     elif os.path.lexists(out):
         _check_replaceable(out, overwrite)
     return out
+
+
+def check_inputs(out: str | os.PathLike[str], inputs: Mapping[str, Any]) -> None:
+    """Raise InputError where the output is a folder or file that is read, holds one, or is a file of such a folder.
+
+    ``inputs`` are paths by what messages call them; anything else is in memory and passed over.
+    """
+    place = os.path.realpath(out)
+    for who, source in inputs.items():
+        if not isinstance(source, (str, os.PathLike)) or not os.path.exists(source):
+            continue
+        read = os.path.realpath(source)
+        if os.path.commonpath([place, read]) == place or (os.path.dirname(place) == read and os.path.isfile(place)):
+            raise InputError(f"{who}: the output {printable(place)} would replace it; name another one")
 
 
 class OutputFolder:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedlora_kernels.adapters.folder import check_inputs
 from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions
@@ -119,15 +120,9 @@ def open_clients(
 
 
 def check_apart(roster: Sequence[Client], out: str | os.PathLike[str], read: ReadOptions | None = None) -> None:
-    """Raise InputError where the output is a folder or file that is read, or holds one: replacing it would destroy that."""
-    place = os.path.realpath(out)
+    """Raise InputError where the output would replace a client, or what clients started from."""
     sources = {f"client {printable(client.name)!r}": client.source for client in roster}
-    if read is not None and isinstance(read.init_factors, (str, os.PathLike)):
-        sources["init_factors"] = os.fspath(read.init_factors)
-    for who, source in sources.items():
-        folder = os.path.realpath(source)
-        if os.path.exists(folder) and os.path.commonpath([place, folder]) == place:
-            raise InputError(f"{who}: the output {printable(place)} would replace it; name another one")
+    check_inputs(out, {**sources, "init_factors": None if read is None else read.init_factors})
 
 
 def check_unchanged(clients: Sequence[Client]) -> None:

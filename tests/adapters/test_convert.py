@@ -302,7 +302,10 @@ def test_diffusers_files_become_a_folder_for_each_component(tmp_path):
         ({"to": "peft", "base": "x", "names": {}}, "leave it out"),
         ({"to": "peft", "out": "b.safetensors"}, "a PEFT adapter is a folder"),
         ({"to": "peft", "prefix": "lora_x_"}, "no module begins with 'lora_x_'"),
-        ({"to": "peft", "out": "a.safetensors", "overwrite": True}, "would replace what is converted"),
+        (
+            {"to": "peft", "out": "a.safetensors", "overwrite": True},
+            "what is converted: the output .* would replace it",
+        ),
     ],
 )
 def test_wrong_arguments_are_named_and_leave_nothing(tmp_path, call, text):
@@ -313,6 +316,25 @@ def test_wrong_arguments_are_named_and_leave_nothing(tmp_path, call, text):
         convert(path, out, **call)
     assert os.listdir(tmp_path) == ["a.safetensors"]
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("source", "out"), [("in/adapter_model.safetensors", "in"), ("in", "in/adapter_model.safetensors")]
+)
+def test_the_output_never_replaces_what_is_converted(tmp_path, source, out):
+    (tmp_path / "in").mkdir()
+    path = kohya_file(tmp_path / "in" / "adapter_model.safetensors")
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=rr"what is converted: the output .* would replace it"):
+        convert(tmp_path / source, tmp_path / out, "peft", overwrite=True)
+    assert path.read_bytes() == before
+
+
+def test_the_output_never_replaces_what_the_adapter_started_from(tmp_path):
+    source, start = folder(tmp_path / "a"), folder(tmp_path / "start")
+    with pytest.raises(InputError, match=r"init_factors: the output .* would replace it"):
+        convert(source, start, "kohya", prefix="", read=ReadOptions(init_factors=start), overwrite=True)
+    assert sorted(os.listdir(start)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 @pytest.mark.parametrize(("prefix", "text"), [(None, "no prefix"), ("lora.te_", "holds a dot")])
