@@ -325,7 +325,7 @@ def test_the_output_never_replaces_what_is_converted(tmp_path, source, out):
     (tmp_path / "in").mkdir()
     path = kohya_file(tmp_path / "in" / "adapter_model.safetensors")
     before = path.read_bytes()
-    with pytest.raises(InputError, match=rr"what is converted: the output .* would replace it"):
+    with pytest.raises(InputError, match=r"what is converted: the output .* would replace it"):
         convert(tmp_path / source, tmp_path / out, "peft", overwrite=True)
     assert path.read_bytes() == before
 
