@@ -90,7 +90,7 @@ def _aggregate(options: argparse.Namespace) -> int:
     from fedlora_kernels.reporting.terminal import ProgressBar, show
     from fedlora_kernels.request import aggregate_request
 
-    reports = [check_report(path) for path in options.report]
+    reports = [check_report(path, options.out) for path in options.report]
     run = aggregate_request(options)
     with ProgressBar(quiet=options.quiet) as progress:
         result = run(progress)
@@ -111,7 +111,7 @@ def _resize(options: argparse.Namespace) -> int:
     from fedlora_kernels.request import resize_request
     from fedlora_kernels.resize import summary
 
-    reports = [check_report(path) for path in options.report]
+    reports = [check_report(path, options.out) for path in options.report]
     run = resize_request(options)
     with ProgressBar(quiet=options.quiet) as progress:
         results = run(progress)

@@ -252,6 +252,18 @@ def test_a_report_never_replaces_a_clients_file(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_page_may_lie_in_the_output_and_is_replaced_with_it(tmp_path, capsys):
+    adapter, out = str(make_adapter(tmp_path / "a")), tmp_path / "out"
+    argv = ["aggregate", adapter, "-o", str(out), "--quiet", "--report", str(out / "report.html")]
+    assert main(argv) == 0
+    assert "report.html" in os.listdir(out)
+    assert main([*argv, "--overwrite"]) == 0
+    assert "report.html" in os.listdir(out)
+    for name in ("page.html", "clients/report.html"):
+        assert main([*argv[:-1], str(out / name), "--overwrite"]) == 2
+        assert "only report.json and report.html have a place; name a file outside" in capsys.readouterr().err
+
+
 def test_no_bar_in_a_pipe(capsys):
     with ProgressBar(quiet=False) as progress:
         progress("read", 1, 2)

@@ -28,6 +28,7 @@ OUR_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "report.json",
+    "report.html",
     "fedlora_state.safetensors",
     "README.md",
 )

@@ -7,14 +7,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedlora_kernels.errors import InputError
 from fedlora_kernels.reporting.json import check_target, write_json, write_text
 
 __all__ = ["check_report", "write_report"]
 
+SUFFIXES = (".json", ".html")
+IN_OUT = ("report.json", "report.html")
 
-def check_report(path: str | os.PathLike[str]) -> Path:
-    """Return ``path`` if a report can be written there: FILE.json, or FILE.html where plotly is installed. InputError otherwise."""
-    target = check_target(path, suffixes=(".json", ".html"))
+
+def check_report(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+    """Return ``path`` if a report can be written there: FILE.json, or FILE.html where plotly is installed. InputError otherwise.
+
+    In the folder ``out``, which need not be there yet, only the names of reports are free: what holds others is never replaced.
+    """
+    target = Path(path)
+    if out is None or not target.resolve().is_relative_to(Path(out).resolve()):
+        check_target(target, suffixes=SUFFIXES)
+    elif target.resolve().parent != Path(out).resolve() or target.name not in IN_OUT:
+        raise InputError(
+            f"--report {target}: within {out} only {' and '.join(IN_OUT)} have a place; name a file outside"
+        )
+    elif target.parent.is_dir():
+        check_target(target, suffixes=SUFFIXES)
     if target.suffix.lower() == ".html":
         from fedlora_kernels.reporting.html import check_plotly
 
