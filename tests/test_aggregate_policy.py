@@ -297,7 +297,7 @@ def test_only_who_compares_clients_pays_for_pairs_of_them(monkeypatch, method, r
     assert [row["norm"] for row in result.report["clients"]] == pytest.approx([norm(pair) for pair in pairs], rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["drop", "clip"])
+@pytest.mark.parametrize("kind", ["strict", "drop", "clip"])
 def test_too_few_clients_are_too_few_even_if_none_fails(kind):
     with pytest.raises(InputError, match=r"3 of 3 clients with 1 of the weight remain; at least 4 and 0\.5 needed"):
         aggregate(clients(), policy=Policy(kind, min_clients=4))

@@ -59,8 +59,7 @@ def admit(roster: Sequence[Client], policy: Policy, read: ReadOptions) -> Client
         if not failing:
             break
         drop(roster, failing, policy)
-    if policy.kind != "strict":
-        _check_remaining(roster, policy)
+    _check_remaining(roster, policy)
     check = common_ground(roster, read)
     warnings.update(dict.fromkeys(check.warnings))
     return replace(check, warnings=tuple(warnings))
