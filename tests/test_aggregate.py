@@ -548,3 +548,30 @@ def test_a_union_of_modules_may_exceed_the_cap_on_one_client(tmp_path, monkeypat
 def test_wrong_types_are_named(call, found):
     with pytest.raises(InputError, match=found):
         aggregate(**{"clients": clients(), **call})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+def test_what_a_rule_cuts_to_nothing_is_lost_and_not_zero(backend):
+    """The certificate must not call an update zero because nothing of it is above the threshold."""
+    pairs = clients()
+    whole = aggregate(pairs, rule=fk.Energy(1.0), backend=backend)
+    sizes = {row["name"]: row["singular_values"][0] for row in whole.report["modules"]}
+    name = max(sizes, key=sizes.get)
+    rule = fk.Absolute(0.999 * sizes[name])
+    lost = {other for other in sizes if sizes[other] <= rule.cutoff}
+    assert lost
+    assert name not in lost
+    for result in (aggregate(pairs, rule=rule, backend=backend), whole.at(rule)):
+        rows = {row["name"]: row for row in result.report["modules"]}
+        for other in lost:
+            assert not result.adapter[other].B.any()
+            assert (rows[other]["rank"], rows[other]["notes"].count("ZERO")) == (1, 0)
+            assert rows[other]["error"] == pytest.approx(1.0, rel=1e-12)
+            assert rows[other]["energy_kept"] == pytest.approx(0.0, abs=1e-12)
+            assert rows[other]["error_bound"] >= rows[other]["error"]
+            assert rows[other]["energy"] >= sizes[other] ** 2
+        assert result.adapter[name].B.any()
+    result = aggregate(pairs, rule=rule, backend=backend)
+    assert any(f"keeps nothing of {len(lost)} modules" in note for note in result.report["notes"])
+    left = aggregate(pairs, rule=rule, backend=backend, write=fk.WriteOptions(drop_zero=True))
+    assert set(left.adapter) == set(sizes) - lost

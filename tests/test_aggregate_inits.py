@@ -357,3 +357,12 @@ def test_resize_makes_plain_lora_of_one_that_changed_the_base(cohort, tmp_path):
     assert main(["resize", folders[0], "-o", out, "--energy", "1", "--init-factors", start, "--quiet"]) == 0
     assert close(peft_logits(out), dense_logits(weights, [1.0]))
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["init_lora_weights"] is True
+
+
+def test_a_start_that_is_not_subtracted_is_told(cohort):
+    """The flag must not seem to have done what it did not."""
+    start, folders, *_ = cohort(True)
+    with pytest.warns(
+        UserWarning, match="its initialisation leaves the base weights as they are; init_factors was not subtracted"
+    ):
+        fk.aggregate(folders, read=ReadOptions(init_factors=start))

@@ -118,8 +118,14 @@ def open_adapter(source: Any, options: ReadOptions | None = None, *, name: str |
     try:
         adapter = assemble(label, tensors, config, metadata, who, options)
         check_tied(adapter.modules, adapter.config, adapter.source, who)
-        initial = open_initial(options.init_factors, options) if kept_init(adapter.config) is not None else None
-        return adapter if initial is None else since_start(adapter, initial, who)
+        if options.init_factors is None:
+            return adapter
+        if kept_init(adapter.config) is None:
+            text = f"{who}: its initialisation leaves the base weights as they are; init_factors was not subtracted"
+            return dataclasses.replace(adapter, warnings=(*adapter.warnings, text))
+        initial = open_initial(options.init_factors, options)
+        assert initial is not None
+        return since_start(adapter, initial, who)
     except BaseException:
         tensors.close()
         raise

@@ -181,8 +181,8 @@ def _largest(method: Method, group: Group, i: int, plan: Any, previous: Previous
 
 
 def _drop(module: ModuleOutput, row: dict[str, Any]) -> None:
-    """Leave out what is zero of a module whose update is; with nothing left, it stands in the report with rank 0."""
-    if Note.ZERO.name not in row["notes"]:
+    """Leave out what is zero of a module whose update is, or is cut to nothing; with nothing left, its rank in the report is 0."""
+    if Note.ZERO.name not in row["notes"] and row["singular_values"] != []:
         return
     module.common = None
     module.personal = {k: (B, A) for k, (B, A) in module.personal.items() if bool(B.any()) and bool(A.any())}

@@ -35,9 +35,19 @@ def module_notes(rows: Sequence[Mapping[str, Any]], cohort: Cohort, rule: RankRu
             f"updates cancel to less than {math.sqrt(CANCELLED):g} of what they add up to in {len(gone)} modules, "
             f"{printable(gone[0])!r} first: what is left is as good as the last digits of the adapters"
         )
-    small = [row["name"] for row in rows if row["rank"] == 0 and Note.ZERO.name not in row["notes"]]
+    empty = [row["name"] for row in rows if row["rank"] and row["singular_values"] == [] and not _is_zero(row)]
+    if empty:
+        notes.append(
+            f"{rule} keeps nothing of {len(empty)} modules, {printable(empty[0])!r} first; they are written as zero"
+        )
+    small = [row["name"] for row in rows if row["rank"] == 0 and not _is_zero(row)]
     if small:
         notes.append(
             f"{rule} leaves no room for {len(small)} modules, {printable(small[0])!r} first; they are left out"
         )
     return notes
+
+
+def _is_zero(row: Mapping[str, Any]) -> bool:
+    """Whether the sum itself is zero."""
+    return Note.ZERO.name in row["notes"]

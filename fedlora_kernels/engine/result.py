@@ -179,10 +179,13 @@ class Result:
         assert self.adapter is not None
         rows = self._shared(rule) if isinstance(rule, Budget) else [self._cut(r, rule) for r in self.report["modules"]]
         ranks = {row["name"]: row["rank"] for row in rows if row["name"] in self.adapter}
+        emptied = {row["name"] for row in rows if not row["singular_values"]}
         pairs = {}
         for module, p in ranks.items():
             pair = self.adapter[module]
             pairs[module] = (pair.B[:, :p].clone(), pair.A[:p].clone())
+            if module in emptied:
+                pairs[module][0].zero_()
         extras = {name: self.adapter.extra(name) for name in self.adapter.extras}
         common = target_ranks(ranks, self.adapter.modules)
         written = {name: common[self.adapter.modules[name].form.target] for name in ranks}
@@ -226,8 +229,9 @@ class Result:
         S = torch.tensor([values], dtype=torch.float64)
         energy = torch.tensor([row["energy"]], dtype=torch.float64)
         # every value listed is above the noise floor already
-        rank = select_rank(S, rule, total_energy=energy, floor=torch.zeros(1, dtype=torch.float64))
-        return cut_row(row, max(1, int(rank[0])))
+        rank = int(select_rank(S, rule, total_energy=energy, floor=torch.zeros(1, dtype=torch.float64))[0])
+        # what is cut to nothing is written as zero
+        return cut_row(row, rank) if rank else {**cut_row(row, 0), "rank": 1}
 
 
 def _whole(value: Any) -> int | None:

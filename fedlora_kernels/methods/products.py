@@ -33,14 +33,18 @@ def stack_svd(
 
 
 def svd_outcome(group: Group, svd: Any, output: str) -> Outcome:
-    """The outcome of a `ProductSVD` with ``output`` "left" or "balanced"; a sum that is zero answers p = 1, B = 0, A = e_1."""
-    info, rank = svd.info.cpu(), svd.rank.cpu()
-    zero = (rank == 0) & (info == 0)
+    """The outcome of a `ProductSVD` with ``output`` "left" or "balanced".
+
+    A sum that is zero, or of which the rule keeps nothing, answers p = 1, B = 0, A = e_1.
+    """
+    info, rank, certificate = svd.info.cpu(), svd.rank.cpu(), svd.certificate
+    numerical = certificate.numerical_rank.cpu()
+    empty = (rank == 0) & (info == 0)
+    zero = empty & (numerical == 0)
     right = svd.right
-    if bool(zero.any()):
+    if bool(empty.any()):
         right = right.clone()
-        right[zero.to(right.device), 0, 0] = 1.0
-    certificate = svd.certificate
+        right[empty.to(right.device), 0, 0] = 1.0
     # what cancels down to the noise floor is zero, and so is all that is said of it: relative to noise nothing means anything
     S, energy = svd.S.cpu(), svd.energy.cpu().where(~zero, 0.0)
     rounding = svd_rounding(S, group.m, group.n, group.dtype, output)
@@ -48,7 +52,7 @@ def svd_outcome(group: Group, svd: Any, output: str) -> Outcome:
     return Outcome(
         B=svd.left,
         A=right,
-        rank=torch.where(zero, torch.ones_like(rank), rank),
+        rank=torch.where(empty, torch.ones_like(rank), rank),
         error=svd.error.cpu().where(~zero, 0.0),
         error_bound=bound.where(~zero, 0.0),
         notes=svd.notes.cpu() | (zero * int(Note.ZERO)).to(svd.notes.dtype),
@@ -56,7 +60,7 @@ def svd_outcome(group: Group, svd: Any, output: str) -> Outcome:
         spectrum=Spectrum(
             S=S,
             energy=energy,
-            numerical_rank=certificate.numerical_rank.cpu(),
+            numerical_rank=numerical,
             rho=certificate.rho.cpu(),
             sigma_err=certificate.sigma_err.cpu(),
             passes=certificate.passes.cpu(),
