@@ -6,6 +6,7 @@ PEFT judges: its own PiSSA and OLoRA, perturbed as by training, saved by it and 
 import copy
 import json
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -162,6 +163,27 @@ def test_a_start_given_as_tensors_by_module_is_the_same(cohort):
         assert torch.equal(one[name].B, two[name].B)
         assert torch.equal(one[name].A, two[name].A)
         assert one[name].scale == two[name].scale
+
+
+def test_a_start_of_another_scale_is_another_run(cohort, tmp_path):
+    """Not to be resumed: the modules that are done had the other scale subtracted."""
+    start, folders, _ = cohort("pissa")
+    out, read = tmp_path / "out", ReadOptions(init_factors=start)
+
+    def end(stage, done, total):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fk.aggregate(folders, read=read, out=out, resume=True, memory=1, progress=end)
+    assert list(tmp_path.glob("out.partial-*"))
+    config = Path(start) / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 6', '"lora_alpha": 5'))
+    resumed = quiet(fk.aggregate, folders, read=read, out=out, resume=True, memory=1)
+    fresh = quiet(fk.aggregate, folders, read=read, memory=1)
+    for name in TARGETS:
+        assert torch.equal(resumed.adapter[name].B, fresh.adapter[name].B), name
+        assert torch.equal(resumed.adapter[name].A, fresh.adapter[name].A), name
 
 
 def test_another_scale_of_the_start_is_folded_into_its_half(cohort):

@@ -198,6 +198,17 @@ def test_another_version_is_another_run(halfway, monkeypatch):
     assert (done, partial.name in warned[0]) == (0, True)
 
 
+def test_another_number_of_threads_of_torch_is_another_run(halfway, monkeypatch):
+    """Its products round otherwise then, whatever number the kernels take."""
+    monkeypatch.setenv("FEDLORA_NUM_THREADS", "1")
+    clients, out, _, _ = halfway
+    shutil.rmtree(halfway[2])
+    (partial,) = stopped(clients, out)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 17)
+    done, warned = gone_on(clients, out)
+    assert (done, partial.name in warned[0]) == (0, True)
+
+
 def flip(place, path, at):
     content = bytearray((place / path).read_bytes())
     content[at] ^= 1

@@ -191,7 +191,11 @@ class KeptFolder(OutputFolder):
             while self._lock < 0:
                 self.place.mkdir(exist_ok=True)
                 self._lock = self._locked()
-            self.path.mkdir(exist_ok=True)
+            try:
+                self.path.mkdir(exist_ok=True)
+            except BaseException:
+                self._unlock()
+                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -161,8 +161,9 @@ class _Difference:
         self._initial.source.check_unchanged()
 
     def fingerprint(self) -> str:
-        """What tells this content from another."""
-        return f"{self._source.fingerprint()}-{self._initial.source.fingerprint()}"
+        """What tells this content from another: the scales of the start come from its configuration, not from its file."""
+        scales = {name: spec.scale for name, spec in self._initial.modules.items()}
+        return f"{self._source.fingerprint()}-{self._initial.source.fingerprint()}-{scales}"
 
     def close(self) -> None:
         """Close the adapter's file; the initial one belongs to all clients."""

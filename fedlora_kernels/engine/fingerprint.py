@@ -30,8 +30,9 @@ def fingerprint(settings: Settings, roster: Sequence[Client]) -> str:
     the size, time of change and header of its files, or the content of its tensors in memory.
     """
     read = settings.read
+    threads = [thread_count(), torch.get_num_threads()]
     parts = {
-        "version": [__version__, torch.__version__, torch.backends.cpu.get_cpu_capability(), thread_count()],
+        "version": [__version__, torch.__version__, torch.backends.cpu.get_cpu_capability(), threads],
         "backends": [os.environ.get("FEDLORA_BACKEND"), backends.status()],
         "settings": {
             item.name: repr(getattr(settings, item.name))

@@ -128,3 +128,14 @@ def test_a_file_in_the_place_of_the_folder_is_a_failure(tmp_path):
     (tmp_path / f"out.partial-{KEY[:16]}").write_text("")
     with pytest.raises(RunError, match="cannot be written"), KeptFolder(tmp_path / "out", KEY):
         pass
+
+
+def test_a_run_that_failed_to_begin_lets_go_of_the_folder(tmp_path):
+    """In the same process: once the reason is gone, the next one begins."""
+    place = tmp_path / f"out.partial-{KEY[:16]}"
+    place.mkdir()
+    (place / "out").write_text("")
+    with pytest.raises(RunError, match="cannot be written"), KeptFolder(tmp_path / "out", KEY):
+        pass
+    (place / "out").unlink()
+    assert opened(tmp_path, lambda folder, journal: journal.append([], None, {}, {})) == [place.name]
