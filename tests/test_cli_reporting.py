@@ -264,6 +264,12 @@ def test_the_page_may_lie_in_the_output_and_is_replaced_with_it(tmp_path, capsys
         assert "only report.json and report.html have a place; name a file outside" in capsys.readouterr().err
 
 
+def test_the_longest_name_is_no_trouble(tmp_path):
+    name = "n" * (os.pathconf(tmp_path, "PC_NAME_MAX") - 5) + ".json"
+    write_json(check_target(tmp_path / name), {"x": 1})
+    assert os.listdir(tmp_path) == [name]
+
+
 def test_no_bar_in_a_pipe(capsys):
     with ProgressBar(quiet=False) as progress:
         progress("read", 1, 2)

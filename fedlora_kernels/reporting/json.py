@@ -47,7 +47,8 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` beside ``path`` and move it into place in one step. OSError where the system refuses."""
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    # a name of its own: one made of the target's may be too long where the target's is not
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".fedlora-", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
