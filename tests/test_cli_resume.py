@@ -209,6 +209,29 @@ def test_another_number_of_threads_of_torch_is_another_run(halfway, monkeypatch)
     assert (done, partial.name in warned[0]) == (0, True)
 
 
+def test_a_run_that_cannot_go_on_now_holds_no_file_and_loses_nothing(tmp_path, monkeypatch):
+    """The second of its files cannot be cut to what is told of it."""
+    clients = make_clients(tmp_path / "clients", 3, ranks=(4,), shapes=SHAPES)
+    out, options = tmp_path / "out", {"method": "fedtree", "per_client": True, "policy": "strict"}
+    (partial,) = stopped(clients, out, after=14, **options)
+    cut, calls, open_files = os.ftruncate, [], len(os.listdir("/proc/self/fd"))
+
+    def failing(fd, size):
+        calls.append(fd)
+        if len(calls) == 4:
+            raise OSError(5, "broken")
+        cut(fd, size)
+
+    monkeypatch.setattr(os, "ftruncate", failing)
+    with pytest.raises(fk.RunError, match="broken"):
+        fk.aggregate(clients, out=out, resume=True, memory=1, **options)
+    assert len(calls) == 4
+    assert len(os.listdir("/proc/self/fd")) == open_files
+    monkeypatch.undo()
+    assert kept(out) == [partial]
+    assert gone_on(clients, out, **options)[0] > 0
+
+
 def flip(place, path, at):
     content = bytearray((place / path).read_bytes())
     content[at] ^= 1

@@ -65,9 +65,13 @@ class SafetensorsWriter:
         new = os.O_EXCL | os.O_CREAT
         with disc_errors(self.path):
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | (0 if marks else new), 0o666)
-            if marks:
-                self._go_on(marks)
-            os.lseek(self._fd, 8 + self._reserved + self._position, os.SEEK_SET)
+            try:
+                if marks:
+                    self._go_on(marks)
+                os.lseek(self._fd, 8 + self._reserved + self._position, os.SEEK_SET)
+            except BaseException:
+                self.abandon()
+                raise
         self._writeback = Writeback(self._fd, 8 + self._reserved + self._position if marks else 0)
 
     def mark(self) -> dict[str, Any] | None:

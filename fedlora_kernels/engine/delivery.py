@@ -116,8 +116,12 @@ class Delivery:
         if self._gives_state and folder is not None:
             path, marks = Path(folder.path) / STATE_NAME, None if journal is None else journal.marks(STATE_NAME)
             self._state = StateWriter(path, method.name, settings.round, len(cohort.modules), marks)
-        for place in () if journal is None else journal.places(WEIGHTS_NAME):
-            self._output(place)
+        try:
+            for place in () if journal is None else journal.places(WEIGHTS_NAME):
+                self._output(place)
+        except BaseException:
+            self.abandon()
+            raise
 
     def mark(self) -> dict[str, dict[str, Any]] | None:
         """What was added to each file since the last mark, durable, by its path within the output; None while pairs are held back."""

@@ -55,16 +55,14 @@ class Journal:
             except _DamagedError as error:
                 if not self._ended:
                     self.warning = f"{printable(folder.place)} is damaged ({error}); nothing of it is used"
-                self._records, self._marks, self._chain, self._end = [], {}, "", 0
+                self._records, self._marks = [], {}
             self._remove_strangers()
             self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self._fd, self._end)
-            os.lseek(self._fd, self._end, os.SEEK_SET)
-            if not self._records:
-                os.ftruncate(self._fd, 0)
-                os.lseek(self._fd, 0, os.SEEK_SET)
-                self._chain = ""
-                self._write({"format": FORMAT, "key": key})
+            try:
+                self._begin(key)
+            except BaseException:
+                self.close()
+                raise
         folder.keep = bool(self._records)
 
     @property
@@ -127,6 +125,15 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def _begin(self, key: str) -> None:
+        """Go on after the last whole line; where no slab is told of, from the start."""
+        if not self._records:
+            self._chain, self._end = "", 0
+        os.ftruncate(self._fd, self._end)
+        os.lseek(self._fd, self._end, os.SEEK_SET)
+        if not self._records:
+            self._write({"format": FORMAT, "key": key})
 
     def _write(self, record: Mapping[str, Any]) -> None:
         text = json.dumps(record, separators=(",", ":")).encode()

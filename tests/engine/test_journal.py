@@ -1,5 +1,8 @@
 """The journal: what it tells after its process is gone, slab by slab, and what it no longer tells."""
 
+import errno
+import os
+
 import pytest
 
 from fedlora_kernels.adapters.folder import KeptFolder
@@ -139,3 +142,16 @@ def test_a_run_that_failed_to_begin_lets_go_of_the_folder(tmp_path):
         pass
     (place / "out").unlink()
     assert opened(tmp_path, lambda folder, journal: journal.append([], None, {}, {})) == [place.name]
+
+
+def test_a_journal_that_cannot_be_begun_holds_no_file(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = os.listdir("/proc/self/fd")
+    with KeptFolder(tmp_path / "out", KEY) as folder:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(RunError, match="free some space"):
+            Journal(folder, KEY)
+        monkeypatch.undo()
+    assert os.listdir("/proc/self/fd") == before
