@@ -44,6 +44,8 @@ _SWITCHES = {
     "parameter_order=": "--parameter-order ",
     "previous=": "--previous",
     "target=": "--target",
+    "min_clients=": "--min-clients",
+    "min_weight=": "--min-weight",
     "round=0": "--round 0",
     "round=": "--round",
 }

@@ -285,6 +285,7 @@ def test_policy_drop_stops_below_its_limits(tmp_path, capsys):
         (["--memory", "lots"], ["--memory", "lots"]),
         (["--max-update-norm", "median"], ["--max-update-norm", "--policy clip"]),
         (["--policy", "drop", "--min-weight", "2"], ["min_weight", "2"]),
+        (["--min-clients", "9"], ["Add clients, or lower --min-clients or --min-weight"]),
         (["--previous", "absent"], ["--previous", "absent"]),
         (["--report", "r.txt"], ["--report", "r.txt", ".json", ".html"]),
         (["--report", "absent/r.json"], ["--report", "absent"]),

@@ -197,8 +197,8 @@ def _check_remaining(roster: Sequence[Client], policy: Policy) -> None:
     needed = max(1, policy.min_clients)
     if len(left) < needed or share < policy.min_weight:
         reasons = failure_text([failure for client in roster for failure in client.failures])
-        listing = f":\n{reasons}" if reasons else ""
+        remedy, listing = ("Repair the failing clients", f":\n{reasons}") if reasons else ("Add clients", "")
         raise InputError(
             f"policy {policy.kind!r}: {len(left)} of {len(roster)} clients with {share:.3g} of the weight remain; at least {needed} "
-            f"and {policy.min_weight:g} needed. Repair the failing clients or lower min_clients or min_weight{listing}"
+            f"and {policy.min_weight:g} needed. {remedy}, or lower min_clients= or min_weight={listing}"
         )
