@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.adapters.flat import interleaved
-from fedlora_kernels.adapters.keys import PREFIX
-from fedlora_kernels.adapters.model import ModuleSpec
+from fedlora_kernels.adapters.keys import PREFIX, canonical_keys
+from fedlora_kernels.adapters.model import ExtraSpec, ModuleSpec
+from fedlora_kernels.errors import FedLoRAError
 
 __all__ = [
     "NamedPair",
     "Pad",
     "Units",
     "factor_keys",
+    "own_keys",
     "pattern_ranks",
     "spelled",
     "stored_pieces",
@@ -44,6 +46,26 @@ def factor_keys(module: ModuleSpec) -> tuple[str, str]:
     if module.kind == "embedding":
         return f"{PREFIX}{module.form.path}.lora_embedding_B", f"{PREFIX}{module.form.path}.lora_embedding_A"
     return _linear_keys(module.form.path)
+
+
+def own_keys(modules: Mapping[str, ModuleSpec], extras: Mapping[str, ExtraSpec]) -> dict[str, str]:
+    """The keys of tensors where these specs come from, such as `lora_A.default.weight` of a live model, by their keys in a PEFT file.
+
+    Empty for kohya files, whose keys stay as they are, and where the keys mean something else, as AdaLoRA's do.
+    """
+    keys: dict[str, str] = {}
+    for module in modules.values():
+        if module.form.spelling is None:
+            keys.update(zip(factor_keys(module), (module.B.key, module.A.key), strict=True))
+        if module.form.tied:
+            keys.update(zip(_linear_keys(module.form.tied), (head.key for head in module.heads), strict=True))
+    keys.update({f"{PREFIX}{name}": extra.tensor.key for name, extra in extras.items()})
+    try:
+        parsed = canonical_keys(keys.values(), "")
+    except FedLoRAError:
+        return {}
+    meant = canonical_keys(keys, "")
+    return keys if [(key.part, key.name) for key in parsed] == [(key.part, key.name) for key in meant] else {}
 
 
 def spelled(modules: Mapping[str, ModuleSpec], spelling: tuple[str, str] | None) -> dict[str, ModuleSpec]:

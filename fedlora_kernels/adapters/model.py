@@ -231,6 +231,10 @@ class Adapter:
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.source.tensors.values())
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Read all tensors, by their keys: those of its file, or for results in memory those of the first client or of `for_client`'s."""
+        return {key: self.source.read(key) for key in self.source.tensors}
+
     def save(self, path: Any, *, overwrite: bool = False) -> None:
         """Write a PEFT folder, or a kohya file where this was one, atomically: it appears complete or not at all.
 

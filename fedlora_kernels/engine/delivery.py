@@ -269,12 +269,12 @@ class Delivery:
         metadata = self._metadata
         if self._spelling is not None:
             metadata = {**kept_metadata(self._origin(place).metadata, self._comment()), **metadata}
+        extras = {} if place == "residual" else self._extras
         if self._folder is None:
-            return MemoryOutput(place or "aggregate", modules, metadata, write, settings.seed, settings.round)
+            return MemoryOutput(place or "aggregate", modules, extras, metadata, write, settings.seed, settings.round)
         folder = Path(self._folder.path) / place
         with disc_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        extras = {} if place == "residual" else self._extras
         path = os.path.join(place, WEIGHTS_NAME)
         marks, aside = (None, None) if self._journal is None else (self._journal.marks(path), self._journal.aside(path))
         return FolderOutput(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedlora_kernels.adapters.forms import NamedPair, Pad, Units, stored_tensors, whole_units
+from fedlora_kernels.adapters.forms import NamedPair, Pad, Units, own_keys, stored_tensors, whole_units
 from fedlora_kernels.adapters.keys import PREFIX
 from fedlora_kernels.adapters.kohya import ALPHA, alpha_tensor
 from fedlora_kernels.adapters.lora_config import LoRAConfig
@@ -88,8 +88,9 @@ def adapter_in_memory(
     *,
     label: str,
     metadata: Mapping[str, str] | None = None,
+    keys: Mapping[str, str] | None = None,
 ) -> Adapter:
-    """An adapter over tensors in memory, under the keys of a file; ``modules`` say in which form, in order."""
+    """An adapter over tensors in memory, under the keys of a file or ``keys`` for them; ``modules`` say in which form, in order."""
     state: dict[str, Tensor] = {}
     for unit in whole_units([(name, B, A) for name, (B, A) in pairs.items()], modules):
         state.update(stored_tensors(unit, modules))
@@ -99,23 +100,26 @@ def adapter_in_memory(
         adapter = open_adapter(state, WRITTEN_HERE, name=label)
         return dataclasses.replace(adapter, label=label, config=config, metadata=dict(metadata or {}))
     state.update({f"{PREFIX}{name}": tensor for name, tensor in extras.items()})
+    state = {(keys or {}).get(key, key): tensor for key, tensor in state.items()}
     adapter = open_adapter((state, config), WRITTEN_HERE, name=label)
     return dataclasses.replace(adapter, label=label, metadata=dict(metadata or {}))
 
 
 class MemoryOutput:
-    """An adapter that stays in memory."""
+    """An adapter that stays in memory, under the keys that its modules and extras have where they come from."""
 
     def __init__(
         self,
         label: str,
         modules: Mapping[str, ModuleSpec],
+        extras: Mapping[str, ExtraSpec],
         metadata: Mapping[str, str],
         write: WriteOptions,
         seed: int,
         round: int,  # noqa: A002
     ) -> None:
         self._modules, self._units = modules, Units(modules, _pad(write, seed, round))
+        self._keys = own_keys(modules, extras)
         self._label, self._write = label, write
         self._seed, self._round = seed, round
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -167,7 +171,13 @@ class MemoryOutput:
     def open(self, place: Path | None) -> Adapter:
         """Return the adapter."""
         return adapter_in_memory(
-            self._pairs, self._modules, self._extras, self._config, label=self._label, metadata=self._metadata
+            self._pairs,
+            self._modules,
+            self._extras,
+            self._config,
+            label=self._label,
+            metadata=self._metadata,
+            keys=self._keys,
         )
 
     def abandon(self) -> None:

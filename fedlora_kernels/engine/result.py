@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.adapters.config import peft_config, rank_patterns
-from fedlora_kernels.adapters.forms import target_ranks, written_numbers
+from fedlora_kernels.adapters.forms import own_keys, target_ranks, written_numbers
 from fedlora_kernels.adapters.model import Adapter
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.engine.budget import Share
@@ -63,7 +63,7 @@ class Result:
             rank: cut every pair to this rank, or pad it (random rows of A, zero columns of B: the product stays, and the
                 padding can be trained). None is the method's own choice.
             scale: "client" divides B, in float64, by the client's own scale of each module, and holds the modules that the
-                client has; 1.0 gives the baked form of all modules.
+                client has, under the client's own keys; 1.0 gives the baked form of all modules.
 
         Raises InputError for an unknown client, a rank below 1 or a client whose scale is 0, OutputOverflowError where the
         dtype cannot hold B divided by the scale.
@@ -106,7 +106,9 @@ class Result:
             if spec.rule != "lora_bias" or spec.module in pairs
         }
         config = self._config(name, client, source, {module: A.shape[0] for module, (_, A) in pairs.items()}, scales)
-        return adapter_in_memory(pairs, source.modules, extras, config, label=name)
+        known = {extra: client.extras[extra] for extra in extras if extra in client.extras}
+        keys = own_keys({module: client.modules[module] for module in pairs}, known) if own else None
+        return adapter_in_memory(pairs, source.modules, extras, config, label=name, keys=keys)
 
     def _client(self, key: str | int) -> tuple[str, Adapter]:
         names = [row["name"] for row in self.report["clients"]]
@@ -194,8 +196,9 @@ class Result:
         nbytes = parameters * next(iter(pairs.values()))[0].element_size()
         summary = totals(rows, self.report["totals"]["clients"], parameters, nbytes) | efficiency(self.method, rows)
         metadata = {**self.adapter.metadata, "fedlora.rule": str(rule), **certificates(summary)}
+        keys = own_keys(self.adapter.modules, self.adapter.extras)
         adapter = adapter_in_memory(
-            pairs, self.adapter.modules, extras, config, label=self.adapter.label, metadata=metadata
+            pairs, self.adapter.modules, extras, config, label=self.adapter.label, metadata=metadata, keys=keys
         )
         report = {
             **self.report,
