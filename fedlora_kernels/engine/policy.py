@@ -31,6 +31,7 @@ __all__ = [
     "clip",
     "common_ground",
     "drop",
+    "dropped_texts",
     "norm_outliers",
 ]
 
@@ -79,6 +80,11 @@ def drop(roster: Sequence[Client], failing: Sequence[Client], policy: Policy) ->
     for client in failing:
         client.status = "dropped"
     _check_remaining(roster, policy)
+
+
+def dropped_texts(clients: Sequence[Client]) -> list[str]:
+    """What is said of the clients that were dropped."""
+    return [client.drop_text for client in clients if client.status == "dropped"]
 
 
 def check_ranks(method: Method, modules: Iterable[str], roster: Sequence[Client]) -> None:
