@@ -31,8 +31,9 @@ def layer_map(modules: Sequence[str]) -> LayerMap:
         kinds = [NUMBER.sub("*", EXPERT.sub("[*]", name)) for name in modules]
     layers = [found.group() if (found := NUMBER.search(name)) else "" for name in modules]
     rows = list(dict.fromkeys(kinds))
-    columns = sorted(set(layers), key=lambda layer: (layer == "", int(layer or 0), layer))
-    cells = [(rows.index(kind), columns.index(layer)) for kind, layer in zip(kinds, layers, strict=True)]
+    columns = sorted(set(layers), key=_in_order)
+    row_of, column_of = ({name: i for i, name in enumerate(names)} for names in (rows, columns))
+    cells = [(row_of[kind], column_of[layer]) for kind, layer in zip(kinds, layers, strict=True)]
     return LayerMap(_short(rows), columns, cells)
 
 
@@ -40,6 +41,12 @@ def by_kind(modules: Sequence[str]) -> list[str]:
     """Return the names by kind, and within a kind by layer: 2 before 10, unlike in files."""
     cells = dict(zip(modules, layer_map(modules).cells, strict=True))
     return sorted(modules, key=lambda name: cells[name])
+
+
+def _in_order(layer: str) -> tuple[bool, int, str, str]:
+    """Numbers by their size, "" last: Python makes no number of more than 4300 digits, and names are text of strangers."""
+    digits = layer.lstrip("0")
+    return layer == "", len(digits), digits, layer
 
 
 def _short(rows: Sequence[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """Where modules stand: by kind and layer, for the names of PEFT, of kohya, of experts, and for any other."""
 
+import time
+
 import pytest
 
 from fedlora_kernels.reporting.layers import by_kind, layer_map
@@ -53,3 +55,12 @@ def test_many_experts_of_one_parameter_share_a_row():
     assert found.columns == ["0", "1", "2"]
     few = layer_map(names[:1] + names[40:41])
     assert len(few.rows) == 2
+
+
+def test_numbers_and_kinds_of_strangers_take_no_time():
+    numbers = ["9" * 5000, "10", "010", "2", "0"]
+    assert layer_map([f"l.{number}.q" for number in numbers]).columns == ["0", "2", "010", "10", "9" * 5000]
+    started = time.process_time()
+    names = [f"module_of_its_own_kind_{k:x}z.q" for k in range(60000)]
+    assert len(layer_map(names).rows) == len(names)
+    assert time.process_time() - started < 3.0
