@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedlora_kernels.reporting.tables import number, table
+from fedlora_kernels.reporting.tables import facts, number, table
 from fedlora_kernels.reporting.terminal import text
 
 __all__ = ["bench_tables"]
@@ -22,7 +22,6 @@ def bench_tables(report: Mapping[str, Any]) -> RenderableType:
 
 
 def _head(report: Mapping[str, Any]) -> Table:
-    grid = Table.grid(padding=(0, 2))
     processor, packages = report["processor"], report["packages"]
     lines = {
         "processor": f"{processor['name']}, {processor['simd']}, load {number(report['load'])} on {processor['cores']} cores",
@@ -33,9 +32,7 @@ def _head(report: Mapping[str, Any]) -> Table:
         lines[f"rates, {threads} thread{'s' if threads != '1' else ''}"] = (
             f"{_giga(rate['float64'])} Gflop/s float64, {_giga(rate['float32'])} float32, copy {_giga(rate['copy'])} GB/s"
         )
-    for name, value in lines.items():
-        grid.add_row(text(name, "bold"), text(value))
-    return grid
+    return facts(lines)
 
 
 def _giga(rate: float) -> str:

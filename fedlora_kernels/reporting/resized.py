@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from fedlora_kernels.reporting.tables import MODULE_ROWS, layer_type, number, size, table
+from fedlora_kernels.reporting.tables import MODULE_ROWS, by_layer_type, facts, number, size, table, worst
 from fedlora_kernels.reporting.terminal import text
 
 __all__ = ["resize_tables"]
@@ -24,7 +24,6 @@ def resize_tables(reports: Sequence[Mapping[str, Any]], out: str) -> RenderableT
 
 
 def _wrote(reports: Sequence[Mapping[str, Any]], out: str) -> Table:
-    grid = Table.grid(padding=(0, 2))
     first = reports[0]
     lines = {"wrote": out, "rule": f"{first['method']['rule']}, {first['dtype']}"}
     if len(reports) == 1:
@@ -36,9 +35,7 @@ def _wrote(reports: Sequence[Mapping[str, Any]], out: str) -> Table:
     for stage in ("read", "compute", "write", "total"):
         spent = sum(report["seconds"][stage] for report in reports)
         lines["seconds"] = ", ".join(filter(None, (lines.get("seconds"), f"{stage} {number(spent)}")))
-    for name, value in lines.items():
-        grid.add_row(text(name, "bold"), text(value))
-    return grid
+    return facts(lines)
 
 
 def _by_adapter(reports: Sequence[Mapping[str, Any]]) -> Table:
@@ -76,9 +73,6 @@ def _by_module(modules: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _by_layer(modules: Sequence[Mapping[str, Any]]) -> Table:
-    layers: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for module in modules:
-        layers.setdefault((layer_type(module["name"]), f"{module['m']} x {module['n']}"), []).append(module)
     columns = (
         "modules",
         ">count",
@@ -91,9 +85,9 @@ def _by_layer(modules: Sequence[Mapping[str, Any]]) -> Table:
         "?worst in",
     )
     rows = table("Modules by layer type", *columns)
-    for (layer, shape), members in layers.items():
+    for (layer, shape), members in by_layer_type(modules).items():
         before, after = ([member[key] for member in members] for key in ("stacked_rank", "rank"))
-        worst = max(members, key=lambda member: -1.0 if member["error"] is None else member["error"])
+        lost = worst(members)
         cells = (
             layer,
             len(members),
@@ -101,9 +95,9 @@ def _by_layer(modules: Sequence[Mapping[str, Any]]) -> Table:
             _change(sum(before), sum(after)),
             number(statistics.median(after), 6),
             max(after),
-            number(worst["energy_kept"], 6),
-            number(worst["error"]),
-            worst["name"],
+            number(lost["energy_kept"], 6),
+            number(lost["error"]),
+            lost["name"],
         )
         rows.add_row(*(text(cell) for cell in cells))
     return rows

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from fedlora_kernels.reporting.tables import MODULE_ROWS, comparison_tables, layer_type, number, size, span, table
+from fedlora_kernels.reporting.tables import MODULE_ROWS, by_layer_type, comparison_tables, number, size, span, table
 from fedlora_kernels.reporting.terminal import text
 
 __all__ = ["inspect_tables"]
@@ -100,10 +100,7 @@ def _spectra(adapter: Mapping[str, Any]) -> Table:
         for module in modules:
             rows.add_row(*(text(value) for value in _module_cells(module)))
         return rows
-    layers: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for module in modules:
-        layers.setdefault((layer_type(module["name"]), f"{module['m']} x {module['n']}"), []).append(module)
-    for (layer, shape), members in layers.items():
+    for (layer, shape), members in by_layer_type(modules).items():
         cells = [f"{layer} ({len(members)}, medians)", shape]
         for key in ("rank", "scale", "s_1", "effective_rank", "stable_rank", "rank_90", "rank_99", "norm"):
             values = [value for value in (_value(member, key) for member in members) if value is not None]

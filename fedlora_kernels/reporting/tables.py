@@ -16,7 +16,18 @@ from rich.text import Text
 
 from fedlora_kernels.reporting.terminal import text
 
-__all__ = ["aggregate_tables", "comparison_tables", "layer_type", "number", "size", "span", "table"]
+__all__ = [
+    "aggregate_tables",
+    "by_layer_type",
+    "comparison_tables",
+    "facts",
+    "layer_type",
+    "number",
+    "size",
+    "span",
+    "table",
+    "worst",
+]
 
 MODULE_ROWS = 40
 """More modules than this are shown by layer type."""
@@ -75,6 +86,14 @@ def table(title: str, *columns: str) -> FittedTable:
     return made
 
 
+def facts(lines: Mapping[str, object]) -> Table:
+    """Return lines of a name and what is said of it."""
+    grid = Table.grid(padding=(0, 2))
+    for name, value in lines.items():
+        grid.add_row(text(name, "bold"), text(value))
+    return grid
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """Return a number in few digits; a dash for None."""
     return "-" if value is None else f"{value:.{digits}g}"
@@ -104,6 +123,19 @@ def layer_type(module: str) -> str:
     return (_FLATTENED_NUMBER if flattened else _LAYER_NUMBER).sub("*", module)
 
 
+def by_layer_type(modules: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    """Return the modules of each layer type and shape, m x n."""
+    layers: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for module in modules:
+        layers.setdefault((layer_type(module["name"]), f"{module['m']} x {module['n']}"), []).append(module)
+    return layers
+
+
+def worst(modules: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the module with the largest error, of those whose error is known if there are any."""
+    return max(modules, key=lambda module: -1.0 if module["error"] is None else module["error"])
+
+
 def aggregate_tables(report: Mapping[str, Any], out: str) -> RenderableType:
     """Return the tables of an aggregation report (schema 1): totals, modules, clients."""
     modules: Sequence[Mapping[str, Any]] = report["modules"]
@@ -116,7 +148,6 @@ def aggregate_tables(report: Mapping[str, Any], out: str) -> RenderableType:
 
 def _totals(report: Mapping[str, Any], out: str) -> Table:
     totals, backend, seconds = report["totals"], report["backend"], report["seconds"]
-    grid = Table.grid(padding=(0, 2))
     used = sum(client["status"] in ("used", "clipped") for client in report["clients"])
     rule = report["method"].get("rule")
     lines = {
@@ -131,8 +162,7 @@ def _totals(report: Mapping[str, Any], out: str) -> Table:
         "backend": f"{_joined(backend['used'])} on {backend['device']}" if backend["used"] else "none needed",
         "seconds": ", ".join(f"{stage} {number(spent)}" for stage, spent in seconds.items()),
     }
-    for name, value in lines.items():
-        grid.add_row(text(name, "bold"), text(value))
+    grid = facts(lines)
     for fallback in backend.get("fallbacks", ()):
         grid.add_row(
             text("fallback", "bold"), text(f"{fallback['op']}: not {fallback['backend']}, {fallback['reason']}")
@@ -170,9 +200,6 @@ def _by_module(modules: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _by_layer(modules: Sequence[Mapping[str, Any]]) -> Table:
-    layers: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for module in modules:
-        layers.setdefault((layer_type(module["name"]), f"{module['m']} x {module['n']}"), []).append(module)
     columns = (
         "modules",
         ">count",
@@ -185,9 +212,8 @@ def _by_layer(modules: Sequence[Mapping[str, Any]]) -> Table:
         "?worst in",
     )
     rows = table("Modules by layer type", *columns)
-    for (layer, shape), members in layers.items():
-        ranks = [member["rank"] for member in members]
-        worst = max(members, key=lambda member: -1.0 if member["error"] is None else member["error"])
+    for (layer, shape), members in by_layer_type(modules).items():
+        ranks, lost = [member["rank"] for member in members], worst(members)
         rows.add_row(
             text(layer),
             text(len(members)),
@@ -195,9 +221,9 @@ def _by_layer(modules: Sequence[Mapping[str, Any]]) -> Table:
             text(min(ranks)),
             text(number(statistics.median(ranks), 6)),
             text(max(ranks)),
-            text(number(worst["error"])),
-            text(number(worst["error_bound"])),
-            text(worst["name"]),
+            text(number(lost["error"])),
+            text(number(lost["error_bound"])),
+            text(lost["name"]),
         )
     return rows
 
