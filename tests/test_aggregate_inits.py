@@ -165,10 +165,8 @@ def test_a_start_given_as_tensors_by_module_is_the_same(cohort):
         assert one[name].scale == two[name].scale
 
 
-def test_a_start_of_another_scale_is_another_run(cohort, tmp_path):
-    """Not to be resumed: the modules that are done had the other scale subtracted."""
-    start, folders, _ = cohort("pissa")
-    out, read = tmp_path / "out", ReadOptions(init_factors=start)
+def ended_halfway(folders, read, out):
+    """A run that keeps what it has done."""
 
     def end(stage, done, total):
         if done > total // 2:
@@ -176,7 +174,14 @@ def test_a_start_of_another_scale_is_another_run(cohort, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fk.aggregate(folders, read=read, out=out, resume=True, memory=1, progress=end)
-    assert list(tmp_path.glob("out.partial-*"))
+    assert list(out.parent.glob("out.partial-*"))
+
+
+def test_a_start_of_another_scale_is_another_run(cohort, tmp_path):
+    """Not to be gone on with: the modules that are done had the other scale subtracted."""
+    start, folders, _ = cohort("pissa")
+    out, read = tmp_path / "out", ReadOptions(init_factors=start)
+    ended_halfway(folders, read, out)
     config = Path(start) / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 6', '"lora_alpha": 5'))
     resumed = quiet(fk.aggregate, folders, read=read, out=out, resume=True, memory=1)
@@ -184,6 +189,14 @@ def test_a_start_of_another_scale_is_another_run(cohort, tmp_path):
     for name in TARGETS:
         assert torch.equal(resumed.adapter[name].B, fresh.adapter[name].B), name
         assert torch.equal(resumed.adapter[name].A, fresh.adapter[name].A), name
+
+
+def test_a_start_that_is_given_in_another_way_is_the_same_run(cohort, tmp_path):
+    start, folders, _ = cohort("pissa")
+    ended_halfway(folders, ReadOptions(init_factors=start), tmp_path / "out")
+    read = ReadOptions(init_factors=open_adapter(start, ReadOptions(init="keep")))
+    resumed = quiet(fk.aggregate, folders, read=read, out=tmp_path / "out", resume=True, memory=1)
+    assert any(note.startswith("resumed: ") for note in resumed.report["notes"])
 
 
 def test_another_scale_of_the_start_is_folded_into_its_half(cohort):

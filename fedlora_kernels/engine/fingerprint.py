@@ -21,6 +21,8 @@ __all__ = ["fingerprint"]
 
 LEFT_OUT = ("progress", "state", "client_state", "read")
 """Settings that change no result, or that are told in words of their own."""
+TOLD = ("config", "init_factors")
+"""Options of reading that each client tells of itself: the same set, or the same start, may have another text in another process."""
 
 
 def fingerprint(settings: Settings, roster: Sequence[Client]) -> str:
@@ -39,9 +41,8 @@ def fingerprint(settings: Settings, roster: Sequence[Client]) -> str:
             for item in dataclasses.fields(settings)
             if item.name not in LEFT_OUT
         },
-        # a configuration given for all may hold sets, whose order no two processes share: each client tells its own
         "read": {
-            item.name: repr(getattr(read, item.name)) for item in dataclasses.fields(read) if item.name != "config"
+            item.name: repr(getattr(read, item.name)) for item in dataclasses.fields(read) if item.name not in TOLD
         },
         "clients": [_client(client) for client in roster],
         "state": None if settings.state is None else settings.state.fingerprint(),
