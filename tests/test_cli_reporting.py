@@ -264,6 +264,17 @@ def test_the_page_may_lie_in_the_output_and_is_replaced_with_it(tmp_path, capsys
         assert "only report.json and report.html have a place; name a file outside" in capsys.readouterr().err
 
 
+def test_the_report_of_another_output_is_left_alone(tmp_path, capsys):
+    """A next round reads there which round and method it goes on from."""
+    adapter, first = str(make_adapter(tmp_path / "a")), tmp_path / "round_0"
+    assert main(["aggregate", adapter, "-o", str(first), "--quiet"]) == 0
+    before = (first / "report.json").read_bytes()
+    for argv in (["inspect", adapter], ["aggregate", adapter, "-o", str(tmp_path / "round_1")]):
+        assert main([*argv, "--report", str(first / "report.json")]) == 2
+        assert "round_0/adapter_model.safetensors; give another name" in capsys.readouterr().err
+    assert (first / "report.json").read_bytes() == before
+
+
 def test_the_longest_name_is_no_trouble(tmp_path):
     name = "n" * (os.pathconf(tmp_path, "PC_NAME_MAX") - 5) + ".json"
     write_json(check_target(tmp_path / name), {"x": 1})

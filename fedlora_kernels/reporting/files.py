@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedlora_kernels.adapters.reader import WEIGHTS_NAME
 from fedlora_kernels.errors import InputError
 from fedlora_kernels.reporting.json import check_target, write_json, write_text
 
@@ -24,6 +25,7 @@ def check_report(path: str | os.PathLike[str], out: str | os.PathLike[str] | Non
     target = Path(path)
     if out is None or not target.resolve().is_relative_to(Path(out).resolve()):
         check_target(target, suffixes=SUFFIXES)
+        _check_free(target, out)
     elif target.resolve().parent != Path(out).resolve() or target.name not in IN_OUT:
         raise InputError(
             f"--report {target}: within {out} only {' and '.join(IN_OUT)} have a place; name a file outside"
@@ -35,6 +37,19 @@ def check_report(path: str | os.PathLike[str], out: str | os.PathLike[str] | Non
 
         check_plotly(f"--report {target}")
     return target
+
+
+def _check_free(target: Path, out: str | os.PathLike[str] | None) -> None:
+    """Raise InputError where the report there tells of an adapter beside it, which a next round may read."""
+    beside = WEIGHTS_NAME if target.name in IN_OUT else target.name.removesuffix(".report.json")
+    holder = target.parent / beside
+    if (
+        target.exists()
+        and holder != target
+        and holder.is_file()
+        and (out is None or holder.resolve() != Path(out).resolve())
+    ):
+        raise InputError(f"--report {target}: belongs to {holder}; give another name")
 
 
 def write_report(path: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
