@@ -9,11 +9,10 @@ page cache would give it; the decomposition is that of so many clients.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
-from timing import machine, measure, save
+from timing import arguments, machine, measure, save, show
 
 import fedlora_kernels as fk
 from fedlora_kernels.adapters.flat import read_flat
@@ -65,15 +64,12 @@ def compare(E: int, m: int, n: int, rank: int, clients: int, seconds: float) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="16 experts of 96 x 80")
-    parser.add_argument("--json", help="write the figures here")
-    options = parser.parse_args()
+    options = arguments(__doc__, "16 experts of 96 x 80").parse_args()
     print(machine())
     sizes, seconds = (((16, 96, 80, 8, 3),), 0.1) if options.quick else (SIZES, 3.0)
     rows = [row for size in sizes for row in compare(*size, seconds)]
     for row in rows:
-        print({key: (f"{value:.3g}" if isinstance(value, float) else value) for key, value in row.items()}, flush=True)
+        show(row)
     save(options.json, rows)
 
 

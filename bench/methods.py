@@ -22,7 +22,6 @@ largest relative distance of a module's product from the loop's own answer in fl
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -39,7 +38,7 @@ from typing import Any
 import torch
 from method_peers import LOOPS, Clients, Made, Pairs
 from safetensors.torch import load_file, save_file
-from timing import machine, save
+from timing import arguments, machine, save, show
 from torch import Tensor
 
 import fedlora_kernels as fk
@@ -317,11 +316,9 @@ def _work(result: fk.Result) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="4 layers, an eighth of the width")
+    parser = arguments(__doc__, "4 layers, an eighth of the width")
     parser.add_argument("--only", nargs="*", choices=sorted(LOOPS), help="these methods alone")
     parser.add_argument("--width", type=int, default=2048, help="hidden size; the other sizes are in proportion")
-    parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args()
     sizes = shapes(256, 4) if options.quick else shapes(options.width, 32)
     print(machine())
@@ -339,7 +336,7 @@ def main() -> None:
             row = compare(Case(name, sets[kind], sizes, place), RUNS) | {"ranks": kind}
             shutil.rmtree(place)
             rows.append(row)
-            print({key: (f"{value:.3g}" if isinstance(value, float) else value) for key, value in row.items()})
+            show(row)
     save(options.json, rows)
 
 

@@ -8,14 +8,13 @@ that aggregate stacked factors today (QR + QR + core, and float64 Gram + eigh), 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from timing import machine, measure, save
+from timing import arguments, machine, measure, save, show
 from torch import Tensor
 
 from fedlora_kernels.bench.peers import gram_eigh, looped, qr_qr_core
@@ -104,10 +103,8 @@ def compositions(device: str, modules: int, seconds: float) -> list[dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, "fewer sizes and shorter runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and shorter runs")
-    parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args()
     seconds = 0.1 if options.quick else 1.0
     sizes = [8, 32] if options.quick else [8, 16, 32, 64, 128, 256, 512, 1024]
@@ -117,7 +114,7 @@ def main() -> None:
     rows += decompositions(options.device, sizes, seconds)
     rows += compositions(options.device, modules, seconds)
     for row in rows:
-        print({key: (f"{value:.3g}" if isinstance(value, float) else value) for key, value in row.items()})
+        show(row)
     save(options.json, rows)
 
 

@@ -12,12 +12,11 @@ Below stand the milliseconds of processor that a module costs on each stage of t
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import machine, measure, save
+from timing import arguments, machine, measure, save, show, threaded
 from torch import Tensor
 
 import fedlora_kernels as fk
@@ -34,16 +33,6 @@ def accuracy(U: Tensor, S: Tensor, exact: Tensor, p: int) -> dict[str, float]:
     U, S = U[:, :p].double(), S[:p].double()
     gram = U.mT @ U - torch.eye(p, dtype=torch.float64)
     return {"sigma_error": float(((S - exact[:p]).abs() / exact[:p]).max()), "orthogonality": float(gram.abs().max())}
-
-
-def threaded(count: int, call: Callable[[], object]) -> Callable[[], object]:
-    """The call with torch at so many threads."""
-
-    def run() -> object:
-        torch.set_num_threads(count)
-        return call()
-
-    return run
 
 
 def stages(B: Tensor, A: Tensor, repeats: int = 5) -> dict[str, float]:
@@ -96,10 +85,7 @@ def compare(size: int, R: int, modules: int, seconds: float, dense_too: bool) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, short runs")
-    parser.add_argument("--json", help="write the figures here")
-    options = parser.parse_args()
+    options = arguments(__doc__, "small sizes, short runs").parse_args()
     seconds = 0.2 if options.quick else 2.0
     print(machine())
     rows = []
@@ -113,7 +99,7 @@ def main() -> None:
             continue
         rows += compare(size, R, modules, seconds, dense_too)
     for row in rows:
-        print({key: (f"{value:.3g}" if isinstance(value, float) else value) for key, value in row.items()})
+        show(row)
     save(options.json, rows)
 
 

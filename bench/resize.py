@@ -11,7 +11,6 @@ each. The judge is the dense SVD in float64.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import machine, measure, save
+from timing import arguments, machine, measure, save, show, threaded
 from torch import Tensor
 
 import fedlora_kernels as fk
@@ -55,16 +54,6 @@ def dense(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(SCALE * (B @ A), full_matrices=False)
     p = int(fk.select_rank(S, RULE))
     return U[:, :p] * S[:p], S, Vh[:p]
-
-
-def threaded(count: int, call: Callable[[], object]) -> Callable[[], object]:
-    """The call with torch at so many threads."""
-
-    def run() -> object:
-        torch.set_num_threads(count)
-        return call()
-
-    return run
 
 
 def fastest(name: str, call: Callable[[], object], seconds: float, modules: int = 1) -> dict[str, Any]:
@@ -130,14 +119,11 @@ def compare(m: int, n: int, rank: int, modules: int, seconds: float) -> list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="1024 x 768 in place of 4096 x 4096, which takes minutes")
-    parser.add_argument("--json", help="write the figures here")
-    options = parser.parse_args()
+    options = arguments(__doc__, "1024 x 768 in place of 4096 x 4096, which takes minutes").parse_args()
     print(machine())
     rows = compare(1024, 768, 64, 16, 0.2) if options.quick else compare(4096, 4096, 64, 16, 3.0)
     for row in rows:
-        print({key: (f"{value:.3g}" if isinstance(value, float) else value) for key, value in row.items()}, flush=True)
+        show(row)
     save(options.json, rows)
 
 

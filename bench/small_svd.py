@@ -8,9 +8,10 @@ the worst of the batch: |C - U S Vh|_F / |C|_F, and max |U^T U - I|, |V^T V - I|
 
 import argparse
 import os
+from functools import partial
 
 import torch
-from timing import machine, measure, save
+from timing import machine, measure, save, threaded
 
 from fedlora_kernels.backends.cpu import BACKEND
 
@@ -30,14 +31,6 @@ def peer(C):
     return torch.linalg.svd(C, full_matrices=False)
 
 
-def on_threads(count, call, C):
-    def run():
-        torch.set_num_threads(count)
-        return call(C)
-
-    return run
-
-
 def accuracy(C, factors):
     """(relative residual, orthogonality) of the worst matrix, in float64."""
     C, U, S, Vh = (t.double() for t in (C, *factors))
@@ -50,7 +43,9 @@ def accuracy(C, factors):
 def compare(r, batch, dtype, threads, seconds):
     C = torch.randn(batch, r, r, dtype=dtype, generator=torch.Generator().manual_seed(r))
     counts = sorted({1, threads})
-    calls = {(name, n): on_threads(n, call, C) for name, call in (("ours", ours), ("torch", peer)) for n in counts}
+    calls = {
+        (name, n): threaded(n, partial(call, C)) for name, call in (("ours", ours), ("torch", peer)) for n in counts
+    }
     times = {key: time["median"] / batch * 1e6 for key, time in measure(calls, seconds=seconds, warmup=1).items()}
     mine, theirs = (min(times[name, n] for n in counts) for name in ("ours", "torch"))
     (residual, skew), (peer_residual, peer_skew) = accuracy(C, ours(C)), accuracy(C, peer(C))

@@ -1,7 +1,8 @@
-"""Timing shared by all benchmarks: interleaved, warmed up, medians with 20/80 quantiles, and a description of the machine."""
+"""What all benchmarks share: flags, timing (interleaved, warmed up, medians with 20/80 quantiles), the machine, and the rows."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -15,6 +16,14 @@ import torch
 
 TURN = 0.02
 """Seconds that a call has at a time, at least one run."""
+
+
+def arguments(doc: str, quick: str) -> argparse.ArgumentParser:
+    """A parser with the flags of all benchmarks; ``quick`` says what --quick leaves."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", help="write the figures here")
+    return parser
 
 
 def machine() -> dict[str, Any]:
@@ -46,6 +55,16 @@ def _cpu_name() -> str:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return done.stdout.strip()
+
+
+def threaded(count: int, call: Callable[[], object]) -> Callable[[], object]:
+    """The call with torch at so many threads."""
+
+    def run() -> object:
+        torch.set_num_threads(count)
+        return call()
+
+    return run
 
 
 def measure(
@@ -90,6 +109,11 @@ def _summary(values: list[float]) -> dict[str, float]:
         "q80": ordered[(4 * len(ordered)) // 5],
         "runs": len(ordered),
     }
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row, numbers in three digits."""
+    print({key: (f"{value:.3g}" if isinstance(value, float) else value) for key, value in row.items()}, flush=True)
 
 
 def save(path: str | None, rows: list[dict[str, Any]]) -> None:
