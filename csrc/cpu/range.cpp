@@ -14,7 +14,10 @@ namespace fedlora {
 
 bool is_valid(const fedlora_range &range) {
     const bool is_float = range.dtype >= FEDLORA_FLOAT32 && range.dtype <= FEDLORA_FLOAT16 && range.dtype != FEDLORA_INT32;
-    return is_float && range.file >= 0 && range.offset >= 0 && range.rows >= 0 && range.cols >= 0;
+    if (!is_float || range.file < 0 || range.offset < 0 || range.rows < 0 || range.cols < 0) return false;
+    int64_t bytes, end;
+    return !__builtin_mul_overflow(range.rows, range.cols, &bytes) && !__builtin_mul_overflow(bytes, size_of(range.dtype), &bytes) &&
+           !__builtin_add_overflow(bytes, range.offset, &end);
 }
 
 bool read_range(const fedlora_range &range, int64_t first, int64_t count, void *out) {

@@ -128,6 +128,15 @@ def test_sizes_that_do_not_fit_are_refused(stored):
             backends.get("cpu").read_sum([(ranges, weights)], [shape], torch.float32)
 
 
+@pytest.mark.parametrize(("offset", "shape"), [(0, (1 << 40, 1 << 40)), (0, (1 << 61, 1)), ((1 << 63) - 4, (2, 2))])
+def test_sizes_beyond_64_bits_are_refused(offset, shape, stored):
+    blocks, _ = draw(SHAPES["equal"], [torch.float32])
+    ranges = stored(blocks)
+    ranges.places[:, :, 1:4] = (offset, *shape)
+    with pytest.raises(backends.BackendError, match="do not fit"):
+        backends.get("cpu").read_alike([ranges])
+
+
 def alike(stored, blocks):
     return backends.get("cpu").read_alike([stored(blocks)])
 
