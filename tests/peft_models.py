@@ -121,15 +121,20 @@ def trained(case, seed=7, **more):
     """A PEFT model with every trainable parameter drawn at random, and its base."""
     make, fields = CASES[case]
     base = make()
-    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": EVERY, **fields, **more})
+    return fitted(base, seed=seed, **{"r": 3, "lora_alpha": 5, "target_modules": EVERY, **fields, **more}), base
+
+
+def fitted(base, std=0.5, seed=None, **fields):
+    """A PEFT model on a copy of its base, with every trainable parameter drawn at random."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(copy.deepcopy(base), config)
-    torch.manual_seed(seed)
+        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**fields))
+    if seed is not None:
+        torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.5)
-    return model.eval(), base
+            nn.init.normal_(parameter, std=std)
+    return model.eval()
 
 
 def saved(model, path):
@@ -139,29 +144,35 @@ def saved(model, path):
     return path
 
 
+HARMLESS = (
+    ".*fan_in_fan_out.*",
+    ".*embedding layers found.*",
+    ".*tie_word_embeddings.*",
+    ".*no tied modules.*",
+    # looked for among targeted modules alone, though applied to parameters all the same
+    ".*_pattern keys did not match any targeted module.*",
+)
+TOKENS = torch.randint(0, 17, (5, 6), generator=torch.Generator().manual_seed(1))
+
+
 def loaded(base, path):
-    """Load by PEFT with warnings as errors: a missing key is one."""
+    """Load by PEFT with warnings as errors, but for `HARMLESS` ones: a missing key is one."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", UserWarning)
-        for harmless in (
-            ".*fan_in_fan_out.*",
-            ".*embedding layers found.*",
-            ".*tie_word_embeddings.*",
-            ".*no tied modules.*",
-        ):
-            warnings.filterwarnings("ignore", message=harmless)
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for message in HARMLESS:
+            warnings.filterwarnings("ignore", message=message)
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), path).eval()
 
 
-def logits(model):
-    tokens = torch.randint(0, 17, (5, 6), generator=torch.Generator().manual_seed(1))
+def logits(model, inputs=TOKENS, dtype=torch.float64):
     with torch.no_grad():
-        found = model(tokens)
-    return found if isinstance(found, torch.Tensor) else found.logits
+        found = copy.deepcopy(model).to(dtype)(inputs.to(dtype) if inputs.is_floating_point() else inputs)
+    return getattr(found, "logits", found)
 
 
-def same_logits(one, two, limit=1e-5):
+def same_logits(one, two, limit=1e-5, inputs=TOKENS, dtype=torch.float64):
     """Whether two models say the same, in float64: the layers amplify the rounding of float32 beyond that of an adapter."""
-    expected, found = logits(copy.deepcopy(one).double()), logits(copy.deepcopy(two).double())
+    expected, found = logits(one, inputs, dtype), logits(two, inputs, dtype)
     return (expected - found).abs().max() <= limit * expected.abs().max()

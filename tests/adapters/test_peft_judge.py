@@ -1,12 +1,12 @@
 """PEFT judges: what it saves we read with its own delta, what we write it loads with the same logits."""
 
-import copy
 import warnings
 
 import peft
 import peft_models
 import pytest
 import torch
+from peft_models import fitted, loaded, same_logits, saved
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -58,34 +58,10 @@ def trained(request):
     torch.manual_seed(7)
     base = Net()
     fields = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "c_fc", "up"], **CONFIGS[request.param]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**fields))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.5)
-    return model.eval(), base
+    return fitted(base, **fields), base
 
 
-def saved(model, path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(path)
-    return path
-
-
-def loaded(base, path):
-    """Load by PEFT with warnings as errors: a missing key is one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-        return peft.PeftModel.from_pretrained(copy.deepcopy(base), path).eval()
-
-
-def same_logits(one, two):
-    x = torch.randn(5, 13, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = one(x)
-        return (expected - two(x)).abs().max() <= 1e-5 * expected.abs().max()
+X = torch.randn(5, 13, generator=torch.Generator().manual_seed(1))
 
 
 def test_our_update_is_pefts_own_delta(trained, tmp_path):
@@ -119,7 +95,7 @@ def test_memory_and_file_are_the_same_adapter(trained, tmp_path):
 def test_peft_loads_what_we_write_with_the_same_logits(trained, tmp_path):
     model, base = trained
     open_adapter(saved(model, tmp_path / "c")).save(tmp_path / "out")
-    assert same_logits(model, loaded(base, tmp_path / "out"))
+    assert same_logits(model, loaded(base, tmp_path / "out"), inputs=X)
 
 
 @pytest.mark.parametrize("fill", ["zero", "random"])
@@ -128,7 +104,7 @@ def test_peft_loads_the_padded_form_with_the_same_logits(trained, tmp_path, fill
     open_adapter(saved(model, tmp_path / "c")).save(tmp_path / "out")
     pad_to_uniform(tmp_path / "out", 6, fill, seed=3)
     back = loaded(base, tmp_path / "out")
-    assert same_logits(model, back)
+    assert same_logits(model, back, inputs=X)
     assert back.peft_config["default"].r == 6
 
 
@@ -171,7 +147,7 @@ def test_peft_loads_every_kind_that_we_write_with_the_same_logits(case, fill, tm
     open_adapter(saved(model, tmp_path / "c")).save(tmp_path / "out")
     if fill is not None:
         pad_to_uniform(tmp_path / "out", 6, fill, seed=3)
-    before, after = peft_models.loaded(base, tmp_path / "c"), peft_models.loaded(base, tmp_path / "out")
-    assert peft_models.same_logits(before, after)
+    before, after = loaded(base, tmp_path / "c"), loaded(base, tmp_path / "out")
+    assert same_logits(before, after)
     again = open_adapter(saved(after, tmp_path / "again"))
     assert {spec.scale for spec in again.modules.values()} == {1.0}
