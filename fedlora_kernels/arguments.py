@@ -119,12 +119,7 @@ def _resize(parser: argparse.ArgumentParser) -> None:
     _out(parser)
     _rules(parser)
     group = parser.add_argument_group("adapters")
-    group.add_argument(
-        "--extras",
-        choices=("strict", "ignore"),
-        default="strict",
-        help="unknown tensors that are no factors: refuse or drop; default: strict",
-    )
+    _extras(group, "unknown tensors that are no factors")
     _reading(group)
     group = parser.add_argument_group("output")
     _format(group)
@@ -147,12 +142,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     choice.add_argument("--names", metavar="FILE.json", help="an object from kohya name to module path")
     choice.add_argument("--base", metavar="DIR", help="to PEFT: the base model, whose keys give the module paths")
     group = parser.add_argument_group("adapter")
-    group.add_argument(
-        "--extras",
-        choices=("strict", "ignore"),
-        default="strict",
-        help="tensors that the other format has no form for: refuse or drop; default: strict",
-    )
+    _extras(group, "tensors that the other format has no form for")
     _reading(group)
     parser.add_argument("--quiet", action="store_true", help="print nothing")
 
@@ -163,6 +153,12 @@ def _out(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT if it holds only files written here, or is a LoRA file"
+    )
+
+
+def _extras(group: argparse._ActionsContainer, text: str) -> None:
+    group.add_argument(
+        "--extras", choices=("strict", "ignore"), default="strict", help=f"{text}: refuse or drop; default: strict"
     )
 
 
