@@ -35,7 +35,7 @@ from fedlora_kernels.rows import random_rows
 __all__ = [
     "KohyaFileWriter",
     "PeftFileWriter",
-    "adapter_file",
+    "file_writer",
     "pad_to_uniform",
     "save_adapter",
     "verify_adapter",
@@ -150,18 +150,9 @@ class KohyaFileWriter(PeftFileWriter):
         return super()._bound() + sum(3 * (8 * len(name.encode()) + 64) for name in self._modules)
 
 
-def adapter_file(
-    path: str | os.PathLike[str],
-    modules: Mapping[str, ModuleSpec],
-    extras: Mapping[str, ExtraSpec],
-    dtype: torch.dtype,
-    metadata: Mapping[str, str] | None = None,
-    pad: Pad | None = None,
-    marks: Sequence[Mapping[str, Any]] | None = None,
-) -> PeftFileWriter:
-    """The writer for these modules; their forms decide the format."""
-    writer = KohyaFileWriter if _spelled(modules) else PeftFileWriter
-    return writer(path, modules, extras, dtype, metadata, pad, marks)
+def file_writer(modules: Mapping[str, ModuleSpec]) -> type[PeftFileWriter]:
+    """The kind of writer for these modules; their forms decide the format."""
+    return KohyaFileWriter if _spelled(modules) else PeftFileWriter
 
 
 def _spelled(modules: Mapping[str, ModuleSpec]) -> bool:
@@ -201,7 +192,8 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: b
         metadata = kept_metadata(metadata, f"written by fedlora_kernels {__version__}, scales in the factors")
     config = peft_config([adapter], ranks, adapter.extras)
     with OutputFolder(path, overwrite) as folder:
-        with adapter_file(folder.path / WEIGHTS_NAME, adapter.modules, adapter.extras, dtype, metadata) as file:
+        target = folder.path / WEIGHTS_NAME
+        with file_writer(adapter.modules)(target, adapter.modules, adapter.extras, dtype, metadata) as file:
             for name, pair in adapter.pairs():
                 file.add_pair(name, _scaled(pair.B, pair.scale, dtype, name), _scaled(pair.A, 1.0, dtype, name))
             for name, extra in adapter.extras.items():
@@ -239,7 +231,7 @@ def pad_to_uniform(
     dtype = next(iter(adapter.modules.values())).A.dtype
     padded = folder / f"{WEIGHTS_NAME}.padded"
     try:
-        with adapter_file(padded, adapter.modules, adapter.extras, dtype, adapter.metadata) as file:
+        with file_writer(adapter.modules)(padded, adapter.modules, adapter.extras, dtype, adapter.metadata) as file:
             for name, pair in adapter.pairs():
                 module = adapter.modules[name]
                 B, A = pair.B.new_zeros(module.m, rank), pair.A.new_zeros(rank, module.n)

@@ -19,7 +19,7 @@ from fedlora_kernels.adapters.lora_config import LoRAConfig
 from fedlora_kernels.adapters.model import Adapter, ExtraSpec, ModuleSpec
 from fedlora_kernels.adapters.options import WRITTEN_HERE, WriteOptions
 from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adapter
-from fedlora_kernels.adapters.writer import KohyaFileWriter, adapter_file, pad_to_uniform, verify_adapter, write_config
+from fedlora_kernels.adapters.writer import KohyaFileWriter, file_writer, pad_to_uniform, verify_adapter, write_config
 from fedlora_kernels.rows import random_rows
 
 __all__ = ["FolderOutput", "MemoryOutput", "Output", "adapter_in_memory", "resize_pair"]
@@ -222,7 +222,7 @@ class FolderOutput:
     ) -> None:
         self._folder, self._write, self._seed, self._round, self._aside = folder, write, seed, round, aside
         pad = _pad(write, seed, round)
-        self._file = adapter_file(folder / WEIGHTS_NAME, modules, extras, dtype, metadata, pad, marks)
+        self._file = file_writer(modules)(folder / WEIGHTS_NAME, modules, extras, dtype, metadata, pad, marks)
         self._first: NamedPair | None = None
         self._last: NamedPair | None = None
 
