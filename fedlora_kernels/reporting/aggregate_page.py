@@ -17,6 +17,7 @@ from fedlora_kernels.reporting.pieces import (
     listed,
     page_body,
     percent,
+    section,
     spectra_section,
     sum_tiles,
 )
@@ -107,9 +108,7 @@ def _clients(report: Report) -> Markup:
     )
     if report["robust"] is not None:
         told += f"; robust rule {report['robust']['name']} per {report['robust']['scope']}"
-    return element(
-        "section", element("h2", "Clients"), element("p", told, class_="lead"), table("Clients", columns, rows)
-    )
+    return section("Clients", told, table("Clients", columns, rows))
 
 
 def _reason(client: Report) -> str:
@@ -118,11 +117,10 @@ def _reason(client: Report) -> str:
 
 
 def _lost(modules: Sequence[Report]) -> Markup:
-    title = element("h2", "What was lost")
     known = [module for module in modules if module["error"] is not None]
     if not known:
         told = "The distance from the weighted sum was not measured, or there is no common adapter to measure."
-        return element("section", title, element("p", told, class_="lead"))
+        return section("What was lost", told)
     worst = sorted(known, key=lambda module: -module["error"])[:WORST]
     rows = [
         (
@@ -136,14 +134,9 @@ def _lost(modules: Sequence[Report]) -> Markup:
         for module in worst
     ]
     columns = ("module", ">energy lost", ">error", ">at most", ">rank", ">stacked")
-    return element(
-        "section",
-        title,
-        element(
-            "p",
-            "Share of each module's energy |D|² that the result does not hold; the error is |D - BA| / |D|.",
-            class_="lead",
-        ),
+    return section(
+        "What was lost",
+        "Share of each module's energy |D|² that the result does not hold; the error is |D - BA| / |D|.",
         chart("lost", f"Energy lost in each of {len(modules)} modules"),
         element(
             "details",

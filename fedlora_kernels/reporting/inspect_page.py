@@ -14,6 +14,7 @@ from fedlora_kernels.reporting.pieces import (
     layer_section,
     listed,
     page_body,
+    section,
     spectra_section,
     sum_tiles,
 )
@@ -110,9 +111,7 @@ def _adapters(report: Report) -> Markup:
         "content",
     ]
     told = "Effective and stable rank are those of all modules together."
-    return element(
-        "section", element("h2", "Adapters"), element("p", told, class_="lead"), table("Adapters", columns, rows)
-    )
+    return section("Adapters", told, table("Adapters", columns, rows))
 
 
 def _adapter_modules(adapters: Sequence[Report]) -> Markup:

@@ -19,6 +19,7 @@ __all__ = [
     "listed",
     "page_body",
     "percent",
+    "section",
     "spectra_section",
     "sum_tiles",
 ]
@@ -70,14 +71,17 @@ def sum_tiles(comparison: Report | None) -> list[tuple[str, str, str]]:
     ]
 
 
+def section(title: str, lead: str, *parts: Markup | None) -> Markup:
+    """A part of a page under its heading, led in by a sentence."""
+    return element("section", element("h2", title), element("p", lead, class_="lead"), *parts)
+
+
 def layer_section(title: str, lead: str, data: Report) -> Markup | None:
     """The heat map of layers and kinds of modules; None where there is nothing to show."""
     if not data["map"]["grids"]:
         return None
     told = f"Heat map of {len(data['map']['rows'])} kinds of modules by {len(data['map']['columns'])} layers"
-    return element(
-        "section", element("h2", title), element("p", lead, class_="lead"), chooser("map", "Show"), chart("map", told)
-    )
+    return section(title, lead, chooser("map", "Show"), chart("map", told))
 
 
 def spectra_section(data: Report) -> Markup | None:
@@ -85,10 +89,9 @@ def spectra_section(data: Report) -> Markup | None:
     if not data["spectra"]:
         return None
     marked = " The orange line is the rank that was kept." if data["ranks"] is not None else ""
-    all_of = element(
-        "section",
-        element("h2", "Spectra of all modules"),
-        element("p", f"Singular values beside the largest of their module.{marked}", class_="lead"),
+    all_of = section(
+        "Spectra of all modules",
+        f"Singular values beside the largest of their module.{marked}",
         chooser("spectra", "Of") if len(data["spectra"]) > 1 else None,
         chart("spectra", "Heat map of the singular values of every module"),
     )
@@ -96,10 +99,9 @@ def spectra_section(data: Report) -> Markup | None:
         element("button", text, type="button", data_step=step, aria_label=f"{told} module")
         for text, step, told in (("←", "-1", "Previous"), ("→", "1", "Next"))
     ]
-    one = element(
-        "section",
-        element("h2", "One spectrum"),
-        element("p", "Singular values of a module, on a logarithmic scale.", class_="lead"),
+    one = section(
+        "One spectrum",
+        "Singular values of a module, on a logarithmic scale.",
         chooser("spectrum", "Module", *steps),
         chart("spectrum", "Singular values of the chosen module"),
     )
@@ -111,18 +113,16 @@ def alike_section(report: Report, data: Report) -> Markup | None:
     clients = data["clients"]
     if not clients:
         return None
-    norms = element(
-        "section",
-        element("h2", "Norms"),
-        element("p", "A client far louder than the others decides the sum alone.", class_="lead"),
+    norms = section(
+        "Norms",
+        "A client far louder than the others decides the sum alone.",
         chart("norms", f"Norms of the updates of {len(clients)} clients"),
     )
     matrix = None
     if data["cosines"] is not None:
-        matrix = element(
-            "section",
-            element("h2", "Similarity"),
-            element("p", "Cosines between updates: 1 agree, 0 unrelated, -1 opposed.", class_="lead"),
+        matrix = section(
+            "Similarity",
+            "Cosines between updates: 1 agree, 0 unrelated, -1 opposed.",
             chooser("cosines", "Of"),
             chart("cosines", f"Heat map of the cosines between {len(clients)} clients"),
             _cosine_table(clients, data["cosines"]),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedlora_kernels.reporting.markup import Markup, element, table
-from fedlora_kernels.reporting.pieces import chart, figure, footer, header, listed, page_body, percent
+from fedlora_kernels.reporting.markup import Markup, table
+from fedlora_kernels.reporting.pieces import chart, figure, footer, header, listed, page_body, percent, section
 from fedlora_kernels.reporting.tables import size
 
 __all__ = ["resize_sections"]
@@ -56,18 +56,15 @@ def resize_sections(report: Report) -> tuple[str, Markup]:
         "folder",
     )
     told = "Ranks are sums over modules; errors are relative to the norm of the adapter. Each folder holds a report of its own."
-    sizes = element(
-        "section",
-        element("h2", "Sizes"),
-        element("p", "Bytes of the factors, before and after.", class_="lead"),
+    sizes = section(
+        "Sizes",
+        "Bytes of the factors, before and after.",
         chart("sizes", f"Sizes of {len(adapters)} adapters before and after"),
     )
     parts = [
         header("resize", title, ", ".join(dict.fromkeys(adapter["rule"] for adapter in adapters)), tiles),
         listed("Warnings", [f"{adapter['name']}: {text}" for adapter in adapters for text in adapter["warnings"]]),
-        element(
-            "section", element("h2", "Adapters"), element("p", told, class_="lead"), table("Adapters", columns, rows)
-        ),
+        section("Adapters", told, table("Adapters", columns, rows)),
         sizes,
         listed(
             "Notes", [f"{adapter['name']}: {text}" for adapter in adapters for text in adapter["notes"]], warn=False
