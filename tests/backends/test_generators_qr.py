@@ -18,6 +18,8 @@ def judge(backend, name, shape, dtype, want_q, seed=0):
     m, ranks = shape
     problem = STACKS[name](m, ranks, seed, dtype)
     kept = [k for k in range(len(ranks)) if problem.weights[k] != 0]  # the API removes clients of weight 0
+    if not kept:
+        return
     X = torch.cat([problem.weights[k] * problem.blocks[k].double() for k in kept], 1)
     if not torch.isfinite(X.norm(dim=0).to(torch.float64 if dtype == torch.float64 else torch.float32)).all():
         return
