@@ -206,3 +206,21 @@ def test_turned_sums_that_cannot_be_read_or_where_nobody_turns_are_none(stored, 
     weights = torch.ones(2, 3, dtype=torch.float64)
     options = {"special": True, "blend": 0.5, "dtype": torch.float32}
     assert backends.get("cpu").read_turned(ranges[:2], (weights, weights), ranges[2], "A", **options) is None
+
+
+@pytest.mark.parametrize("client", [0, 1])
+def test_turned_pairs_leave_overflowing_rotations_to_who_names_them(client, stored):
+    """Singular values beyond float64 are in the product of both scales: neither factor's alone is out of range."""
+    B, _ = draw([(9, 2), (9, 2)], [torch.float64], batch=1)
+    A, _ = draw([(2, 7), (2, 7)], [torch.float64], batch=1, seed=1)
+    (reference,), _ = draw([(9, 2)], [torch.float64], batch=1, seed=2)
+    B[client] *= 1e200
+    weights = torch.ones(1, 2, dtype=torch.float64)
+
+    def turned(scale):
+        towards = stored([reference * scale])
+        pairs = stored(B), stored(A)
+        return backends.get("cpu").read_turned(pairs, (weights, weights), towards, "B", False, 1.0, torch.float64)
+
+    assert turned(1.0) is not None
+    assert turned(1e200) is None
