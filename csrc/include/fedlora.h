@@ -1,4 +1,4 @@
-/* The C ABI of the native libraries: the only header that both sides share.
+/* The C ABI of the native libraries, one for CPUs and one for CUDA: the only header that both sides share.
  *
  * Conventions
  *   - Every array is handed over as a descriptor, `fedlora_block`: all fields are int64, strides count elements and
@@ -7,6 +7,9 @@
  *     a call belongs to group i.
  *   - Ops return a FEDLORA_* status. Trouble with single matrices is no status: it is written to `info`, per matrix.
  *   - Scratch memory belongs to the caller: ask the `_workspace` function first. Its content does not matter.
+ *   - The CUDA library takes device memory: what descriptors point to, but weights, and the scratch memory. Tables, counts, units and
+ *     weights lie on the host for both, and are read before a call returns. It has nothing that reads files or calibrates, waits for
+ *     nothing, and ignores the number of threads.
  *   - The stream comes last; the CPU library ignores it.
  *   - No result depends on the batch, the slot of a matrix in it, the number of threads or former calls, bit for bit.
  *
@@ -52,21 +55,35 @@ enum {
     FEDLORA_BAD_DTYPE = 2,     /* a dtype that the op does not take, or several in one group */
     FEDLORA_BAD_WORKSPACE = 3, /* fewer bytes than the workspace query answers */
     FEDLORA_BAD_ARGUMENT = 4,  /* a null table, a negative count, fewer than one thread */
-    FEDLORA_UNREADABLE = 5     /* a file ends before a matrix that should lie in it, or cannot be read; outputs are undefined */
+    FEDLORA_UNREADABLE = 5,    /* a file ends before a matrix that should lie in it, or cannot be read; outputs are undefined */
+    FEDLORA_DEVICE_ERROR = 6   /* the device refused a launch or an allocation: see fedlora_message */
 };
 
 /* Per matrix: info is trouble, notes are facts (docs/numerics.md, special inputs). */
 enum { FEDLORA_INFO_NONFINITE = 1, FEDLORA_INFO_NOT_CONVERGED = 2, FEDLORA_INFO_OVERFLOW = 4 };
-enum { FEDLORA_NOTE_ZERO = 1, FEDLORA_NOTE_RANK_DEFICIENT = 2, FEDLORA_NOTE_CAPPED = 16, FEDLORA_NOTE_ILL_CONDITIONED = 64 };
+enum {
+    FEDLORA_NOTE_ZERO = 1,
+    FEDLORA_NOTE_RANK_DEFICIENT = 2,
+    FEDLORA_NOTE_TWO_PASS = 4,
+    FEDLORA_NOTE_CAPPED = 16,
+    FEDLORA_NOTE_LOW_ACCURACY = 32,
+    FEDLORA_NOTE_ILL_CONDITIONED = 64
+};
 
-/* Largest dimension that fedlora_core_svd serves on the CPU. */
+/* Largest dimension that fedlora_core_svd serves. */
 enum { FEDLORA_CORE_SVD_MAX = 512 };
 
 /* Stamp of this header; see above. */
 FEDLORA_API uint64_t fedlora_abi(void);
 
-/* Instruction set that the library picked on this machine, e.g. "x86-64-v4". */
+/* Instruction set that the library picked on this machine, e.g. "x86-64-v4"; of the CUDA library, those that it was built for. */
 FEDLORA_API const char *fedlora_isa(void);
+
+/* What went wrong in the last call of this thread that returned FEDLORA_DEVICE_ERROR. CUDA alone. */
+FEDLORA_API const char *fedlora_message(void);
+
+/* The GPUs that the driver offers; 0 where there is no driver. CUDA alone. */
+FEDLORA_API int fedlora_devices(int64_t *count);
 
 /* Independent chains of fused multiply-adds (a product and a sum where there is no such instruction) in registers, ``steps``
  * long on each thread, in float32 or float64; flops gets the number of operations. Timed by the caller, this is the peak rate.
@@ -168,6 +185,28 @@ FEDLORA_API int fedlora_gram_workspace(const fedlora_block *X, const int64_t *co
  */
 FEDLORA_API int fedlora_gram(const fedlora_block *X, const int64_t *counts, const fedlora_block *scale, const fedlora_block *G,
                              int64_t groups, void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
+
+/* Bytes of scratch that fedlora_fast_gram needs for these groups with so many threads. CUDA alone. */
+FEDLORA_API int fedlora_fast_gram_workspace(const fedlora_block *X, const int64_t *counts, const fedlora_block *G, int64_t groups,
+                                            int64_t threads, int64_t *bytes);
+
+/* fedlora_gram of bfloat16 or float16 blocks with sums of 64 rows in float32: relative errors of 1e-7, not 1e-16. CUDA alone. */
+FEDLORA_API int fedlora_fast_gram(const fedlora_block *X, const int64_t *counts, const fedlora_block *scale, const fedlora_block *G,
+                                  int64_t groups, void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
+
+/* Bytes of scratch that fedlora_update_gram needs for these groups with so many threads. CUDA alone. */
+FEDLORA_API int fedlora_update_gram_workspace(const fedlora_block *B, const fedlora_block *A, const int64_t *counts,
+                                              const fedlora_block *inner, int64_t groups, int64_t threads, int64_t *bytes);
+
+/* inner[i, j] = w_i w_j <B_i A_i, B_j A_j> for every matrix of every group, in float64. CUDA alone.
+ *
+ *   B, A      blocks of all groups one after the other, counts[g] of group g: m x r_k and r_k x n, any float dtype, read only
+ *   weights   one descriptor per group, batch x counts[g] float64 (batch 1), finite
+ *   inner     one per group: counts[g] x counts[g] float64; NaN in row and column of a client that holds NaN or Inf
+ */
+FEDLORA_API int fedlora_update_gram(const fedlora_block *B, const fedlora_block *A, const int64_t *counts, const fedlora_block *weights,
+                                    const fedlora_block *inner, int64_t groups, void *workspace, int64_t workspace_bytes,
+                                    int64_t threads, void *stream);
 
 /* Columns of X turned, in place, so that the first of their (nearly) largest entries is positive.
  *
@@ -315,7 +354,8 @@ FEDLORA_API int fedlora_product_svd_workspace(const fedlora_block *B, const fedl
  *
  * R is from 1 to FEDLORA_PRODUCT_SVD_MAX, m, n and p_max are at least 1. The caller clears left and right: columns of left and rows
  * of right from the rank on are not written. A doubtful matrix needs a second pass; its left and right are not written, and the
- * rest is what one pass knows. A matrix with NaN or Inf answers NaN everywhere.
+ * rest is what one pass knows. The CUDA library does the second pass itself, so that no matrix of its answers is doubtful. A matrix
+ * with NaN or Inf answers NaN everywhere.
  *
  *   rule, value, cap   FEDLORA_RULE_* with its number; cap 0 for none
  *   output             FEDLORA_OUTPUT_*
@@ -328,7 +368,7 @@ FEDLORA_API int fedlora_product_svd(const fedlora_block *B, const fedlora_block 
                                     int64_t output, double *seconds, void *workspace, int64_t workspace_bytes, int64_t threads,
                                     void *stream);
 
-/* Widest stack that fedlora_stacked_qr serves on the CPU. */
+/* Widest stack that fedlora_stacked_qr serves. */
 enum { FEDLORA_STACKED_QR_MAX = 1024 };
 
 /* Bytes of scratch that fedlora_stacked_qr needs for these groups with so many threads. */
