@@ -1,0 +1,211 @@
+// Launches: the blocks of a grid one after the other, or over FEDLORA_SIMT_THREADS OS threads. Every OS thread runs one block
+// at a time. What goes wrong is kept for cudaGetLastError, and nothing is launched until somebody has asked.
+#pragma once
+
+#include <map>
+
+#include "shared.h"
+#include "warp.h"
+
+using cudaStream_t = struct CUstream_st*;
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorNoDevice = 100,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorLaunchFailure = 719
+};
+enum cudaDeviceAttr {
+    cudaDevAttrMaxSharedMemoryPerBlock = 8,
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive, cudaStreamCaptureStatusInvalidated };
+
+namespace simt {
+
+struct Error {
+    cudaError_t code = cudaSuccess;
+    std::string message;
+};
+
+// One per OS thread, but not thread-local: it must survive what happens to __shared__.
+struct Errors {
+    std::mutex mutex;
+    std::map<std::thread::id, Error> of;
+};
+
+inline Error& last_error() {
+    static Errors errors;
+    const std::lock_guard<std::mutex> lock(errors.mutex);
+    return errors.of[std::this_thread::get_id()];
+}
+
+inline cudaError_t set_error(cudaError_t code, std::string message = {}) {
+    Error& error = last_error();
+    if (error.code == cudaSuccess || !message.empty()) error.code = code, error.message = std::move(message);
+    return code;
+}
+
+inline cudaError_t take_error() {
+    Error& error = last_error();
+    const cudaError_t code = error.code;
+    error.code = cudaSuccess;  // the message stays for cudaGetErrorString
+    return code;
+}
+
+inline const char* describe(cudaError_t code) {
+    const Error& error = last_error();
+    if (code == cudaSuccess) return "no error";
+    if (!error.message.empty()) return error.message.c_str();
+    if (code == cudaErrorInvalidValue) return "invalid argument";
+    if (code == cudaErrorInvalidDevice) return "invalid device ordinal";
+    return "unspecified launch failure";
+}
+
+inline long number(const char* name, long fallback) {
+    const char* value = getenv(name);
+    return value && *value ? strtol(value, nullptr, 10) : fallback;
+}
+
+inline size_t most_shared_bytes() { return static_cast<size_t>(number("FEDLORA_SIMT_SHARED_BYTES", 232448)); }
+inline size_t plain_shared_bytes() { return std::min<size_t>(most_shared_bytes(), 48 << 10); }
+
+inline Schedule schedule_from_environment() {
+    const char* name = getenv("FEDLORA_SIMT_SCHEDULE");
+    if (!name || !*name || !strcmp(name, "forward")) return {};
+    if (!strcmp(name, "reverse")) return {Order::reverse, 0};
+    return {Order::shuffled, strtoull(name, nullptr, 10) * 0x9e3779b97f4a7c15ull + 1};
+}
+
+// What cudaFuncSetAttribute has allowed; more than 48 KiB has to be asked for.
+struct Allowed {
+    std::mutex mutex;
+    std::map<const void*, size_t> bytes;
+};
+
+inline Allowed& allowed() {
+    static Allowed all;
+    return all;
+}
+
+inline void allow(const void* kernel, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(allowed().mutex);
+    allowed().bytes[kernel] = bytes;
+}
+
+inline std::string refused(const void* kernel, dim3 grid, dim3 shape, size_t bytes) {
+    const uint64_t threads = uint64_t(shape.x) * shape.y * shape.z;
+    if (threads == 0 || threads > most_threads || shape.z > 64) return text("a block of %u x %u x %u threads", shape.x, shape.y, shape.z);
+    if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+        return text("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
+    const std::lock_guard<std::mutex> lock(allowed().mutex);
+    const auto found = allowed().bytes.find(kernel);
+    const size_t most = std::max(plain_shared_bytes(), found == allowed().bytes.end() ? 0 : found->second);
+    if (bytes > most) return text("%zu bytes of dynamic shared memory, but %zu are allowed (cudaFuncSetAttribute)", bytes, most);
+    return {};
+}
+
+// Blocks and their stacks are dear: kept for the next launch.
+class Pool {
+public:
+    std::unique_ptr<Block> take() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (free_.empty()) return std::make_unique<Block>();
+        std::unique_ptr<Block> one = std::move(free_.back());
+        free_.pop_back();
+        return one;
+    }
+    void give(std::unique_ptr<Block> one) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        free_.push_back(std::move(one));
+    }
+
+private:
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<Block>> free_;
+};
+
+inline Pool& pool() {
+    static Pool* blocks = new Pool;  // never destroyed: another thread may still run at exit
+    return *blocks;
+}
+
+struct Grid {
+    dim3 blocks, shape;
+    size_t dynamic_bytes = 0;
+    void (*body)(void*) = nullptr;
+    void* argument = nullptr;
+    std::atomic<uint64_t> taken{0};
+    std::mutex mutex;
+    uint64_t failed = ~uint64_t(0);  // the first block that went wrong, so that the message does not depend on threads
+    std::string error;
+};
+
+inline void run_blocks(Grid& grid) {
+    std::unique_ptr<Block> owned = pool().take();
+    Block& b = *owned;
+    b.shape = grid.shape, b.grid = grid.blocks;
+    b.body = grid.body, b.argument = grid.argument;
+    b.dynamic_bytes = grid.dynamic_bytes;
+    b.dynamic = std::vector<char>(grid.dynamic_bytes + guard_bytes + 128);
+    b.dynamic_base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(b.dynamic.data()) + 127) & ~uintptr_t(127));
+    Block* const outer = block;
+    block = &b;
+    const Range statics = static_shared();
+    const Schedule schedule = schedule_from_environment();
+    const uint64_t count = uint64_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
+    for (uint64_t i; (i = grid.taken++) < count;) {
+        b.index = {static_cast<unsigned>(i % grid.blocks.x), static_cast<unsigned>(i / grid.blocks.x % grid.blocks.y),
+                   static_cast<unsigned>(i / grid.blocks.x / grid.blocks.y)};
+        b.schedule = schedule;
+        b.schedule.state += i;
+        poison_shared(statics);
+        run();
+        if (b.error.empty() && !guard_holds())
+            b.error = text("block (%u, %u, %u) writes behind its %zu bytes of dynamic shared memory", b.index.x, b.index.y, b.index.z,
+                           b.dynamic_bytes);
+        if (b.error.empty()) continue;
+        const std::lock_guard<std::mutex> lock(grid.mutex);
+        if (i < grid.failed) grid.failed = i, grid.error = b.error;
+        grid.taken = count;
+    }
+    block = outer;
+    pool().give(std::move(owned));
+}
+
+template <class Body>
+void launch(const void* kernel, const char* name, dim3 blocks, dim3 shape, size_t dynamic_bytes, Body&& body) {
+    if (last_error().code != cudaSuccess) return;
+    const std::string reason = refused(kernel, blocks, shape, dynamic_bytes);
+    if (!reason.empty()) {
+        set_error(cudaErrorInvalidConfiguration, std::string(name) + ": refused " + reason);
+        return;
+    }
+    using Plain = std::remove_reference_t<Body>;
+    Grid grid;
+    grid.blocks = blocks, grid.shape = shape, grid.dynamic_bytes = dynamic_bytes;
+    grid.body = [](void* argument) { (*static_cast<Plain*>(argument))(); };
+    grid.argument = &body;
+    const long threads = std::min<long>(number("FEDLORA_SIMT_THREADS", 1), long(blocks.x) * blocks.y * blocks.z);
+    std::vector<std::thread> others;
+    for (long i = 1; i < threads; ++i) others.emplace_back([&] { run_blocks(grid); });
+    run_blocks(grid);
+    for (std::thread& other : others) other.join();
+    if (!grid.error.empty()) set_error(cudaErrorLaunchFailure, std::string(name) + ": " + grid.error);
+}
+
+}  // namespace simt
+
+// kernel<<<grid, shape, bytes, stream>>>(arguments...)
+#define SIMT_LAUNCH(kernel, grid, shape, bytes, stream, ...)                                          \
+    ((void)(stream), simt::launch(reinterpret_cast<const void*>(kernel), #kernel, grid, shape, bytes, \
+                                  [&] { (kernel)(__VA_ARGS__); }))
+#define SIMT_DYNAMIC_SHARED(T, name) T* name = simt::dynamic_shared<T>()
