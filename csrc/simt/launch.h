@@ -25,7 +25,6 @@ enum cudaDeviceAttr {
     cudaDevAttrComputeCapabilityMinor = 76,
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
 enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive, cudaStreamCaptureStatusInvalidated };
 
@@ -76,7 +75,6 @@ inline long number(const char* name, long fallback) {
 }
 
 inline size_t most_shared_bytes() { return static_cast<size_t>(number("FEDLORA_SIMT_SHARED_BYTES", 232448)); }
-inline size_t plain_shared_bytes() { return std::min<size_t>(most_shared_bytes(), 48 << 10); }
 
 inline Schedule schedule_from_environment() {
     const char* name = getenv("FEDLORA_SIMT_SCHEDULE");
@@ -85,31 +83,13 @@ inline Schedule schedule_from_environment() {
     return {Order::shuffled, strtoull(name, nullptr, 10) * 0x9e3779b97f4a7c15ull + 1};
 }
 
-// What cudaFuncSetAttribute has allowed; more than 48 KiB has to be asked for.
-struct Allowed {
-    std::mutex mutex;
-    std::map<const void*, size_t> bytes;
-};
-
-inline Allowed& allowed() {
-    static Allowed all;
-    return all;
-}
-
-inline void allow(const void* kernel, size_t bytes) {
-    const std::lock_guard<std::mutex> lock(allowed().mutex);
-    allowed().bytes[kernel] = bytes;
-}
-
-inline std::string refused(const void* kernel, dim3 grid, dim3 shape, size_t bytes) {
+// Why hardware would not start it.
+inline std::string refused(dim3 grid, dim3 shape, size_t bytes) {
     const uint64_t threads = uint64_t(shape.x) * shape.y * shape.z;
     if (threads == 0 || threads > most_threads || shape.z > 64) return text("a block of %u x %u x %u threads", shape.x, shape.y, shape.z);
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
         return text("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
-    const std::lock_guard<std::mutex> lock(allowed().mutex);
-    const auto found = allowed().bytes.find(kernel);
-    const size_t most = std::max(plain_shared_bytes(), found == allowed().bytes.end() ? 0 : found->second);
-    if (bytes > most) return text("%zu bytes of dynamic shared memory, but %zu are allowed (cudaFuncSetAttribute)", bytes, most);
+    if (bytes > most_shared_bytes()) return text("%zu bytes of shared memory, but a block has %zu", bytes, most_shared_bytes());
     return {};
 }
 
@@ -149,7 +129,7 @@ struct Grid {
     std::string error;
 };
 
-inline void run_blocks(Grid& grid) {
+inline void run_taken(Grid& grid) {
     std::unique_ptr<Block> owned = pool().take();
     Block& b = *owned;
     b.shape = grid.shape, b.grid = grid.blocks;
@@ -159,7 +139,8 @@ inline void run_blocks(Grid& grid) {
     b.dynamic_base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(b.dynamic.data()) + 127) & ~uintptr_t(127));
     Block* const outer = block;
     block = &b;
-    const Range statics = static_shared();
+    char* const storage = own_module().storage;
+    const std::vector<Range>& statics = static_shared();
     const Schedule schedule = schedule_from_environment();
     const uint64_t count = uint64_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
     for (uint64_t i; (i = grid.taken++) < count;) {
@@ -167,7 +148,7 @@ inline void run_blocks(Grid& grid) {
                    static_cast<unsigned>(i / grid.blocks.x / grid.blocks.y)};
         b.schedule = schedule;
         b.schedule.state += i;
-        poison_shared(statics);
+        poison_shared(storage, statics);
         run();
         if (b.error.empty() && !guard_holds())
             b.error = text("block (%u, %u, %u) writes behind its %zu bytes of dynamic shared memory", b.index.x, b.index.y, b.index.z,
@@ -181,12 +162,21 @@ inline void run_blocks(Grid& grid) {
     pool().give(std::move(owned));
 }
 
+inline void run_blocks(Grid& grid) {
+    try {
+        run_taken(grid);
+    } catch (const std::exception& error) {
+        const std::lock_guard<std::mutex> lock(grid.mutex);
+        grid.error = error.what();
+    }
+}
+
 template <class Body>
-void launch(const void* kernel, const char* name, dim3 blocks, dim3 shape, size_t dynamic_bytes, Body&& body) {
+void launch(dim3 blocks, dim3 shape, size_t dynamic_bytes, Body&& body) {
     if (last_error().code != cudaSuccess) return;
-    const std::string reason = refused(kernel, blocks, shape, dynamic_bytes);
+    const std::string reason = refused(blocks, shape, dynamic_bytes);
     if (!reason.empty()) {
-        set_error(cudaErrorInvalidConfiguration, std::string(name) + ": refused " + reason);
+        set_error(cudaErrorInvalidConfiguration, "launch refused: " + reason);
         return;
     }
     using Plain = std::remove_reference_t<Body>;
@@ -199,13 +189,7 @@ void launch(const void* kernel, const char* name, dim3 blocks, dim3 shape, size_
     for (long i = 1; i < threads; ++i) others.emplace_back([&] { run_blocks(grid); });
     run_blocks(grid);
     for (std::thread& other : others) other.join();
-    if (!grid.error.empty()) set_error(cudaErrorLaunchFailure, std::string(name) + ": " + grid.error);
+    if (!grid.error.empty()) set_error(cudaErrorLaunchFailure, grid.error);
 }
 
 }  // namespace simt
-
-// kernel<<<grid, shape, bytes, stream>>>(arguments...)
-#define SIMT_LAUNCH(kernel, grid, shape, bytes, stream, ...)                                          \
-    ((void)(stream), simt::launch(reinterpret_cast<const void*>(kernel), #kernel, grid, shape, bytes, \
-                                  [&] { (kernel)(__VA_ARGS__); }))
-#define SIMT_DYNAMIC_SHARED(T, name) T* name = simt::dynamic_shared<T>()

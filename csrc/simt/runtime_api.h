@@ -32,21 +32,12 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     if (device != 0) return simt::set_error(cudaErrorInvalidDevice);
     switch (attribute) {
-        case cudaDevAttrMaxSharedMemoryPerBlock: *value = static_cast<int>(simt::plain_shared_bytes()); break;
+        case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 << 10; break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(simt::most_shared_bytes()); break;
         case cudaDevAttrMultiProcessorCount: *value = 132; break;
         case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
         case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
         default: return simt::set_error(cudaErrorInvalidValue);
-    }
-    return cudaSuccess;
-}
-
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
-    if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-        if (value < 0 || static_cast<size_t>(value) > simt::most_shared_bytes()) return simt::set_error(cudaErrorInvalidValue);
-        simt::allow(reinterpret_cast<const void*>(kernel), static_cast<size_t>(value));
     }
     return cudaSuccess;
 }

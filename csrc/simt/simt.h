@@ -6,12 +6,12 @@
 // is an error with the place in the source: see block.h and warp.h. No kernel may wait for another block.
 //
 // A launch that goes wrong leaves its message for cudaGetLastError and cudaGetErrorString, as on a device.
-// Thread-local data of the host must have an initialiser other than zero: the rest is taken for __shared__ (shared.h).
 #pragma once
 
 #include "vectors.h"
 
 #include "atomics.h"
+#include "half.h"
 #include "scalar.h"
 #include "warp.h"
 
