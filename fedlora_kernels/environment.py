@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedlora_kernels import backends, linalg
 from fedlora_kernels._version import __version__
-from fedlora_kernels.backends.cpu.threads import thread_count
+from fedlora_kernels.backends.native.threads import thread_count
 from fedlora_kernels.errors import BackendError, FedLoRAError, InputError
 
 __all__ = ["machine", "survey"]

@@ -107,8 +107,8 @@ int64_t workspace_bytes_of(const fedlora_block *sum, int64_t groups) {
 
 extern "C" {
 
-int fedlora_weighted_sum_workspace(const fedlora_block *sum, int64_t groups, int64_t *bytes) {
-    if (!sum || !bytes || groups < 0) return FEDLORA_BAD_ARGUMENT;
+int fedlora_weighted_sum_workspace(const int64_t *counts, const fedlora_block *sum, int64_t groups, int64_t threads, int64_t *bytes) {
+    if (!counts || !sum || !bytes || groups < 0 || threads < 1) return FEDLORA_BAD_ARGUMENT;
     *bytes = workspace_bytes_of(sum, groups) + 64;
     return FEDLORA_OK;
 }

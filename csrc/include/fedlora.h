@@ -107,8 +107,9 @@ FEDLORA_API int fedlora_core_svd(const fedlora_block *C, const fedlora_block *U,
                                  int64_t groups, int64_t max_sweeps, void *workspace, int64_t workspace_bytes,
                                  int64_t threads, void *stream);
 
-/* Bytes of scratch that fedlora_weighted_sum needs for the groups sum[0..groups). */
-FEDLORA_API int fedlora_weighted_sum_workspace(const fedlora_block *sum, int64_t groups, int64_t *bytes);
+/* Bytes of scratch that fedlora_weighted_sum needs for these groups with so many threads. */
+FEDLORA_API int fedlora_weighted_sum_workspace(const int64_t *counts, const fedlora_block *sum, int64_t groups, int64_t threads,
+                                               int64_t *bytes);
 
 /* sum = sum_k w_k X_k for every matrix of every group, the blocks of a group lying on the top left corner of the sum.
  *

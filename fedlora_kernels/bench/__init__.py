@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedlora_kernels import backends
-from fedlora_kernels.backends.cpu.threads import thread_count
+from fedlora_kernels.backends.native.threads import thread_count
 from fedlora_kernels.bench.comparison import Setting
 from fedlora_kernels.bench.floors import measure_rates
 from fedlora_kernels.bench.peers import absent

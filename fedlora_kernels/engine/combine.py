@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.backends.contract import Info, Note
-from fedlora_kernels.backends.cpu.threads import spare_threads
+from fedlora_kernels.backends.native.threads import spare_threads
 from fedlora_kernels.engine.delivery import ModuleOutput
 from fedlora_kernels.engine.faults import nonfinite_factor, nonfinite_previous
 from fedlora_kernels.engine.frozen import check_frozen

@@ -13,7 +13,7 @@ import torch
 
 from fedlora_kernels import backends
 from fedlora_kernels._version import __version__
-from fedlora_kernels.backends.cpu.threads import thread_count
+from fedlora_kernels.backends.native.threads import thread_count
 from fedlora_kernels.engine.clients import Client
 from fedlora_kernels.engine.settings import Settings
 

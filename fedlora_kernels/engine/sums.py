@@ -14,10 +14,10 @@ from fedlora_kernels.adapters.safetensors import SafetensorsFile
 from fedlora_kernels.adapters.shards import ShardedFile
 from fedlora_kernels.backends.contract import RawSum
 from fedlora_kernels.backends.cpu import CpuBackend
-from fedlora_kernels.backends.cpu.library import DTYPE_CODE
 from fedlora_kernels.backends.cpu.ranges import Ranges
-from fedlora_kernels.backends.cpu.svd import LARGEST
-from fedlora_kernels.backends.cpu.threads import thread_count
+from fedlora_kernels.backends.native.library import DTYPE_CODE
+from fedlora_kernels.backends.native.svd import LARGEST
+from fedlora_kernels.backends.native.threads import thread_count
 from fedlora_kernels.engine.slabs import Plan
 from fedlora_kernels.engine.walk import Summed, Walk
 from fedlora_kernels.linalg import WeightedSum

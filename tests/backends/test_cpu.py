@@ -9,7 +9,7 @@ import torch
 
 from fedlora_kernels.backends import cpu
 from fedlora_kernels.backends.contract import OPS
-from fedlora_kernels.backends.cpu import library as native
+from fedlora_kernels.backends.native import library as native
 from fedlora_kernels.errors import BackendError, InputError
 
 needs_library = pytest.mark.skipif(not cpu.BACKEND.available()[0], reason=cpu.BACKEND.available()[1])

@@ -12,7 +12,7 @@ from products import ALL, energy, factors, matrix, row
 from fedlora_kernels.backends import cpu
 from fedlora_kernels.backends.contract import Factors, Info, Note, RuleCode, RuleSpec
 from fedlora_kernels.backends.cpu import product
-from fedlora_kernels.backends.cpu.library import counts, table
+from fedlora_kernels.backends.native.library import counts, table
 from fedlora_kernels.backends.torch import TorchBackend
 from fedlora_kernels.testing import FAMILIES
 from fedlora_kernels.testing.factors import cancelling, gaussian, identical_clients

@@ -9,7 +9,7 @@ from test_stacked_qr import check_qr, make_stack
 
 from fedlora_kernels.backends import cpu
 from fedlora_kernels.backends.contract import Info, Note, Stack
-from fedlora_kernels.backends.cpu.library import counts, rows, table
+from fedlora_kernels.backends.native.library import counts, rows, table
 from fedlora_kernels.testing import U64, roundoff
 
 BACKEND = cpu.BACKEND

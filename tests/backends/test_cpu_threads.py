@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedlora_kernels.aggregate import aggregate
-from fedlora_kernels.backends.cpu import threads
-from fedlora_kernels.backends.cpu.threads import spare_threads, thread_count
+from fedlora_kernels.backends.native import threads
+from fedlora_kernels.backends.native.threads import spare_threads, thread_count
 
 
 @pytest.mark.parametrize(("asked", "spared", "left"), [("8", 0, 8), ("8", 1, 7), ("2", 1, 1), ("1", 1, 1), ("3", 9, 1)])

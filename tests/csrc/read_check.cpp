@@ -78,7 +78,7 @@ int check_sums(const std::vector<std::pair<int64_t, int64_t>> &shapes, int64_t b
         const fedlora_block n = said.of(said.norm.data(), FEDLORA_FLOAT64), r = said.of(said.rounding.data(), FEDLORA_FLOAT64);
         const fedlora_block i32 = said.of(said.info.data(), FEDLORA_INT32), z = said.of(said.notes.data(), FEDLORA_INT32);
         int64_t bytes = 0;
-        failures += (read ? fedlora_read_sum_workspace(&sum, 1, threads, &bytes) : fedlora_weighted_sum_workspace(&sum, 1, &bytes)) != 0;
+        failures += (read ? fedlora_read_sum_workspace(&sum, 1, threads, &bytes) : fedlora_weighted_sum_workspace(&K, &sum, 1, threads, &bytes)) != 0;
         std::vector<char> memory((size_t)bytes);
         if (read) return fedlora_read_sum(ranges.data(), &K, &w, &sum, &n, &r, &i32, &z, 1, memory.data(), bytes, threads, nullptr);
         return fedlora_weighted_sum(X.data(), &K, &w, &sum, &n, &r, &i32, &z, 1, memory.data(), bytes, threads, nullptr);

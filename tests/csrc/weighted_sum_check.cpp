@@ -37,7 +37,7 @@ int check_shapes(const std::vector<Shape> &shapes, int batch, int threads) {
     const fedlora_block i32 = block(info.data(), 1, 1, FEDLORA_INT32, batch), z = block(notes.data(), 1, 1, FEDLORA_INT32, batch);
     const int64_t count = K;
     int64_t bytes = 0;
-    if (fedlora_weighted_sum_workspace(&out, 1, &bytes)) return 1;
+    if (fedlora_weighted_sum_workspace(&count, &out, 1, threads, &bytes)) return 1;
     std::vector<char> workspace(bytes);
     if (fedlora_weighted_sum(X.data(), &count, &w, &out, &n, &r, &i32, &z, 1, workspace.data(), bytes, threads, nullptr)) return 1;
     if (fedlora_weighted_sum(X.data(), &count, &w, &out, &n, &r, &i32, &z, 1, workspace.data(), bytes - 1, threads, nullptr) != FEDLORA_BAD_WORKSPACE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +22,10 @@ from fedlora_kernels.backends.contract import (
     RuleSpec,
     Stack,
 )
-from fedlora_kernels.backends.cpu import gram, procrustes, product, qr, ranges, sums, svd
-from fedlora_kernels.backends.cpu.library import HEADERS, LIBRARY, Library
+from fedlora_kernels.backends.cpu import product, ranges
+from fedlora_kernels.backends.native import gram, procrustes, qr, sums, svd
+from fedlora_kernels.backends.native.library import HEADERS, LIBRARIES, Library
+from fedlora_kernels.backends.torch import gram as torch_gram
 
 __all__ = ["BACKEND", "CpuBackend"]
 
@@ -62,8 +65,8 @@ class CpuBackend:
         }
     )
 
-    def __init__(self, library: Path = LIBRARY, headers: Sequence[Path] = HEADERS) -> None:
-        self.library = Library(library, headers)
+    def __init__(self, library: Path = LIBRARIES / "libfedlora_cpu.so", headers: Sequence[Path] = HEADERS) -> None:
+        self.library = Library(self.name, library, headers)
 
     def available(self) -> tuple[bool, str]:
         """Whether the library is here and fits this package, and which instruction set it runs (or why not)."""
@@ -132,7 +135,7 @@ class CpuBackend:
 
     def update_gram(self, groups: Sequence[Factors]) -> list[Tensor]:
         """Inner products of the weighted updates; see `Backend.update_gram`."""
-        return gram.update_gram(self.library, groups)
+        return torch_gram.update_gram(groups, gram=partial(gram.gram, self.library))
 
     def procrustes_rotation(
         self, source: Sequence[Tensor], target: Sequence[Tensor], special: bool, blend: float

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from fedlora_kernels.backends.cpu.library import Library
+from fedlora_kernels.backends.native.library import Library
 
 __all__ = ["multiply_adds"]
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import Factors, Mixed, RawProduct, RuleSpec
-from fedlora_kernels.backends.cpu.gram import gram
-from fedlora_kernels.backends.cpu.library import Library, counts, rows, table
-from fedlora_kernels.backends.cpu.qr import tall_qr
-from fedlora_kernels.backends.cpu.sums import mix
-from fedlora_kernels.backends.cpu.svd import LARGEST, svd
-from fedlora_kernels.backends.cpu.threads import thread_count
+from fedlora_kernels.backends.native.gram import gram
+from fedlora_kernels.backends.native.library import Library, counts, rows, table
+from fedlora_kernels.backends.native.qr import tall_qr
+from fedlora_kernels.backends.native.sums import mix
+from fedlora_kernels.backends.native.svd import LARGEST, svd
+from fedlora_kernels.backends.native.threads import thread_count
 from fedlora_kernels.backends.torch import backtransform, product
 from fedlora_kernels.backends.torch.certificate import Spectrum
 
@@ -98,13 +98,8 @@ def _native(
         table([block for group in groups for block in group.A]),
         counts([len(group.B) for group in groups]),
     ]
-    left, right, threads = table(lefts), table(rights), thread_count()
-    memory, *scratch = library.workspace(
-        _OP, "fedlora_product_svd_workspace", *factors, left, right, len(groups), threads
-    )
-    library.call(
-        _OP,
-        "fedlora_product_svd",
+    left, right = table(lefts), table(rights)
+    arguments = (
         *factors,
         table([group.weights[None] for group in groups]),
         left,
@@ -119,11 +114,8 @@ def _native(
         rule.cap,
         _OUTPUT[output],
         None if seconds is None else seconds.data_ptr(),
-        *scratch,
-        threads,
-        None,
     )
-    del memory
+    library.run(_OP, "fedlora_product_svd", (*factors, left, right, len(groups)), arguments, torch.device("cpu"))
     raws = []
     for g, group in enumerate(groups):
         facts = dict(zip(_VALUES, values[g], strict=False)) | dict(zip(_CODES, codes[g], strict=False))
@@ -166,10 +158,7 @@ def cholesky(library: Library, G: Tensor, width: Tensor) -> Tensor:
     """Factor of every Gram as `backends.torch.cholesky.pivoted_cholesky`; G (N, R, R) float64 is only read."""
     L, width = torch.empty(G.shape, dtype=torch.float64), width.double()
     tables = [table([G]), table([width[:, None, None]]), table([L])]
-    threads = thread_count()
-    memory, *scratch = library.workspace(_OP, "fedlora_cholesky_workspace", tables[0], 1, threads)
-    library.call(_OP, "fedlora_cholesky", *tables, 1, *scratch, threads, None)
-    del memory
+    library.run(_OP, "fedlora_cholesky", (tables[0], 1), (*tables, 1), G.device)
     return L
 
 

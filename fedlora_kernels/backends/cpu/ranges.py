@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import RawSum
-from fedlora_kernels.backends.cpu.library import DTYPE_CODE, Library, counts, rows, table
-from fedlora_kernels.backends.cpu.sums import room
-from fedlora_kernels.backends.cpu.threads import thread_count
+from fedlora_kernels.backends.native.library import DTYPE_CODE, Library, counts, rows, table
+from fedlora_kernels.backends.native.sums import room
 
 __all__ = ["Ranges", "read_alike", "read_sum", "read_turned"]
 
 _UNREADABLE = 5
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,15 @@ def read_sum(
     The same bits; what has weight 0 is not read. None where a file cannot be read.
     """
     op = "weighted_sum"
-    results = [room((len(weights), *shape), dtype) for (_, weights), shape in zip(groups, shapes, strict=True)]
+    results = [
+        room(library, (len(weights), *shape), dtype, _HOST) for (_, weights), shape in zip(groups, shapes, strict=True)
+    ]
     places = _joined([ranges for ranges, _ in groups])
     numbers = counts([ranges.places.shape[1] for ranges, _ in groups])
     weights = table([weights[None] for _, weights in groups])
     tables = [table([rows(getattr(result, field)) for result in results]) for field in RawSum._fields]
-    threads = thread_count()
-    memory, *scratch = library.workspace(op, "fedlora_read_sum_workspace", tables[0], len(groups), threads)
-    status = library.functions(op).fedlora_read_sum(
-        places.ctypes.data, numbers, weights, *tables, len(groups), *scratch, threads, None
-    )
-    del memory
+    arguments = (places.ctypes.data, numbers, weights, *tables, len(groups))
+    status = library.status(op, "fedlora_read_sum", (tables[0], len(groups)), arguments, _HOST)
     if status == _UNREADABLE:
         return None
     library.require(op, status)
@@ -85,20 +83,17 @@ def read_turned(
     places_B, places_A = (own.places for own in factors)
     N, K = places_B.shape[:2]
     (m, r), (_, n) = places_B[0, 0, 2:4].tolist(), places_A[0, 0, 2:4].tolist()
-    results = room((N, m, r), dtype), room((N, r, n), dtype)
+    results = room(library, (N, m, r), dtype, _HOST), room(library, (N, r, n), dtype, _HOST)
     places, targets = _joined(factors), reference.places.reshape(-1, 5)
     turning = 0 if side == "B" else 1
     tables = [table([rows(getattr(result, field)) for result in results]) for field in RawSum._fields]
-    threads, plain = thread_count(), np.zeros(N, dtype=np.int32)
+    plain = np.zeros(N, dtype=np.int32)
     given = places.ctypes.data, targets.ctypes.data, turning, K
-    memory, *scratch = library.workspace(op, "fedlora_read_turned_workspace", *given, tables[0], threads)
     shares = table([w[None] for w in weights])
     codes = {*factors[turning].places[:, :, 4].flat, *targets[:, 4].tolist()}
     unit = max(torch.finfo(kind).eps / 2 for kind, code in DTYPE_CODE.items() if code in codes)
-    status = library.functions(op).fedlora_read_turned(
-        *given, shares, *tables, unit, int(special), blend, plain.ctypes.data, *scratch, threads, None
-    )
-    del memory
+    arguments = (*given, shares, *tables, unit, int(special), blend, plain.ctypes.data)
+    status = library.status(op, "fedlora_read_turned", (*given, tables[0]), arguments, _HOST)
     if status == _UNREADABLE or plain.any():
         return None
     library.require(op, status)
@@ -114,12 +109,8 @@ def read_alike(library: Library, ranges: Sequence[Ranges]) -> bool:
     places = _joined(ranges)
     numbers = counts([own.places.shape[1] for own in ranges for _ in range(len(own.places))])
     alike = np.zeros(sum(len(own.places) for own in ranges), dtype=np.int32)
-    threads = thread_count()
-    memory, *scratch = library.workspace(op, "fedlora_read_alike_workspace", threads)
-    status = library.functions(op).fedlora_read_alike(
-        places.ctypes.data, numbers, len(alike), alike.ctypes.data, *scratch, threads, None
-    )
-    del memory
+    arguments = (places.ctypes.data, numbers, len(alike), alike.ctypes.data)
+    status = library.status(op, "fedlora_read_alike", (), arguments, _HOST)
     if status != _UNREADABLE:
         library.require(op, status)
     return status != _UNREADABLE and bool(alike.all())

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import RawSVD
-from fedlora_kernels.backends.cpu.answers import ANSWERS
-from fedlora_kernels.backends.cpu.library import Library, table
-from fedlora_kernels.backends.cpu.threads import thread_count
+from fedlora_kernels.backends.native.library import Library, table
 from fedlora_kernels.backends.torch.svd import svd as torch_svd
 from fedlora_kernels.errors import BackendError
 
@@ -30,7 +28,7 @@ def core_svd(library: Library, groups: Sequence[Tensor], *, max_sweeps: int = 0)
 
     Args:
         library: where the kernels are.
-        groups: CPU tensors ``(N, p, q)`` of any strides; float64, float32, float16 or bfloat16.
+        groups: tensors ``(N, p, q)`` of any strides where the library takes memory; float64, float32, float16 or bfloat16.
         max_sweeps: guard of the iteration; 0 takes the library's own.
 
     Returns:
@@ -44,13 +42,11 @@ def core_svd(library: Library, groups: Sequence[Tensor], *, max_sweeps: int = 0)
     library.functions("core_svd")
     if not groups:
         return []
-    inputs = [_working_copy(group) for group in groups]
-    results = [_empty(group) for group in inputs]
+    inputs = [_working_copy(library, group) for group in groups]
+    results = [_empty(library, group) for group in inputs]
     tables = [table(inputs), *(table(tensors) for tensors in zip(*results, strict=True))]
-    threads = thread_count()
-    memory, *scratch = library.workspace("core_svd", "fedlora_core_svd_workspace", tables[0], len(inputs), threads)
-    library.call("core_svd", "fedlora_core_svd", *tables, len(inputs), max_sweeps, *scratch, threads, None)
-    del memory
+    arguments = (*tables, len(inputs), max_sweeps)
+    library.run("core_svd", "fedlora_core_svd", (tables[0], len(inputs)), arguments, inputs[0].device)
     return results
 
 
@@ -62,28 +58,24 @@ def svd(library: Library, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return raw.U, raw.S, raw.Vh, raw.info
 
 
-def _working_copy(group: Tensor) -> Tensor:
+def _working_copy(library: Library, group: Tensor) -> Tensor:
     """The input as the library takes it: itself, or in float32 if it is a half."""
-    if group.dim() != 3 or group.dtype not in WORKING_DTYPE or group.device.type != "cpu":
+    if group.dim() != 3 or group.dtype not in WORKING_DTYPE or group.device.type != library.device:
         raise BackendError(
-            f"backend 'cpu', core_svd: found {group.dtype} {tuple(group.shape)} on {group.device}; "
-            "needs (N, p, q) on the CPU in float64, float32, float16 or bfloat16"
+            f"backend {library.name!r}, core_svd: found {group.dtype} {tuple(group.shape)} on {group.device}; "
+            f"needs (N, p, q) on {library.device} in float64, float32, float16 or bfloat16"
         )
     if max(group.shape[1:]) > LARGEST:
         raise BackendError(
-            f"backend 'cpu', core_svd: found matrices {tuple(group.shape[1:])}; serves dimensions up to {LARGEST}. "
+            f"backend {library.name!r}, core_svd: found matrices {tuple(group.shape[1:])}; serves dimensions up to {LARGEST}. "
             "Use backend='auto'"
         )
     return group.detach().to(WORKING_DTYPE[group.dtype])
 
 
-def _empty(C: Tensor) -> RawSVD:
+def _empty(library: Library, C: Tensor) -> RawSVD:
     N, p, q = C.shape
     k = min(p, q)
-    return RawSVD(
-        U=ANSWERS.empty((N, p, k), C.dtype),
-        S=ANSWERS.empty((N, k), C.dtype),
-        Vh=ANSWERS.empty((N, k, q), C.dtype),
-        info=torch.zeros(N, dtype=torch.int32),
-        notes=torch.zeros(N, dtype=torch.int32),
-    )
+    U, S, Vh = (library.empty(shape, C.dtype, C.device) for shape in ((N, p, k), (N, k), (N, k, q)))
+    info, notes = (torch.zeros(N, dtype=torch.int32, device=C.device) for _ in range(2))
+    return RawSVD(U, S, Vh, info, notes)

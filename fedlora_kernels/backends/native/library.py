@@ -1,6 +1,6 @@
-"""The native CPU library, `libfedlora_cpu.so`: loading it, and its C ABI (csrc/include/fedlora.h) for ctypes.
+"""The native libraries: loading one, and the C ABI that they share (csrc/include/fedlora.h) for ctypes.
 
-It is loaded at first use and after torch, so that both share one OpenMP runtime. A library that is missing or was built
+A library is loaded at first use and after torch, so that both share one OpenMP runtime. One that is missing or was built
 from another header is not there, with the reason; importing this module never fails.
 """
 
@@ -10,18 +10,21 @@ import ctypes
 import hashlib
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedlora_kernels.backends.native.threads import thread_count
 from fedlora_kernels.errors import BackendError
+from fedlora_kernels.memory import Reserve
 
-__all__ = ["DTYPE_CODE", "HEADERS", "LIBRARY", "Library", "abi_stamp", "counts", "numbers", "rows", "table"]
+__all__ = ["DTYPE_CODE", "HEADERS", "LIBRARIES", "Library", "abi_stamp", "counts", "numbers", "rows", "stream", "table"]
 
 _PACKAGE = Path(__file__).resolve().parents[2]
-LIBRARY = _PACKAGE / "_lib" / "libfedlora_cpu.so"
+LIBRARIES = _PACKAGE / "_lib"
 HEADERS = tuple(root / "include" / "fedlora.h" for root in (_PACKAGE / "_csrc", _PACKAGE.parent / "csrc"))
 _REBUILD = "rebuild it with `pip install --force-reinstall fedlora-kernels`, in a checkout `python setup.py build_ext --inplace`"
 
@@ -32,6 +35,7 @@ _STATUS_TEXT = {
     3: "the workspace is too small",
     4: "a bad argument",
 }
+_DEVICE_ERROR = 6
 
 
 class Block(ctypes.Structure):
@@ -44,17 +48,27 @@ class Block(ctypes.Structure):
 
 
 class Library:
-    """One library file, loaded when it is first asked for."""
+    """One library file, loaded when it is first asked for.
 
-    def __init__(self, path: Path = LIBRARY, headers: Sequence[Path] = HEADERS) -> None:
+    Args:
+        name: of the backend that it serves.
+        path: of the file.
+        headers: where fedlora.h may lie; the first that exists counts.
+        device: type of the devices whose memory it takes.
+    """
+
+    def __init__(self, name: str, path: Path, headers: Sequence[Path] = HEADERS, device: str = "cpu") -> None:
+        self.name = name
         self.path = path
+        self.device = device
         self._headers = tuple(headers)
         self._lock = threading.Lock()
         self._loaded: ctypes.CDLL | None = None
         self._reason = ""
+        self._answers = Reserve()
 
     def available(self) -> tuple[bool, str]:
-        """Whether the library is here and fits this package, and which instruction set it runs (or why not)."""
+        """Whether the library is here and fits this package, and which instruction sets it runs (or why not)."""
         loaded = self._load()
         if loaded is None:
             return False, self._reason
@@ -64,29 +78,56 @@ class Library:
         """The C functions, for ``op``; BackendError where there is no library."""
         loaded = self._load()
         if loaded is None:
-            raise BackendError(f"backend 'cpu', {op}: {self._reason}")
+            raise BackendError(f"backend {self.name!r}, {op}: {self._reason}")
         return loaded
 
-    def workspace(self, op: str, query: str, *arguments: Any) -> tuple[Tensor, int, int]:
-        """Scratch memory of the size that the C function ``query`` answers: its owner, address and bytes."""
-        needed = ctypes.c_int64()
-        self.call(op, query, *arguments, ctypes.byref(needed))
-        memory = torch.empty(needed.value, dtype=torch.uint8)
-        return memory, memory.data_ptr(), memory.numel()
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Room for an answer, in memory that is used again where that saves time."""
+        if device.type == "cpu" and self.device == "cpu":
+            return self._answers.empty(shape, dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    def run(self, op: str, function: str, sizes: Sequence[Any], arguments: Sequence[Any], device: torch.device) -> None:
+        """One call of a C function with scratch memory, `status` that must be fine; BackendError where it is not."""
+        self.require(op, self.status(op, function, sizes, arguments, device))
+
+    def status(
+        self, op: str, function: str, sizes: Sequence[Any], arguments: Sequence[Any], device: torch.device
+    ) -> int:
+        """What a C function returns, given the scratch memory that its workspace query answers for ``sizes``.
+
+        Threads and, on a GPU, its current stream are added. BackendError where the query is refused.
+        """
+        threads, needed = thread_count(), ctypes.c_int64()
+        self.call(op, f"{function}_workspace", *sizes, threads, ctypes.byref(needed))
+        memory = torch.empty(needed.value, dtype=torch.uint8, device=device)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            called = self._function(op, function)
+            return int(called(*arguments, memory.data_ptr(), memory.numel(), threads, stream(device)))
 
     def call(self, op: str, function: str, *arguments: Any) -> None:
         """One call of a C function; BackendError where it refuses."""
-        self.require(op, getattr(self.functions(op), function)(*arguments))
+        self.require(op, self._function(op, function)(*arguments))
 
     def require(self, op: str, status: int) -> None:
         """BackendError for the status of a call that was refused."""
-        if status:
-            text = _STATUS_TEXT.get(status, status)
-            raise BackendError(f"backend 'cpu', {op}: the library refused the call: {text}")
+        if not status:
+            return
+        if status == _DEVICE_ERROR:
+            text = f"the device failed: {self.functions(op).fedlora_message().decode()}"
+        else:
+            text = f"the library refused the call: {_STATUS_TEXT.get(status, status)}"
+        raise BackendError(f"backend {self.name!r}, {op}: {text}")
 
     def is_loaded(self) -> bool:
         """Whether it was asked for and found."""
         return self._loaded is not None
+
+    def _function(self, op: str, function: str) -> Any:
+        try:
+            return getattr(self.functions(op), function)
+        except AttributeError as error:
+            raise BackendError(f"backend {self.name!r}, {op}: {self.path.name} has no {function}") from error
 
     def _load(self) -> ctypes.CDLL | None:
         with self._lock:
@@ -96,6 +137,11 @@ class Library:
                 except BackendError as error:
                     self._reason = str(error)
             return self._loaded
+
+
+def stream(device: torch.device) -> int | None:
+    """The current stream of a GPU, which the kernels run on; None on the CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
 
 
 def abi_stamp(header: Path) -> int:
@@ -153,7 +199,10 @@ def _open(path: Path, headers: Sequence[Path]) -> ctypes.CDLL:
         )
     library.fedlora_isa.restype = ctypes.c_char_p
     for name, types in _SIGNATURES.items():
-        getattr(library, name).argtypes = types
+        if hasattr(library, name):  # some functions are the CPU's alone, some those of CUDA
+            getattr(library, name).argtypes = types
+    if hasattr(library, "fedlora_message"):
+        library.fedlora_message.restype = ctypes.c_char_p
     return library
 
 
@@ -167,7 +216,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fedlora_calibrate": [_COUNT, _COUNT, ctypes.POINTER(ctypes.c_double), *_END],
     "fedlora_core_svd_workspace": [_TABLE, _COUNT, _COUNT, _COUNTS],
     "fedlora_core_svd": [*[_TABLE] * 6, _COUNT, _COUNT, *_SCRATCH, *_END],
-    "fedlora_weighted_sum_workspace": [_TABLE, _COUNT, _COUNTS],
+    "fedlora_weighted_sum_workspace": [_COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
     "fedlora_weighted_sum": [_TABLE, _COUNTS, *[_TABLE] * 6, _COUNT, *_SCRATCH, *_END],
     "fedlora_read_sum_workspace": [_TABLE, _COUNT, _COUNT, _COUNTS],
     "fedlora_read_sum": [_ADDRESS, _COUNTS, *[_TABLE] * 6, _COUNT, *_SCRATCH, *_END],
@@ -189,6 +238,11 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fedlora_mixed_sum": [*[_TABLE] * 2, _COUNTS, *[_TABLE] * 5, _COUNT, *_SCRATCH, *_END],
     "fedlora_gram_workspace": [_TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
     "fedlora_gram": [_TABLE, _COUNTS, _TABLE, _TABLE, _COUNT, *_SCRATCH, *_END],
+    "fedlora_fast_gram_workspace": [_TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
+    "fedlora_fast_gram": [_TABLE, _COUNTS, _TABLE, _TABLE, _COUNT, *_SCRATCH, *_END],
+    "fedlora_update_gram_workspace": [_TABLE, _TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
+    "fedlora_update_gram": [_TABLE, _TABLE, _COUNTS, _TABLE, _TABLE, _COUNT, *_SCRATCH, *_END],
+    "fedlora_devices": [_COUNTS],
     "fedlora_orient": [_TABLE, _TABLE, _COUNT, *_END],
     "fedlora_cross_products_workspace": [_TABLE, _COUNTS, _TABLE, _COUNT, _COUNT, _COUNTS],
     "fedlora_cross_products": [_TABLE, _COUNTS, *[_TABLE] * 4, _COUNT, *_SCRATCH, *_END],

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import RawQR, Stack
-from fedlora_kernels.backends.cpu.library import Library, counts, rows, table
-from fedlora_kernels.backends.cpu.threads import thread_count
+from fedlora_kernels.backends.native.library import Library, counts, rows, table
 from fedlora_kernels.backends.torch import householder
 from fedlora_kernels.backends.torch.chunks import load
 
@@ -28,6 +27,8 @@ def stacked_qr(library: Library, groups: Sequence[Stack], want_q: bool) -> list[
     """
     op = "stacked_qr"
     library.functions(op)
+    if not groups:
+        return []
     results = [_empty(group, want_q) for group in groups]
     ranks = [result.rank.int() for result in results]
     blocks = table([block for group in groups for block in group.blocks])
@@ -37,10 +38,8 @@ def stacked_qr(library: Library, groups: Sequence[Stack], want_q: bool) -> list[
     small = [[result.R for result in results]]
     small += [[rows(t) for t in ts] for ts in (ranks, [r.info for r in results], [r.notes for r in results])]
     tables = [blocks, numbers, weights, Q, *map(table, small)]
-    threads = thread_count()
-    memory, *scratch = library.workspace(op, "fedlora_stacked_qr_workspace", *tables, len(groups), threads)
-    library.call(op, "fedlora_stacked_qr", *tables, len(groups), *scratch, threads, None)
-    del memory
+    arguments = (*tables, len(groups))
+    library.run(op, "fedlora_stacked_qr", arguments, arguments, results[0].R.device)
     return [result._replace(rank=rank.long()) for result, rank in zip(results, ranks, strict=True)]
 
 
@@ -49,16 +48,14 @@ def tall_qr(library: Library, blocks: Sequence[Tensor], e: Tensor | None, scale:
     R = sum(block.shape[-1] for block in blocks)
     if R > WIDEST:
         return householder.qr(blocks, e, scale)
-    op = "product_svd"
     N, m, _ = blocks[0].shape
     if e is not None:
         blocks = [load(blocks, slice(0, m), e)]
-    Q, triangle = (torch.empty(N, *shape, dtype=torch.float64) for shape in ((m, min(m, R)), (min(m, R), R)))
+    Q, triangle = (
+        torch.empty(N, *shape, dtype=torch.float64, device=scale.device) for shape in ((m, min(m, R)), (min(m, R), R))
+    )
     tables = table(blocks), counts([len(blocks)]), table([rows(scale)]), table([Q]), table([triangle])
-    threads = thread_count()
-    memory, *scratch = library.workspace(op, "fedlora_tall_qr_workspace", *tables, 1, threads)
-    library.call(op, "fedlora_tall_qr", *tables, 1, *scratch, threads, None)
-    del memory
+    library.run("product_svd", "fedlora_tall_qr", (*tables, 1), (*tables, 1), scale.device)
     return Q, triangle
 
 
@@ -66,10 +63,11 @@ def _empty(group: Stack, want_q: bool) -> RawQR:
     N, m, R = group.batch, group.m, group.width
     k = min(m, R)
     dtype = torch.float64 if any(block.dtype == torch.float64 for block in group.blocks) else torch.float32
+    device = group.blocks[0].device if group.blocks else torch.device("cpu")
     return RawQR(
-        Q=torch.empty(N, m, k, dtype=dtype) if want_q else None,
-        R=torch.empty(N, k, R, dtype=dtype),
-        rank=torch.empty(N, dtype=torch.int64),
-        info=torch.empty(N, dtype=torch.int32),
-        notes=torch.empty(N, dtype=torch.int32),
+        Q=torch.empty(N, m, k, dtype=dtype, device=device) if want_q else None,
+        R=torch.empty(N, k, R, dtype=dtype, device=device),
+        rank=torch.empty(N, dtype=torch.int64, device=device),
+        info=torch.empty(N, dtype=torch.int32, device=device),
+        notes=torch.empty(N, dtype=torch.int32, device=device),
     )
