@@ -23,8 +23,11 @@ from fedlora_kernels.errors import BackendError, InputError
 
 __all__ = ["NAMES", "Choice", "Fallback", "choose", "fallbacks", "get", "names", "record", "status"]
 
-NAMES = ("cpu", "torch", "reference")
+NAMES = ("cuda", "cpu", "torch", "reference")
 """Backends in the order in which ``auto`` asks them; each is the object ``BACKEND`` of the module of that name here."""
+
+_HOME = {"cuda": "cuda", "cpu": "cpu"}
+"""Backends that take tensors on one type of device: elsewhere nobody expects them, and passing them by is no fallback."""
 
 _log = logging.getLogger("fedlora_kernels")
 
@@ -133,6 +136,8 @@ def choose(op: str, requested: str, dtype: torch.dtype, device: torch.device, si
         return backend
     passed = []
     for name in NAMES:
+        if _HOME.get(name, device.type) != device.type:
+            continue
         candidate, serves, reason = _load(name)
         if candidate is not None and serves:
             serves, reason = candidate.serves(op, dtype, device, sizes)

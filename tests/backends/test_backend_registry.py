@@ -163,7 +163,7 @@ def test_modules_are_loaded_when_first_asked_for(registry):
 
 
 def test_the_real_order_and_status():
-    assert names() == ("cpu", "torch", "reference")
+    assert names() == ("cuda", "cpu", "torch", "reference")
     found = status()
     assert list(found) == list(names())
     assert all(isinstance(ok, bool) and reason for ok, reason in found.values())
@@ -171,6 +171,16 @@ def test_the_real_order_and_status():
     assert found["reference"][0]
     assert get("torch").bitwise == frozenset()
     assert get("reference").bitwise == frozenset(backends.OPS)
+
+
+def test_a_backend_of_another_type_of_device_is_no_fallback(registry):
+    gpu, _ = registry(Fake("cuda"), Fake("slow"))
+    assert pick() == "slow"
+    assert gpu.asked == []
+    assert fallbacks() == []
+    with pytest.raises(BackendError, match="does not serve"):
+        gpu.does_serve = False
+        pick("cuda")
 
 
 def test_auto_never_takes_the_reference_while_torch_serves(monkeypatch):

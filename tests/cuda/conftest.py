@@ -1,0 +1,25 @@
+"""The CUDA backend under test: on the simulated device everywhere, and on a GPU where there is one."""
+
+import pytest
+import simulated
+import torch
+
+from fedlora_kernels.backends.cuda import BACKEND, CudaBackend
+
+
+@pytest.fixture(scope="session")
+def simt():
+    """The CUDA backend over the library of the simulated device, which takes CPU tensors."""
+    if reason := simulated.missing():
+        pytest.skip(reason)
+    return CudaBackend(simulated.build(), [simulated.HEADER], device="cpu")
+
+
+@pytest.fixture(params=["simulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def cuda(request):
+    """A CUDA backend and the device of its tensors: the simulated one, and a real one under the mark gpu."""
+    if request.param == "simulated":
+        return request.getfixturevalue("simt"), torch.device("cpu")
+    ok, reason = BACKEND.available()
+    assert ok, reason
+    return BACKEND, torch.device("cuda")
