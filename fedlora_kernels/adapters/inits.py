@@ -135,7 +135,7 @@ class _Difference:
     def module(self, spec: ModuleSpec) -> ModuleSpec:
         """The module of the difference."""
         B, A = self.tensors[spec.B.key], self.tensors[spec.A.key]
-        return dataclasses.replace(spec, rank=2 * spec.rank, B=B, A=A)
+        return dataclasses.replace(spec, rank=2 * spec.rank, B=B, A=A, start=spec.rank)
 
     def read(self, key: str, out: Tensor | None = None) -> Tensor:
         """Return the tensor, both halves of a pair; into ``out`` if given."""

@@ -100,7 +100,7 @@ class ModuleSpec:
     """A module's pair as its header describes it. ``name`` is the path in the base model, and unique.
 
     ``B`` and ``A`` are the tensors as stored; `matrix` makes the (m, r) and (r, n) of them. ``heads`` are those of a tied
-    head, which are the transposes of A and B.
+    head, which are the transposes of A and B. Of the ``rank`` columns the last ``start`` are what the client started from, subtracted.
     """
 
     name: str
@@ -112,6 +112,12 @@ class ModuleSpec:
     B: TensorSpec
     A: TensorSpec
     heads: tuple[TensorSpec, ...] = ()
+    start: int = 0
+
+    @property
+    def trained(self) -> int:
+        """The rank that the client trained."""
+        return self.rank - self.start
 
     @property
     def kind(self) -> str:

@@ -67,7 +67,7 @@ class Client:
 
     def row(self, weight: float) -> dict[str, Any]:
         """The client's row of the report; ``weight`` is what it counted with."""
-        ranks = [spec.rank for spec in self.adapter.modules.values()] if self.adapter else []
+        ranks = [spec.trained for spec in self.adapter.modules.values()] if self.adapter else []
         return {
             "name": self.name,
             "source": self.source,

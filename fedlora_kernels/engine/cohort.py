@@ -24,7 +24,7 @@ class Cohort:
     ``weights`` are the clients' after normalisation, ``positions`` theirs in the caller's order, ``modules`` the names in
     canonical order. ``factors`` (L, K) multiply scales (clipping); ``table`` (L, K) are weights decided module by module, in
     place of the clients'. ``index`` gives the row of a module; ``owns`` (L, K) and
-    ``ranks`` (L, K; 0 where a client lacks the module) say what the clients have.
+    ``ranks`` (L, K; 0 where a client lacks the module) say what the clients have, ``trained`` what they trained of it.
     """
 
     clients: Sequence[Client]
@@ -40,6 +40,7 @@ class Cohort:
         self.index = {name: row for row, name in enumerate(self.modules)}
         specs = [[a.modules.get(name) for a in self.adapters] for name in self.modules]
         self.ranks = [[spec.rank if spec else 0 for spec in row] for row in specs]
+        self.trained = [[spec.trained if spec else 0 for spec in row] for row in specs]
         self.owns = np.array([[spec is not None for spec in row] for row in specs])
         self._scale = np.array([[spec.scale if spec else 0.0 for spec in row] for row in specs])
 

@@ -96,9 +96,10 @@ def _combine_block(walk: Walk, block: Block, plan: Any) -> tuple[Group, Outcome]
 def _made(walk: Walk, group: Group, outcome: Outcome) -> tuple[list[ModuleOutput], list[dict[str, Any]]]:
     """What the modules of a group leave, and their rows of the report."""
     made = [_module(name, i, outcome) for i, name in enumerate(group.modules)]
-    trained = [walk.cohort.ranks[walk.cohort.index[name]] for name in group.modules]
+    rows = [walk.cohort.index[name] for name in group.modules]
+    trained, stacked = [walk.cohort.trained[row] for row in rows], [sum(walk.cohort.ranks[row]) for row in rows]
     return made, module_rows(
-        group.modules, group.kind, group.m, group.n, trained, outcome, _contributions(walk, group, outcome)
+        group.modules, group.kind, group.m, group.n, trained, stacked, outcome, _contributions(walk, group, outcome)
     )
 
 

@@ -249,8 +249,8 @@ class Delivery:
         return [k for k, adapter in enumerate(self._cohort.adapters) if module in adapter.modules]
 
     def _for_client(self, k: int, module: str, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        own = self._cohort.adapters[k].modules[module].rank
-        rank = self._settings.method.client_rank(own, A.shape[0])
+        method, spec = self._settings.method, self._cohort.adapters[k].modules[module]
+        rank = method.client_rank(method.own_rank(spec.trained, spec.rank), A.shape[0])
         if rank <= A.shape[0]:
             # views: many clients hold on to parts of one pair
             return B[:, :rank], A[:rank]

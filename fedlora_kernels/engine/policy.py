@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from fedlora_kernels.adapters.inits import kept_init
+from fedlora_kernels.adapters.model import Adapter, ModuleSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.adapters.policy import Policy
@@ -33,6 +34,7 @@ __all__ = [
     "drop",
     "dropped_texts",
     "norm_outliers",
+    "start_notes",
 ]
 
 FEWEST = 4
@@ -87,18 +89,52 @@ def dropped_texts(clients: Sequence[Client]) -> list[str]:
     return [client.drop_text for client in clients if client.status == "dropped"]
 
 
-def check_ranks(method: Method, modules: Iterable[str], roster: Sequence[Client]) -> None:
+def check_ranks(method: Method, modules: Sequence[str], roster: Sequence[Client]) -> None:
     """Refuse mixed ranks, by their headers, where the method cannot take them."""
+    if method.columnwise and any(_starts(client.opened) for client in present(roster)):
+        _check_starts(method, modules, present(roster))
     for name in modules if method.equal_ranks else ():
         owners = [client for client in present(roster) if name in client.opened.modules]
-        first, rank = owners[0], owners[0].opened.modules[name].rank
+        first, rank = owners[0], owners[0].opened.modules[name].trained
         for client in owners:
-            if (found := client.opened.modules[name].rank) != rank:
+            if (found := client.opened.modules[name].trained) != rank:
                 raise MismatchError(
                     f"client {printable(client.name)!r}, module {printable(name)!r}: rank {found}, but {rank} in client "
                     f"{printable(first.name)!r}; method {method.name!r} needs one rank. florist, flexlora, prelort and "
                     "zero_pad take mixed ranks"
                 )
+
+
+def start_notes(method: Method, roster: Sequence[Client]) -> list[str]:
+    """Said where what clients receive is wider than what they trained, since their start is in it and nothing cuts it away."""
+    if not method.columnwise or method.sorted_pair or not any(_starts(client.opened) for client in present(roster)):
+        return []
+    return [
+        f"method {method.name!r} keeps what clients started from (init_factors) in columns of its own: its pairs have twice the rank "
+        "that clients trained"
+    ]
+
+
+def _starts(adapter: Adapter) -> bool:
+    return any(module.start for module in adapter.modules.values())
+
+
+def _check_starts(method: Method, modules: Sequence[str], clients: Sequence[Client]) -> None:
+    """Refuse clients whose columns do not mean the same, where one of them has its start beside what it trained."""
+    for name in modules:
+        specs = {client.name: client.opened.modules[name] for client in clients if name in client.opened.modules}
+        first, one = next(iter(specs.items()))
+        for client, spec in specs.items():
+            if (spec.trained, spec.start) != (one.trained, one.start):
+                raise MismatchError(
+                    f"client {printable(client)!r}, module {printable(name)!r}: rank {_rank_text(spec)}, but {_rank_text(one)} in client "
+                    f"{printable(first)!r}; with init_factors method {method.name!r} needs one rank and a start in all clients. florist, "
+                    "flora and flexlora take any"
+                )
+
+
+def _rank_text(spec: ModuleSpec) -> str:
+    return f"{spec.trained} {'with' if spec.start else 'without'} a start"
 
 
 def check_kept(cohort: Cohort, settings: Settings) -> None:

@@ -29,11 +29,13 @@ def module_rows(
     m: int,
     n: int,
     ranks: Sequence[Sequence[int]],
+    stacked: Sequence[int],
     outcome: Outcome,
     contributions: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of a group: ``ranks[i]`` are what the clients trained in module i, 0 where one lacks it.
 
+    ``stacked[i]`` is the sum of what they hold: that, and what they started from where it was subtracted.
     ``contributions`` (N, K) is the norm that each client adds, None where that was not looked at.
     """
     columns = {"rank": _ranks(outcome).tolist(), **_columns(outcome, len(modules))}
@@ -45,7 +47,7 @@ def module_rows(
             "m": m,
             "n": n,
             "ranks": list(ranks[i]),
-            "stacked_rank": sum(ranks[i]),
+            "stacked_rank": stacked[i],
             **{key: values[i] for key, values in columns.items()},
             "contributions": parts[i],
             "cancellation": _cancellation(columns["energy"][i], parts[i]),
@@ -105,11 +107,17 @@ def _ranks(outcome: Outcome) -> Tensor:
 def efficiency(method: Method, rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     """``broadcast_rank``, the ranks that every client is sent, summed over modules, and its inverse (arXiv 2506.09199)."""
     sent = math.fsum(
-        method.broadcast_rank([r for r in row["ranks"] if r], row["rank"], row["residual_rank"] or 0)
+        method.broadcast_rank(_own_ranks(method, row), row["rank"], row["residual_rank"] or 0)
         for row in rows
         if row["rank"] > 0
     )
     return {"broadcast_rank": sent, "efficiency": 1.0 / sent if sent else None}
+
+
+def _own_ranks(method: Method, row: Mapping[str, Any]) -> list[int]:
+    """What counts as the own rank of the clients that have a module: all hold the same multiple of what they trained, or an SVD is cut."""
+    trained = [rank for rank in row["ranks"] if rank]
+    return [method.own_rank(rank, rank * row["stacked_rank"] // sum(trained)) for rank in trained]
 
 
 def cut_row(row: Mapping[str, Any], rank: int) -> dict[str, Any]:

@@ -65,8 +65,8 @@ class Result:
             scale: "client" divides B, in float64, by the client's own scale of each module, and holds the modules that the
                 client has, under the client's own keys; 1.0 gives the baked form of all modules.
 
-        Raises InputError for an unknown client, a rank below 1 or a client whose scale is 0, OutputOverflowError where the
-        dtype cannot hold B divided by the scale.
+        Raises InputError for an unknown client, a rank below 1, one that would cut off what clients started from (``init_factors``)
+        or a client whose scale is 0, OutputOverflowError where the dtype cannot hold B divided by the scale.
         """
         name, client = self._client(key)
         if rank is not None:
@@ -85,9 +85,11 @@ class Result:
                 continue
             pair = source[module]
             p = pair.A.shape[0]
-            wanted = (
-                rank if rank is not None else p if spec is None or not cut else self.method.client_rank(spec.rank, p)
-            )
+            wanted = rank or p
+            if rank is not None:
+                self._check_cut(module, rank, p)
+            elif spec is not None and cut:
+                wanted = self.method.client_rank(self.method.own_rank(spec.trained, spec.rank), p)
             B, A = resize_pair(pair.B, pair.A, wanted, seed=self.report["seed"], round=self.state.round, module=module)
             scales[module] = spec.scale if own and spec is not None else 1.0
             pairs[module] = (
@@ -124,6 +126,15 @@ class Result:
                 f"for_client: no client {printable(str(key))!r}; clients: {', '.join(map(printable, names[:20]))}"
             )
         return key, self.clients[key]
+
+    def _check_cut(self, module: str, rank: int, p: int) -> None:
+        """Refuse to cut pairs whose later columns are what clients started from: without them the rest fits no base."""
+        specs = (client.modules.get(module) for client in self.clients.values())
+        if rank < p and not self.method.sorted_pair and any(spec is not None and spec.start for spec in specs):
+            raise InputError(
+                f"for_client: rank is {rank}, but module {printable(module)!r} has rank {p} with what the clients started from "
+                f"(init_factors), which method {self.method.name!r} cannot cut; leave rank out, or use florist or flexlora"
+            )
 
     def _source(self, name: str) -> tuple[Adapter, bool]:
         """The adapter that a client's pairs are taken from, and whether they are still to be cut to what the method sends."""

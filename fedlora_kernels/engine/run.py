@@ -23,7 +23,7 @@ from fedlora_kernels.engine.delivery import Delivered, Delivery, ModuleOutput
 from fedlora_kernels.engine.extras import check_mean, combine_extra, own_extra
 from fedlora_kernels.engine.journal import Journal
 from fedlora_kernels.engine.notes import module_notes
-from fedlora_kernels.engine.policy import check_kept, check_ranks, dropped_texts
+from fedlora_kernels.engine.policy import check_kept, check_ranks, dropped_texts, start_notes
 from fedlora_kernels.engine.report import SCHEMA, certificates, efficiency, totals
 from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.engine.state import State, check_experts, check_modules, check_pair
@@ -49,7 +49,8 @@ class Run:
                 f"method {settings.method.name!r} uses no weights; the unequal ones given change nothing"
             )
         self.warnings += dropped_texts(roster)
-        check_ranks(settings.method, check.modules, roster)
+        check_ranks(settings.method, list(check.modules), roster)
+        self.notes += start_notes(settings.method, roster)
         self.decision = Decision(settings, roster, check)
         check_kept(self.walk.cohort, settings)
         self.warnings += same_content(self.walk.cohort.clients)

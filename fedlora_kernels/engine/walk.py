@@ -153,7 +153,13 @@ class Walk:
             round=settings.round,
             measure=settings.measure,
             carry=tuple(self._carried(name) for name in plan.modules),
+            starts=self._starts(rows[0]),
         )
+
+    def _starts(self, row: int) -> tuple[int, ...]:
+        """How many columns of each client are its start: the same in modules of the same ranks; nothing where none has any."""
+        held, trained = self.cohort.ranks[row], self.cohort.trained[row]
+        return tuple(rank - own for rank, own in zip(held, trained, strict=True)) if held != trained else ()
 
     def as_sent(self, group: Group) -> Group:
         """The group with the scales of the clients' own, before any clipping."""

@@ -65,7 +65,7 @@ class Clair(Method):
         max_iter: the solver stops after as many steps.
         side: "left", clients share a column space of D_k; "right", a row space.
         scope: "model", scores are averaged over the modules; "matrix", each module has its own flags, in one pass.
-        out_rank: of a personal pair: "client", that of the client, "exact", or a number.
+        out_rank: of a personal pair: "client", what the client trained, "exact", or a number.
     """
 
     name: ClassVar[str] = "clair"
@@ -74,6 +74,7 @@ class Clair(Method):
     broadcast: ClassVar[str] = "refined own pair"
     download: ClassVar[str] = "r_k(m+n)"
     needs_decision: ClassVar[bool] = True
+    columnwise: ClassVar[bool] = False
     gives: ClassVar[tuple[str, ...]] = ("common", "personal")
 
     shared_rank: int | None = None
@@ -150,6 +151,10 @@ class Clair(Method):
             "unconverged": plan.unconverged,
         }
 
+    def own_rank(self, trained: int, held: int) -> int:
+        """What a client trained: a personal pair is an SVD, or what the client sent."""
+        return trained
+
     def broadcast_rank(self, ranks: Sequence[int], rank: int, residual: int) -> float:
         """The mean rank of the personal pairs."""
         own = [self._cap(r) or rank for r in ranks if r > 0]
@@ -177,7 +182,7 @@ class Clair(Method):
         refinement = Refinement(group, present & ~flagged, share, subspace, self.side) if owners else None
         for k in owners:
             keeps, benign = flagged[:, k] & present[:, k], ~flagged[:, k] & present[:, k]
-            refined = refinement.pair(k, self._cap(group.ranks[k])) if refinement and bool(benign.any()) else None
+            refined = refinement.pair(k, self._cap(group.trained[k])) if refinement and bool(benign.any()) else None
             personal[k], trouble = _personal(group, k, keeps, benign, refined)
             info = info | trouble
             error[keeps, k] = 0.0

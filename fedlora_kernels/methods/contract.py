@@ -59,7 +59,7 @@ class Group:
     policy and normalisation. A client that lacks the modules has weight 0 under missing="renormalize" and keeps its w_k
     under missing="zero". ``clients`` are positions in the caller's order. ``dtype`` is that of the answer.
     ``measure`` asks for the distance from D where it costs more than the method itself. ``carry`` is what `survey` kept of
-    each module.
+    each module. ``starts``: how many of the last columns of each client are what it started from, subtracted; none says 0 of all.
     """
 
     modules: tuple[str, ...]
@@ -77,6 +77,7 @@ class Group:
     round: int = 0
     measure: bool = True
     carry: tuple[Mapping[str, Tensor], ...] = ()
+    starts: tuple[int, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -87,6 +88,12 @@ class Group:
     def ranks(self) -> tuple[int, ...]:
         """r_k of each client."""
         return tuple(block.shape[-1] for block in self.B)
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """The rank that each client trained, 0 where it lacks the modules."""
+        starts = self.starts or (0,) * len(self.B)
+        return tuple(max(rank - start, 0) for rank, start in zip(self.ranks, starts, strict=True))
 
     @property
     def device(self) -> torch.device:
@@ -231,8 +238,9 @@ class Method:
     ``reads_previous``, what it takes of the round before ("pair" or "state"), and ``needs_previous``, that it refuses to go on
     without from round 1 on; ``needs_round``; ``uses_weights``; ``takes_rule``; ``takes_client_state``; ``needs_decision``, that `decide` is
     called; ``own_extras``, that tensors which are no factors stay on their client. ``product_only``: factors enter through
-    ``s_k B_k A_k`` alone, so a client of scale 0 need not be read. ``streams``: the work on a module is small beside reading it,
-    so the fewer modules a group has the better they stay in the caches.
+    ``s_k B_k A_k`` alone, so a client of scale 0 need not be read. ``columnwise``: column j of one client meets column j of the others.
+    ``sorted_pair``: the common pair is an SVD, so that its prefixes are its best approximations. ``streams``: the work on a module is
+    small beside reading it, so the fewer modules a group has the better they stay in the caches.
     """
 
     name: ClassVar[str] = ""
@@ -249,6 +257,8 @@ class Method:
     takes_rule: ClassVar[bool] = False
     takes_client_state: ClassVar[bool] = False
     product_only: ClassVar[bool] = False
+    columnwise: ClassVar[bool] = True
+    sorted_pair: ClassVar[bool] = False
     streams: ClassVar[bool] = False
     needs_decision: ClassVar[bool] = False
     own_extras: ClassVar[bool] = False
@@ -297,6 +307,13 @@ class Method:
     def client_rank(self, client_rank: int, rank: int) -> int:
         """Rank that ``for_client`` hands a client that trained ``client_rank``, of a common pair of rank ``rank``."""
         return rank
+
+    def own_rank(self, trained: int, held: int) -> int:
+        """The rank that counts as a client's own, of what it ``trained`` and what it ``held`` with its start beside it.
+
+        Only an SVD can be cut to what was trained: a prefix of other pairs loses the start.
+        """
+        return trained if self.sorted_pair else held
 
     def broadcast_rank(self, ranks: Sequence[int], rank: int, residual: int) -> float:
         """What is sent to a client of the module, counted as ranks, for the report; a single factor counts half.

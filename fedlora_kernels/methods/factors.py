@@ -120,7 +120,7 @@ def zero_outcome(group: Group) -> Outcome:
 
 def require_equal_ranks(group: Group, method: str) -> None:
     """Raise MismatchError where the owners of the modules have trained different ranks."""
-    ranks = sorted({rank for rank in group.ranks if rank > 0})
+    ranks = sorted({rank for rank in group.trained if rank > 0})
     if len(ranks) > 1:
         listing = ", ".join(map(str, ranks))
         raise MismatchError(

@@ -38,6 +38,8 @@ class FedMomentum(Method):
     download: ClassVar[str] = "max(r, p_e)(m+n)"
     equal_ranks: ClassVar[bool] = True
     product_only: ClassVar[bool] = True
+    columnwise: ClassVar[bool] = False
+    sorted_pair: ClassVar[bool] = True
     gives: ClassVar[tuple[str, ...]] = ("common", "residual")
 
     energy: float = 0.9999
@@ -56,7 +58,7 @@ class FedMomentum(Method):
             empty = torch.zeros_like(nothing.rank)  # type: ignore[arg-type]
             return dataclasses.replace(nothing, residual=Pair(nothing.B[:, :, :0], nothing.A[:, :0], empty))  # type: ignore[index]
         svd = stack_svd(group, B, A, weight, Energy(1.0), "balanced")
-        return _split(group, svd, max(group.ranks), Energy(self.energy))
+        return _split(group, svd, max(group.trained), Energy(self.energy))
 
     def client_rank(self, client_rank: int, rank: int) -> int:
         """A client receives its own rank, so that a D of low rank does not shrink the adapter for good."""

@@ -24,8 +24,9 @@ __all__ = ["FedSVD"]
 class FedSVD(Method):
     """SVD of ``D = Bbar A`` with ``Bbar = sum_k w_k s_k B_k`` and the frozen A: ``B = U diag(S)``, ``A = V^T``, every round.
 
-    The rank stays r, though never above n. Where S_i = 0 the column of B is zero and the row of A still one of an orthonormal
-    set, within the rows of the frozen A where they reach: which one is our choice, as is the floor below which S_i counts as 0.
+    The rank stays r, what the clients trained, though never above n. Where S_i = 0 the column of B is zero and the row of A still one
+    of an orthonormal set, within the rows of the frozen A where they reach: which one is our choice, as is the floor below which S_i
+    counts as 0.
     """
 
     name: ClassVar[str] = "fedsvd"
@@ -35,6 +36,7 @@ class FedSVD(Method):
     download: ClassVar[str] = "r(m+n)"
     equal_ranks: ClassVar[bool] = True
     frozen: ClassVar[str | None] = "A"
+    sorted_pair: ClassVar[bool] = True
 
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group. MismatchError where ranks differ."""
@@ -49,6 +51,7 @@ def _refactored(group: Group) -> Outcome:
     """
     A = common_A(group)
     r, p = A.shape[1], min(A.shape[1:])
+    q = min(p, max(group.trained))
     weight = group.weight * group.scale
     mean_B = summed(group, group.B, weight, r)
     units = torch.eye(group.n, p, dtype=torch.float64, device=group.device).expand(group.batch, group.n, p)
@@ -59,6 +62,7 @@ def _refactored(group: Group) -> Outcome:
     svd = core_svd(pad(triangle.R, (0, 0, 0, p - triangle.R.shape[1])), check=False, backend=group.backend)
     sizes = summed_norms(group.B, weight, r).to(group.device)
     kept = svd.S > _floor(sizes, A, len(group.B))[:, None]
+    kept[:, q:] = False
     B = (core @ svd.Vh.mT) * kept[:, None, :]
     alive = kept.any(1).cpu()
 
@@ -70,9 +74,9 @@ def _refactored(group: Group) -> Outcome:
         arithmetic = torch.where(alive, (len(group.B) + 64 * r + 256) * U64 * terms + rounding, 0.0)
         return dropped / whole, (dropped + arithmetic) / whole, torch.where(alive, whole * whole, 0.0)
 
-    outcome = flagged(pair_outcome(group, B, svd.Vh @ Q.mT, gap), group, group.A)
+    outcome = flagged(pair_outcome(group, B[:, :, :q], (svd.Vh @ Q.mT)[:, :q], gap), group, group.A)
     assert outcome.info is not None
-    deficient = (~kept.all(1) & torch.isfinite(svd.S).all(1)).cpu() * int(Note.RANK_DEFICIENT)
+    deficient = (~kept[:, :q].all(1) & torch.isfinite(svd.S).all(1)).cpu() * int(Note.RANK_DEFICIENT)
     trouble = frame.info | triangle.info | svd.info
     return dataclasses.replace(
         outcome,

@@ -27,10 +27,12 @@ class FlexLoRA(Method):
     broadcast: ClassVar[str] = "truncated SVD pair"
     download: ClassVar[str] = "r_k(m+n)"
     product_only: ClassVar[bool] = True
+    columnwise: ClassVar[bool] = False
+    sorted_pair: ClassVar[bool] = True
 
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group; a module whose update is zero answers p = 1, B = 0, A = e_1."""
-        largest = max(group.ranks, default=0)
+        largest = max(group.trained, default=0)
         return truncated_sum(group, Energy(1.0).capped(max(1, largest)), "left")
 
     def client_rank(self, client_rank: int, rank: int) -> int:

@@ -28,6 +28,7 @@ class FLoRA(Method):
     download: ClassVar[str] = "R(m+n)"
     streams: ClassVar[bool] = True
     product_only: ClassVar[bool] = True
+    columnwise: ClassVar[bool] = False
 
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Stack one group. ``error``, if measured, is 0: only the rounding to the output dtype stands in the bound."""

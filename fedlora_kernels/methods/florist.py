@@ -32,6 +32,8 @@ class Florist(Method):
     download: ClassVar[str] = "p(m+n)"
     takes_rule: ClassVar[bool] = True
     product_only: ClassVar[bool] = True
+    columnwise: ClassVar[bool] = False
+    sorted_pair: ClassVar[bool] = True
 
     rule: RankRule = DEFAULT_RULE
     output: str = "left"

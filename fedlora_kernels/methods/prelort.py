@@ -59,7 +59,7 @@ class PreLort(Method):
         """Combine one group. WeightError for negative weights where ranks differ."""
         made: list[Outcome] = []
         for start, stop in chunks(group):
-            runs = ranked_parts(group.part(start, stop), _rows(previous, start, stop), self.levels)
+            runs = ranked_parts(group.part(start, stop), _rows(previous, start, stop), self.levels, self.name)
             made += [_means(*run, self.name) for run in runs]
         return joined(made)
 

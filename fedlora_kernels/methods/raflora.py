@@ -38,6 +38,7 @@ class RaFLoRA(Method):
     broadcast: ClassVar[str] = "prefix of the SVD pair"
     download: ClassVar[str] = "r_k(m+n)"
     reads_previous: ClassVar[str | None] = "pair"
+    sorted_pair: ClassVar[bool] = True
 
     levels: tuple[int, ...] | None = None
 
@@ -46,7 +47,7 @@ class RaFLoRA(Method):
 
     def combine(self, group: Group, plan: Any, previous: Previous | None) -> Outcome:
         """Combine one group; D' = 0 answers p = 1, B = 0, A = e_1. WeightError for negative weights where ranks differ."""
-        made = [_truncated(*run, self.name) for run in ranked_parts(group, previous, self.levels)]
+        made = [_truncated(*run, self.name) for run in ranked_parts(group, previous, self.levels, self.name)]
         return made[0] if len(made) == 1 else joined(made)
 
     def client_rank(self, client_rank: int, rank: int) -> int:
@@ -68,7 +69,8 @@ def _truncated(group: Group, left: tuple[Tensor, Tensor] | None, top: int, metho
     blocks = _blocks(group, left, top, method) if top > 0 else None
     if blocks is None or not blocks.B:
         return zero_outcome(group)
-    svd = stack_svd(group, blocks.B, blocks.A, blocks.target, Rank(top), "balanced")
+    rank = max(group.trained) if any(group.starts) else top
+    svd = stack_svd(group, blocks.B, blocks.A, blocks.target, Rank(rank), "balanced")
     outcome = svd_outcome(group, svd, "balanced")
     energy = svd.energy.cpu()
     if bool((blocks.target == blocks.ideal).all()):

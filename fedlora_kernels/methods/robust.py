@@ -60,6 +60,8 @@ class RobustRule(Method):
     broadcast: ClassVar[str] = "truncated SVD pair, rank p"
     download: ClassVar[str] = "p(m+n)"
     product_only: ClassVar[bool] = True
+    columnwise: ClassVar[bool] = False
+    sorted_pair: ClassVar[bool] = True
 
     scope: str = field(default="model", kw_only=True)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import U64
-from fedlora_kernels.errors import InputError, WeightError
+from fedlora_kernels.errors import InputError, MismatchError, WeightError
 from fedlora_kernels.methods.contract import Group, Previous
 
 __all__ = ["Segments", "checked_levels", "ranked_parts", "segments"]
@@ -87,13 +87,15 @@ def checked_levels(levels: Any, method: str) -> tuple[int, ...] | None:
 
 
 def ranked_parts(
-    group: Group, previous: Previous | None, levels: Sequence[int] | None
+    group: Group, previous: Previous | None, levels: Sequence[int] | None, method: str
 ) -> Iterator[tuple[Group, tuple[Tensor, Tensor] | None, int]]:
     """Runs of modules of one r_max: the part of the group, its previous pair (B, A) if there is one, and r_max.
 
     r_max is the largest of the clients' ranks, of ``levels``, and of the previous pair's own rank: padding with zeros to the
-    width of a batch does not count, so the answer does not depend on the neighbours of a module.
+    width of a batch does not count, so the answer does not depend on the neighbours of a module. MismatchError where one of these
+    reaches beyond what clients trained that have their start beside it: indices from there on are the start's.
     """
+    _check_reach(group, max(levels or (), default=0), "levels", method)
     top = max([*group.ranks, *(levels or ())], default=0)
     if previous is None or previous.B is None or previous.A is None:
         yield group, None, top
@@ -101,11 +103,21 @@ def ranked_parts(
     B, A = previous.B.to(group.device), previous.A.to(group.device)
     used = (B != 0).any(1) | (A != 0).any(2)
     width = (used * torch.arange(1, used.shape[1] + 1, device=used.device)).amax(1) if used.shape[1] else used.sum(1)
+    _check_reach(group, max(width.tolist(), default=0), "the previous pair", method)
     start = 0
     for rank, run in itertools.groupby(max(top, own) for own in width.tolist()):
         stop = start + len(list(run))
         yield group.part(start, stop), (B[start:stop, :, :rank], A[start:stop, :rank]), rank
         start = stop
+
+
+def _check_reach(group: Group, rank: int, what: str, method: str) -> None:
+    trained = max(group.trained, default=0)
+    if any(group.starts) and rank > trained:
+        raise MismatchError(
+            f"module {group.modules[0]!r}: {what} of rank {rank}, but clients trained {trained} and have what they started from in the "
+            f"columns beyond; method {method!r} needs ranks that mean the same in all. Use florist or flexlora"
+        )
 
 
 @lru_cache(maxsize=256)

@@ -118,12 +118,12 @@ def test_parts_have_one_rank_which_padding_of_the_previous_pair_does_not_raise()
     B, A = torch.ones(3, 5, 6), torch.ones(3, 6, 4)
     B[0, :, 1:], A[0, 1:] = 0, 0  # of rank 1
     B[1:, :, 4:] = 0  # A alone makes rank 6
-    parts = list(ranked_parts(group, Previous(round=0, B=B, A=A), (2, 4)))
+    parts = list(ranked_parts(group, Previous(round=0, B=B, A=A), (2, 4), "prelort"))
     assert [(part.modules, kept[0].shape, top) for part, kept, top in parts] == [
         (("a",), (1, 5, 4), 4),
         (("b", "c"), (2, 5, 6), 6),
     ]
-    ((part, kept, top),) = ranked_parts(group, Previous(round=0), (2, 4))
+    ((part, kept, top),) = ranked_parts(group, Previous(round=0), (2, 4), "prelort")
     assert (part.modules, kept, top) == (names, None, 4)
-    ((_, kept, top),) = ranked_parts(group, Previous(round=0, B=B[:, :, :0], A=A[:, :0]), None)
+    ((_, kept, top),) = ranked_parts(group, Previous(round=0, B=B[:, :, :0], A=A[:, :0]), None, "prelort")
     assert (kept[0].shape, top) == ((3, 5, 0), 3)
