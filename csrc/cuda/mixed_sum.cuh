@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "sum_answers.cuh"
 #include "workspace.cuh"
 
 namespace fedlora {
@@ -25,13 +26,9 @@ struct MixedSum {
 
 constexpr int32_t kNoNumbers = -1;
 
-// What a sum says of its matrices, as fedlora_mixed_sum has it.
-struct MixedAnswers {
-    fedlora_block norm, rounding, info, notes;
-};
+struct MixedTable;
 
 // The tiles of all sums of a call, for one launch.
-struct MixedTable;
 struct MixedTiles {
     const MixedTable *tables;
     const int64_t *first; // tile of each table, count + 1 of them
@@ -39,18 +36,21 @@ struct MixedTiles {
     bool narrow; // no sum has more than 32 columns
 };
 
+struct MixedSieve;
+
 // Sums of many groups, of which blocks with a zero mixer are not read; ranks are not looked at.
 class MixedSums {
   public:
-    MixedSums(const std::vector<MixedSum> &sums, const std::vector<MixedAnswers> &answers, Workspace &workspace, Upload &upload);
+    MixedSums(const std::vector<MixedSum> &sums, const std::vector<SumAnswers> &answers, Workspace &workspace, Upload &upload);
     // Three launches: which blocks count, the sums, what is said of them.
     void launch(void *stream) const;
 
   private:
     MixedTiles tiles_;
-    const MixedAnswers *answers_;
+    const MixedSieve *sieves_;
     const int64_t *first_; // matrix of each group
-    int64_t matrices_;
+    int64_t count_, matrices_;
+    AnswersPlan answers_;
 };
 
 // Two factors with one rank each: left, m x p_max, and right^T, n x p_max.
@@ -58,6 +58,8 @@ struct FactorPair {
     MixedSum left, right;
     fedlora_block info, notes; // 1 x 1 int32, there already: overflow in one of the factors joins the info and clears the notes
 };
+
+struct PairToTurn;
 
 // Both factors of every matrix of every pair, signs by the rule: the first element of a column of the left factor that is within a factor
 // 1 - 2^-20 of the largest in magnitude is positive. Magnitudes are compared in 24 bits, before they are rounded to halves.
@@ -69,9 +71,9 @@ class BackTransform {
 
   private:
     MixedTiles tiles_; // of left and right factors by turns
-    const FactorPair *pairs_;
-    const int64_t *first_; // strip of rows of each factor, to be turned
-    int64_t strips_;
+    const PairToTurn *pairs_;
+    const int64_t *first_; // part of each pair, to be turned
+    int64_t count_, parts_;
 };
 
 } // namespace fedlora
