@@ -49,6 +49,8 @@ struct Fiber {
 // What the lanes of a warp hand in and get back; out[] is filled for all when the last one comes.
 struct Warp {
     uint32_t present = 0, live = 0, ready = 0, arrived = 0;
+    unsigned latest = 0;  // of those who have arrived
+    bool alike = true;    // whether these have one mask and one place
     uint32_t mask[warp_size];
     uint64_t value[warp_size], out[warp_size];
     int source[warp_size];

@@ -11,7 +11,11 @@ namespace simt {
 enum class Exchange { sync, shuffle, ballot, match_any, match_all, add, min, max, min_signed, max_signed, bit_and, bit_or, bit_xor };
 
 template <class F>
-inline void for_lanes(uint32_t mask, F&& body) {
+__attribute__((always_inline)) inline void for_lanes(uint32_t mask, F&& body) {
+    if (mask == ~0u) {
+        for (unsigned k = 0; k < warp_size; ++k) body(k);
+        return;
+    }
     for (; mask; mask &= mask - 1) body(static_cast<unsigned>(__builtin_ctz(mask)));
 }
 
@@ -47,11 +51,15 @@ inline void complete_rare(Warp& warp, uint32_t mask, Exchange what) {
 
 inline void complete(Warp& warp, uint32_t mask, Exchange what) {
     if (what == Exchange::shuffle) {
+        uint32_t strangers = 0;
         for_lanes(mask, [&](unsigned k) {
-            const int from = warp.source[k];
-            if (!(mask >> from & 1)) fail(text(warp.place[k]) + text(" of lane %u reads lane %d, which is not in mask 0x%08x", k, from, mask));
-            warp.out[k] = warp.value[from];
+            strangers |= static_cast<uint32_t>(~mask >> warp.source[k] & 1) << k;
+            warp.out[k] = warp.value[warp.source[k]];
         });
+        if (strangers) {
+            const int k = __builtin_ctz(strangers);
+            fail(text(warp.place[k]) + text(" of lane %d reads lane %d, which is not in mask 0x%08x", k, warp.source[k], mask));
+        }
     } else if (what == Exchange::ballot) {
         uint64_t votes = 0;
         for_lanes(mask, [&](unsigned k) { votes |= warp.value[k] << k; });
@@ -59,6 +67,19 @@ inline void complete(Warp& warp, uint32_t mask, Exchange what) {
     } else if (what != Exchange::sync) {
         complete_rare(warp, mask, what);
     }
+}
+
+// Whether the lanes of a mask, all of them waiting, wait for each other. Where they do, they must do so at one place.
+inline bool agree(const Warp& warp, uint32_t mask) {
+    bool same = true;
+    for_lanes(mask, [&](unsigned k) { same &= warp.mask[k] == mask; });
+    if (!same) return false;
+    const unsigned first = static_cast<unsigned>(__builtin_ctz(mask));
+    for_lanes(mask, [&](unsigned k) {
+        if (warp.place[k] != warp.place[first])
+            fail(text("lanes %u and %u of mask 0x%08x meet at ", first, k, mask) + text(warp.place[first]) + " and " + text(warp.place[k]));
+    });
+    return true;
 }
 
 // Hands in a value, waits for the lanes of the mask, answers what the exchange has for this lane.
@@ -73,13 +94,12 @@ inline uint64_t exchange(uint32_t mask, Exchange what, uint64_t value, int sourc
     warp.source[lane] = source;
     warp.mask[lane] = mask;
     warp.place[lane] = place;
+    // Nearly always all lanes that wait want the same; what each wants is looked at only where they do not.
+    if (!warp.arrived) warp.alike = true;
+    else if (warp.alike) warp.alike = mask == warp.mask[warp.latest] && !(place != warp.place[warp.latest]);
+    warp.latest = lane;
     warp.arrived |= bit;
-    bool all = (warp.arrived & mask) == mask;
-    if (all) for_lanes(mask, [&](unsigned k) { all &= warp.mask[k] == mask; });
-    if (all) {
-        for_lanes(mask, [&](unsigned k) {
-            if (warp.place[k] != place) fail(text(place) + " by lane " + std::to_string(lane) + ", but lane " + std::to_string(k) + " of its mask is at " + text(warp.place[k]));
-        });
+    if ((warp.arrived & mask) == mask && (warp.alike || agree(warp, mask))) {
         complete(warp, mask, what);
         warp.arrived &= ~mask;
         set_ready(self->warp, mask);
