@@ -11,7 +11,6 @@ namespace simt {
 
 constexpr unsigned warp_size = 32, most_threads = 1024, most_warps = most_threads / warp_size;
 
-// FEDLORA_SIMT_SCHEDULE: forward, reverse, or the seed of a shuffled one.
 enum class Order { forward, reverse, shuffled };
 
 struct Schedule {
@@ -65,7 +64,7 @@ struct Block {
     uint32_t ready_warps = 0;
     unsigned threads = 0, live = 0, waiting = 0;
     int met = 0, any = 0, result_any = 0, result_count = 0;
-    Place barrier, waits_at[most_threads];
+    Place barrier;  // where those wait who are at a barrier
     bool at_barrier[most_threads];
     uint3 index{};
     dim3 shape, grid;
@@ -108,36 +107,35 @@ inline void set_waiting(unsigned warp, uint32_t lanes) {
     if (!block->warps[warp].ready) block->ready_warps &= ~(1u << warp);
 }
 
-// Ends the block: nobody comes back to the other fibers. Called by a fiber.
-[[noreturn]] __attribute__((noinline, cold)) inline void fail(std::string message) {
-    block->error = text("block (%u, %u, %u), thread (%u, %u, %u): ", block->index.x, block->index.y, block->index.z,
-                        self->thread.x, self->thread.y, self->thread.z) +
-                   message;
-    change(self->context, block->home, block->home);
+// Ends the block with a message: nobody comes back to its fibers, so the message is made and gone before this one is left.
+template <class Message>
+[[noreturn]] __attribute__((noinline, cold)) void fail(Message&& message) {
+    const uint3 at = block->index, thread = self->thread;
+    block->error = text("block (%u, %u, %u), thread (%u, %u, %u): ", at.x, at.y, at.z, thread.x, thread.y, thread.z) + message();
+    change(self->context, block->home, block->home, true);
     __builtin_unreachable();
 }
 
-// Why nobody can run: the first thread in each kind of wait.
+// Why nobody can run: the first thread of each kind of wait.
 __attribute__((noinline, cold)) inline std::string deadlock() {
-    std::string told = "nobody can go on, barrier or warp intrinsic in divergent code:";
-    int kinds = 0;
-    std::vector<Place> seen;
-    for (unsigned i = 0; i < block->threads && kinds < 4; ++i) {
+    struct Wait {
+        Place place;
+        uint32_t mask;
+    };
+    std::string told = "nobody can go on, a barrier or warp intrinsic in divergent code:";
+    std::vector<Wait> seen;
+    for (unsigned i = 0; i < block->threads && seen.size() < 4; ++i) {
         const Warp& warp = block->warps[i / warp_size];
-        if (!(warp.live >> i % warp_size & 1)) continue;
-        const Place& place = block->at_barrier[i] ? block->waits_at[i] : warp.place[i % warp_size];
-        bool known = false;
-        for (const Place& other : seen) known |= !(other != place);
-        if (known) continue;
-        seen.push_back(place);
-        ++kinds;
-        told += text(" thread %u waits at ", i) + text(place);
-        if (!block->at_barrier[i]) told += text(" with mask 0x%08x, of which 0x%08x are alive", warp.mask[i % warp_size],
-                                                warp.live & warp.mask[i % warp_size]);
-        told += ";";
+        const unsigned lane = i % warp_size;
+        if (!(warp.live >> lane & 1)) continue;
+        const bool at_barrier = block->at_barrier[i];
+        const Wait wait = at_barrier ? Wait{block->barrier, 0} : Wait{warp.place[lane], warp.mask[lane]};
+        if (std::any_of(seen.begin(), seen.end(), [&](const Wait& w) { return w.mask == wait.mask && !(w.place != wait.place); })) continue;
+        told += text("%s thread %u waits at ", seen.empty() ? "" : ";", i) + text(wait.place);
+        if (!at_barrier) told += text(" with mask 0x%08x", wait.mask);
+        seen.push_back(wait);
     }
-    if (block->live < block->threads) told += text(" %u of %u threads have returned;", block->threads - block->live, block->threads);
-    told.pop_back();
+    if (block->live < block->threads) told += text("; %u of %u threads have returned", block->threads - block->live, block->threads);
     return told;
 }
 
@@ -181,12 +179,11 @@ inline void meet(bool predicate, Place place) {
     Block& b = *block;
     const unsigned i = self->warp * warp_size + self->lane;
     if (!b.waiting) b.barrier = place;
-    else if (b.barrier != place) fail("waits at " + text(place) + " while others wait at " + text(b.barrier));
+    else if (b.barrier != place) fail([&] { return "waits at " + text(place) + " while others wait at " + text(b.barrier); });
     b.any |= predicate;
     b.met += predicate;
     ++b.waiting;
     b.at_barrier[i] = true;
-    b.waits_at[i] = place;
     set_waiting(self->warp, 1u << self->lane);
     open_barrier();
     yield();
@@ -196,8 +193,15 @@ inline void meet(bool predicate, Place place) {
 inline void enter() {
     arrived(self->context, block->home);
     block->body(block->argument);
+    Warp& warp = block->warps[self->warp];
+    for (unsigned k = 0; warp.arrived >> k; ++k)
+        if (warp.arrived >> k & 1 && warp.mask[k] >> self->lane & 1)
+            fail([&] {
+                return text("lane %u waits at ", k) + text(warp.place[k]) +
+                       text(" with mask 0x%08x, but lane %u returns", warp.mask[k], self->lane);
+            });
     --block->live;
-    block->warps[self->warp].live &= ~(1u << self->lane);
+    warp.live &= ~(1u << self->lane);
     set_waiting(self->warp, 1u << self->lane);
     open_barrier();
     yield(true);

@@ -93,8 +93,9 @@ struct Context {
     void* stack = nullptr;
 };
 
-// The jump instead of a return lets the processor foresee it: all lanes wait at the same place.
-__attribute__((naked, noinline)) inline void exchange(void** /*from*/, void* /*to*/) {
+// The jump instead of a return lets the processor foresee it: all lanes wait at the same place. noipa: the compiler must not learn
+// from these few instructions which registers and variables a switch leaves alone.
+__attribute__((naked, noinline, noipa)) inline void exchange(void** /*from*/, void* /*to*/) {
     asm("pop %rcx\n\t"
         "push %rbp\n\tpush %rbx\n\tpush %r12\n\tpush %r13\n\tpush %r14\n\tpush %r15\n\t"
         "push %rcx\n\t"

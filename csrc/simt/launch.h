@@ -2,7 +2,7 @@
 // at a time. What goes wrong is kept for cudaGetLastError, and nothing is launched until somebody has asked.
 #pragma once
 
-#include <map>
+#include <utility>
 
 #include "shared.h"
 #include "warp.h"
@@ -35,35 +35,20 @@ struct Error {
     std::string message;
 };
 
-// One per OS thread, but not thread-local: it must survive what happens to __shared__.
-struct Errors {
-    std::mutex mutex;
-    std::map<std::thread::id, Error> of;
-};
-
-inline Error& last_error() {
-    static Errors errors;
-    const std::lock_guard<std::mutex> lock(errors.mutex);
-    return errors.of[std::this_thread::get_id()];
-}
+inline thread_local Error last_error;
 
 inline cudaError_t set_error(cudaError_t code, std::string message = {}) {
-    Error& error = last_error();
-    if (error.code == cudaSuccess || !message.empty()) error.code = code, error.message = std::move(message);
+    last_error = {code, std::move(message)};
     return code;
 }
 
 inline cudaError_t take_error() {
-    Error& error = last_error();
-    const cudaError_t code = error.code;
-    error.code = cudaSuccess;  // the message stays for cudaGetErrorString
-    return code;
+    return std::exchange(last_error.code, cudaSuccess);  // the message stays for cudaGetErrorString
 }
 
 inline const char* describe(cudaError_t code) {
-    const Error& error = last_error();
     if (code == cudaSuccess) return "no error";
-    if (!error.message.empty()) return error.message.c_str();
+    if (!last_error.message.empty()) return last_error.message.c_str();
     if (code == cudaErrorInvalidValue) return "invalid argument";
     if (code == cudaErrorInvalidDevice) return "invalid device ordinal";
     return "unspecified launch failure";
@@ -76,11 +61,24 @@ inline long number(const char* name, long fallback) {
 
 inline size_t most_shared_bytes() { return static_cast<size_t>(number("FEDLORA_SIMT_SHARED_BYTES", 232448)); }
 
+// FEDLORA_SIMT_SCHEDULE: forward, reverse, or the seed of a shuffled one.
 inline Schedule schedule_from_environment() {
     const char* name = getenv("FEDLORA_SIMT_SCHEDULE");
     if (!name || !*name || !strcmp(name, "forward")) return {};
     if (!strcmp(name, "reverse")) return {Order::reverse, 0};
-    return {Order::shuffled, strtoull(name, nullptr, 10) * 0x9e3779b97f4a7c15ull + 1};
+    char* end = nullptr;
+    const uint64_t seed = strtoull(name, &end, 10);
+    if (*end) throw std::runtime_error(text("FEDLORA_SIMT_SCHEDULE=%s: forward, reverse or a number", name));
+    return {Order::shuffled, seed * 0x9e3779b97f4a7c15ull + 1};
+}
+
+// The block to run as the i-th: no block may count on those before it.
+inline uint64_t block_number(const Schedule& schedule, uint64_t i, uint64_t count) {
+    if (schedule.order == Order::forward) return i;
+    if (schedule.order == Order::reverse) return count - 1 - i;
+    uint64_t step = (schedule.state >> 20) % count;
+    while (std::gcd(step, count) != 1) ++step;
+    return static_cast<uint64_t>((static_cast<unsigned __int128>(i) * step + (schedule.state >> 11) % count) % count);
 }
 
 // Why hardware would not start it.
@@ -143,7 +141,8 @@ inline void run_taken(Grid& grid) {
     const std::vector<Range>& statics = static_shared();
     const Schedule schedule = schedule_from_environment();
     const uint64_t count = uint64_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
-    for (uint64_t i; (i = grid.taken++) < count;) {
+    for (uint64_t turn; (turn = grid.taken++) < count;) {
+        const uint64_t i = block_number(schedule, turn, count);
         b.index = {static_cast<unsigned>(i % grid.blocks.x), static_cast<unsigned>(i / grid.blocks.x % grid.blocks.y),
                    static_cast<unsigned>(i / grid.blocks.x / grid.blocks.y)};
         b.schedule = schedule;
@@ -173,7 +172,7 @@ inline void run_blocks(Grid& grid) {
 
 template <class Body>
 void launch(dim3 blocks, dim3 shape, size_t dynamic_bytes, Body&& body) {
-    if (last_error().code != cudaSuccess) return;
+    if (last_error.code != cudaSuccess) return;
     const std::string reason = refused(blocks, shape, dynamic_bytes);
     if (!reason.empty()) {
         set_error(cudaErrorInvalidConfiguration, "launch refused: " + reason);

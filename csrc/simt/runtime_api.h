@@ -4,7 +4,7 @@
 #include "launch.h"
 
 inline cudaError_t cudaGetLastError() { return simt::take_error(); }
-inline cudaError_t cudaPeekAtLastError() { return simt::last_error().code; }
+inline cudaError_t cudaPeekAtLastError() { return simt::last_error.code; }
 inline const char* cudaGetErrorString(cudaError_t code) { return simt::describe(code); }
 inline const char* cudaGetErrorName(cudaError_t code) { return code == cudaSuccess ? "cudaSuccess" : "simt"; }
 

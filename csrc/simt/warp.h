@@ -58,7 +58,9 @@ inline void complete(Warp& warp, uint32_t mask, Exchange what) {
         });
         if (strangers) {
             const int k = __builtin_ctz(strangers);
-            fail(text(warp.place[k]) + text(" of lane %d reads lane %d, which is not in mask 0x%08x", k, warp.source[k], mask));
+            fail([&] {
+                return text(warp.place[k]) + text(" of lane %d reads lane %d, which is not in mask 0x%08x", k, warp.source[k], mask);
+            });
         }
     } else if (what == Exchange::ballot) {
         uint64_t votes = 0;
@@ -77,7 +79,10 @@ inline bool agree(const Warp& warp, uint32_t mask) {
     const unsigned first = static_cast<unsigned>(__builtin_ctz(mask));
     for_lanes(mask, [&](unsigned k) {
         if (warp.place[k] != warp.place[first])
-            fail(text("lanes %u and %u of mask 0x%08x meet at ", first, k, mask) + text(warp.place[first]) + " and " + text(warp.place[k]));
+            fail([&] {
+                return text("lanes %u and %u of mask 0x%08x meet at ", first, k, mask) + text(warp.place[first]) + " and " +
+                       text(warp.place[k]);
+            });
     });
     return true;
 }
@@ -87,9 +92,10 @@ inline uint64_t exchange(uint32_t mask, Exchange what, uint64_t value, int sourc
     Warp& warp = block->warps[self->warp];
     const unsigned lane = self->lane;
     const uint32_t bit = 1u << lane;
-    if (!(mask & bit)) fail(text(place) + text(" by lane %u, which is not in its own mask 0x%08x", lane, mask));
+    if (!(mask & bit)) fail([&] { return text(place) + text(" by lane %u, which is not in its own mask 0x%08x", lane, mask); });
     mask &= warp.present;
-    if (mask & ~warp.live) fail(text(place) + text(" with mask 0x%08x, but lanes 0x%08x have returned", mask, mask & ~warp.live));
+    const uint32_t gone = mask & ~warp.live;
+    if (gone) fail([&] { return text(place) + text(" with mask 0x%08x, but lanes 0x%08x have returned", mask, gone); });
     warp.value[lane] = value;
     warp.source[lane] = source;
     warp.mask[lane] = mask;
