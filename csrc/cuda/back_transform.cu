@@ -59,14 +59,16 @@ __device__ void turn(T &x) {
 
 // Four numbers next to each other, those that a mask names.
 template <class T>
-__device__ void turn_four(Four &four, int mask) {
+__device__ Four turn_four(const Four &four, int mask) {
+    Four turned;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         T x;
         take(four, i, x);
         if (mask >> i & 1) turn(x);
-        put(four, i, x);
+        put(turned, i, x);
     }
+    return turned;
 }
 
 // Four numbers along the fast side, of which the mask says which to turn.
@@ -75,8 +77,7 @@ __device__ void turn_run(T *x, int64_t step, int64_t count, int mask) {
     if (!mask || count <= 0) return;
     Four four;
     load_four(four, x, step, count);
-    turn_four<T>(four, mask);
-    store_four(four, x, step, count);
+    store_four(turn_four<T>(four, mask), x, step, count);
 }
 
 // Some rows of a chunk of columns.
