@@ -28,13 +28,15 @@ struct GramTask;
 class Grams {
   public:
     Grams(const std::vector<GramStack> &stacks, Workspace &workspace, Upload &upload);
-    // Two launches: tiles of parts of the rows, and their sums; one where no stack has more than one part.
+    // Two launches: tiles of parts of the rows (one for every dtype there is), and their sums; the first alone where no stack has
+    // more than one part.
     void launch(void *stream) const;
 
   private:
+    static constexpr int kDtypes = FEDLORA_FLOAT16 + 1;
     const GramTask *tasks_;
-    const int64_t *first_, *first_sum_; // part and sum of each task, count + 1 of them
-    int64_t count_, parts_, sums_, shared_bytes_;
+    const int64_t *first_, *first_sum_; // part and sum of each task
+    int64_t count_ = 0, parts_[kDtypes] = {}, sums_ = 0, shared_bytes_ = 0;
 };
 
 // The largest finite magnitudes of the columns of a stack, to bring float64 into a range where squares are safe.
