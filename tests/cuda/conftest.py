@@ -1,10 +1,16 @@
 """The CUDA backend under test: on the simulated device everywhere, and on a GPU where there is one."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import simulated
 import torch
 
 from fedlora_kernels.backends.cuda import BACKEND, CudaBackend
+
+# the matrices and checks that tests of all backends share
+sys.path.append(str(Path(__file__).resolve().parents[1] / "backends"))
 
 
 @pytest.fixture(scope="session")
