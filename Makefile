@@ -5,7 +5,7 @@ VENV   ?= .venv
 CACHE  ?= .cache/demo
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/include/*.h csrc/cpu/*)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/include/*.h csrc/cpu/* csrc/cuda/*)
 
 # One thread a worker: two workers with two threads each would fight for two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

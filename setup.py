@@ -1,20 +1,24 @@
 """Builds the plain shared libraries in `fedlora_kernels/_lib`; everything else is in pyproject.toml.
 
 FEDLORA_BUILD_CPU   auto: build if there is a compiler, else say why not; 1: fail without one; 0: do not build
-FEDLORA_BUILD_CUDA  the same for csrc/cuda, once it holds sources
+FEDLORA_BUILD_CUDA  the same with nvcc; auto builds for a wheel, or where there is a GPU driver: it takes minutes
 CXX                 the C++ compiler (default g++)
 CXXFLAGS            flags to add, e.g. for sanitizers
+NVCC, CUDA_HOME     where nvcc is, if not on the PATH
+FEDLORA_CUDA_ARCHS  compute capabilities to build for (default 80;90;100)
 """
 
 import functools
 import hashlib
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -25,6 +29,10 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 HEADER = CSRC / "include" / "fedlora.h"
 CPU = "fedlora_kernels._lib.libfedlora_cpu"
+CUDA = "fedlora_kernels._lib.libfedlora_cuda"
+# The package cannot be imported here: torch need not be installed where a wheel is built.
+NVCC = SimpleNamespace(**runpy.run_path(str(ROOT / "fedlora_kernels" / "backends" / "cuda" / "nvcc.py")))
+DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")
 FLAGS = "-O3 -std=c++17 -fopenmp -shared -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi"
 
 
@@ -48,30 +56,68 @@ def compiler_version():
     return subprocess.run([*compiler(), "--version"], check=True, capture_output=True, text=True).stdout
 
 
-def cpu_unavailable():
-    """Why the CPU library is not built, or an empty string if it is."""
-    choice = wanted("FEDLORA_BUILD_CPU")
+def unavailable(variable, library, reason):
+    """Why a library is not built, or an empty string; ends the run where FEDLORA_BUILD_* asks for what cannot be had."""
+    choice = wanted(variable)
     if choice == "0":
-        return "FEDLORA_BUILD_CPU=0"
-    reason = ""
-    if not sys.platform.startswith("linux"):
-        reason = f"it is served on Linux only, not on {sys.platform}"
-    elif compiler() is None:
-        reason = f"no C++ compiler {os.environ.get('CXX', 'g++')!r}; install one or set CXX"
+        return f"{variable}=0"
+    reason = reason()
     if reason and choice == "1":
-        sys.exit(f"fedlora_kernels: FEDLORA_BUILD_CPU=1, but the CPU library cannot be built: {reason}")
+        sys.exit(f"fedlora_kernels: {variable}=1, but the {library} library cannot be built: {reason}")
     return reason
 
 
-def check_cuda():
-    """Refuses FEDLORA_BUILD_CUDA=1 as long as there is nothing to build."""
-    if wanted("FEDLORA_BUILD_CUDA") == "1" and not list(CSRC.glob("cuda/*.cu")):
-        sys.exit("fedlora_kernels: FEDLORA_BUILD_CUDA=1, but csrc/cuda holds no sources; unset it")
+def no_cpu():
+    """Why the CPU library cannot be built here, or an empty string."""
+    if not sys.platform.startswith("linux"):
+        return f"it is served on Linux only, not on {sys.platform}"
+    return "" if compiler() else f"no C++ compiler {os.environ.get('CXX', 'g++')!r}; install one or set CXX"
+
+
+def no_cuda():
+    """Why the CUDA library is not built here, or an empty string: nvcc is there on many machines that have no use for it."""
+    if not sys.platform.startswith("linux"):
+        return f"it is served on Linux only, not on {sys.platform}"
+    if NVCC.find() is None:
+        return "no nvcc; install the CUDA toolkit, or set NVCC or CUDA_HOME"
+    asked = wanted("FEDLORA_BUILD_CUDA") == "1" or "bdist_wheel" in sys.argv
+    if not asked and not any(map(os.path.exists, DRIVER)):
+        return "no NVIDIA driver on this machine; FEDLORA_BUILD_CUDA=1 builds it all the same"
+    return ""
 
 
 def abi_stamp():
     """The number that ties library and package: see fedlora_kernels/backends/cpu/library.py."""
     return "0x" + hashlib.sha256(HEADER.read_bytes()).hexdigest()[:16] + "ull"
+
+
+class Cpp:
+    """How the CPU library is made."""
+
+    variable, library, jobs = "FEDLORA_BUILD_CPU", "CPU", os.cpu_count()
+    version = staticmethod(compiler_version)
+
+    def compile(self, source):
+        flags = [*shlex.split(FLAGS), f"-DFEDLORA_ABI_STAMP={abi_stamp()}", f"-I{HEADER.parent}", *extra_flags()]
+        return [*compiler(), *flags, "-c", source]
+
+    def link(self, objects, out):
+        return [*compiler(), *shlex.split(FLAGS), *extra_flags(), *map(str, objects), "-o", str(out)]
+
+
+class Cuda:
+    """How the CUDA library is made: a source takes one to two gigabytes of memory, so few at once."""
+
+    variable, library, jobs = "FEDLORA_BUILD_CUDA", "CUDA", 2
+
+    def version(self):
+        return NVCC.version(NVCC.find())
+
+    def compile(self, source):
+        return NVCC.compile_command(NVCC.find(), CSRC, source, NVCC.architectures())
+
+    def link(self, objects, out):
+        return NVCC.link_command(NVCC.find(), objects, out, NVCC.architectures())
 
 
 class BuildLibrary(build_ext):
@@ -81,33 +127,34 @@ class BuildLibrary(build_ext):
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext):
+        tool = Cuda() if ext.name == CUDA else Cpp()
         out = Path(self.get_ext_fullpath(ext.name))
         out.parent.mkdir(parents=True, exist_ok=True)
         # A running process may have the old file mapped: a new one takes its name.
         fresh = out.with_suffix(f".{os.getpid()}.so")
         try:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(self.compiled, ext.sources))
-            link = [*compiler(), *shlex.split(FLAGS), *extra_flags(), *map(str, objects), "-o", str(fresh)]
+            version = tool.version()
+            with ThreadPoolExecutor(tool.jobs) as pool:
+                objects = list(pool.map(lambda source: self.compiled(tool, version, source), ext.sources))
+            link = tool.link(objects, fresh)
             print(shlex.join(link), flush=True)
             subprocess.run(link, check=True, cwd=ROOT)
             fresh.replace(out)
-        except subprocess.CalledProcessError as error:
-            if wanted("FEDLORA_BUILD_CPU") == "1":
-                sys.exit(
-                    f"fedlora_kernels: FEDLORA_BUILD_CPU=1, but the compiler failed with status {error.returncode}"
-                )
+        except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+            failed = isinstance(error, subprocess.CalledProcessError)
+            reason = f"the compiler failed with status {error.returncode}" if failed else error
+            if wanted(tool.variable) == "1":
+                sys.exit(f"fedlora_kernels: {tool.variable}=1, but {reason}")
             print(
-                "fedlora_kernels: the compiler failed; installing without the CPU library", file=sys.stderr, flush=True
+                f"fedlora_kernels: {reason}; installing without the {tool.library} library", file=sys.stderr, flush=True
             )
         finally:
             fresh.unlink(missing_ok=True)
 
-    def compiled(self, source):
+    def compiled(self, tool, version, source):
         """The object file of a source, from the run before where neither it nor a header nor a flag has changed since."""
-        flags = [*shlex.split(FLAGS), f"-DFEDLORA_ABI_STAMP={abi_stamp()}", f"-I{HEADER.parent}", *extra_flags()]
-        command = [*compiler(), *flags, "-c", source]
-        name = f"{Path(source).stem}-{hashlib.sha256((shlex.join(command) + compiler_version()).encode()).hexdigest()[:16]}"
+        command = tool.compile(source)
+        name = f"{Path(source).stem}-{hashlib.sha256((shlex.join(command) + version).encode()).hexdigest()[:16]}"
         target = (ROOT / self.build_temp / name).with_suffix(".o")
         if not up_to_date(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +172,7 @@ def extra_flags():
 def up_to_date(target):
     """Whether an object file is newer than all that the compiler read for it."""
     try:
-        used = target.with_suffix(".d").read_text().replace("\\\n", " ").split()[1:]
+        used = target.with_suffix(".d").read_text().partition(":")[2].replace("\\\n", " ").split()
         return all((ROOT / path).stat().st_mtime < target.stat().st_mtime for path in used)
     except OSError:
         return False
@@ -153,13 +200,14 @@ class Wheel(bdist_wheel):
 
 def extensions():
     """The libraries to build here and now."""
-    check_cuda()
-    reason = cpu_unavailable()
-    if reason:
-        print(f"fedlora_kernels: the CPU library is not built: {reason}", file=sys.stderr, flush=True)
-        return []
-    sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.glob("cpu/*.cpp"))
-    return [Extension(CPU, sources, optional=wanted("FEDLORA_BUILD_CPU") != "1")]
+    found = []
+    for tool, name, reason, pattern in ((Cpp, CPU, no_cpu, "cpu/*.cpp"), (Cuda, CUDA, no_cuda, "cuda/*.cu")):
+        if reason := unavailable(tool.variable, tool.library, reason):
+            print(f"fedlora_kernels: the {tool.library} library is not built: {reason}", file=sys.stderr, flush=True)
+            continue
+        sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.glob(pattern))
+        found.append(Extension(name, sources, optional=wanted(tool.variable) != "1"))
+    return found
 
 
 setup(

@@ -18,10 +18,11 @@ needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ c
 
 
 def run(command, cwd, **environment):
+    """(exit status, output); the CUDA library, which takes minutes, only where it is asked for."""
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**os.environ, "FEDLORA_BUILD_CUDA": "0", **environment},
         capture_output=True,
         text=True,
         timeout=900,
@@ -114,7 +115,11 @@ def test_no_compiler_is_a_printed_reason(checkout):
     [
         ({"FEDLORA_BUILD_CPU": "1", "CXX": "no-such-compiler"}, "FEDLORA_BUILD_CPU=1"),
         ({"FEDLORA_BUILD_CPU": "maybe"}, "needs auto, 0 or 1"),
-        ({"FEDLORA_BUILD_CPU": "0", "FEDLORA_BUILD_CUDA": "1"}, "csrc/cuda holds no sources"),
+        (
+            {"FEDLORA_BUILD_CPU": "0", "FEDLORA_BUILD_CUDA": "1", "NVCC": "no-such-nvcc"},
+            "no nvcc; install the CUDA toolkit",
+        ),
+        ({"FEDLORA_BUILD_CPU": "0", "FEDLORA_BUILD_CUDA": "yes"}, "needs auto, 0 or 1"),
     ],
 )
 def test_what_cannot_be_built_is_refused(checkout, environment, words):
@@ -122,6 +127,107 @@ def test_what_cannot_be_built_is_refused(checkout, environment, words):
     assert code != 0
     assert words in output
     assert wheel is None
+
+
+# Says that it is version 13.0.88, and makes files that tell how it was called.
+NVCC = """#!/bin/sh
+if [ "$1" = --version ]; then echo "Cuda compilation tools, release 13.0, V13.0.88"; exit 0; fi
+[ -z "$NVCC_STATUS" ] || exit "$NVCC_STATUS"
+echo called >> "$NVCC_CALLS"
+for word; do
+    [ "$last" = -o ] && out="$word"
+    [ "$last" = -MF ] && depends="$word"
+    [ "$last" = -c ] && source="$word"
+    last="$word"
+done
+echo "$@" > "$out"
+[ -z "$depends" ] || echo "$out : $source" > "$depends"
+"""
+
+
+@pytest.fixture
+def nvcc(checkout, tmp_path):
+    """A compiler of its own and the environment that asks for it alone."""
+    script = tmp_path / "nvcc"
+    script.write_text(NVCC)
+    script.chmod(0o755)
+    return {
+        "NVCC": str(script),
+        "NVCC_CALLS": str(tmp_path / "calls"),
+        "FEDLORA_BUILD_CPU": "0",
+        "FEDLORA_BUILD_CUDA": "1",
+    }
+
+
+def test_wheel_with_the_cuda_library(checkout, nvcc, tmp_path):
+    code, output, wheel = build(checkout, **nvcc, FEDLORA_CUDA_ARCHS="90;100")
+    assert code == 0, output
+    assert "-py3-none-linux" in wheel.name
+    (made,) = libraries(wheel).values()
+    assert "--cudart=static" in made.decode()
+    assert "fedlora_kernels/_csrc/cuda/library.cu" in zipfile.ZipFile(wheel).namelist()
+    sources = len(list(ROOT.glob("csrc/cuda/*.cu")))
+    calls = tmp_path / "calls"
+    assert calls.read_text().count("called") == sources + 1
+    assert "-gencode=arch=compute_100,code=sm_100 -gencode=arch=compute_100,code=compute_100" in output
+    # Again, with one source changed: that one and the link.
+    (checkout / "csrc/cuda/library.cu").write_text("// another\n")
+    assert build(checkout, **nvcc, FEDLORA_CUDA_ARCHS="90;100")[0] == 0
+    assert calls.read_text().count("called") == sources + 3
+
+
+def test_wheels_take_the_cuda_library_where_there_is_a_compiler(checkout, nvcc):
+    code, output, wheel = build(checkout, **nvcc | {"FEDLORA_BUILD_CUDA": "auto"})
+    assert code == 0, output
+    assert len(libraries(wheel)) == 1
+
+
+@pytest.mark.skipif(os.path.exists("/proc/driver/nvidia/version"), reason="there is an NVIDIA driver")
+def test_in_place_no_driver_is_a_printed_reason(checkout, nvcc):
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    code, output = run(command, checkout, **nvcc | {"FEDLORA_BUILD_CUDA": "auto"})
+    assert code == 0, output
+    assert (
+        "the CUDA library is not built: no NVIDIA driver on this machine; FEDLORA_BUILD_CUDA=1 builds it all the same"
+        in output
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"NVCC_STATUS": "7"}, "the compiler failed with status 7"),
+        ({"FEDLORA_CUDA_ARCHS": "90;sm_100"}, "FEDLORA_CUDA_ARCHS: 'sm_100' is no compute capability from 80 on"),
+        ({"NVCC": "true"}, "true names no version"),
+    ],
+)
+def test_a_failing_nvcc_is_a_printed_reason_or_an_error(checkout, nvcc, environment, words):
+    code, output, wheel = build(checkout, **nvcc | {"FEDLORA_BUILD_CUDA": "auto"} | environment)
+    assert code == 0, output
+    assert words in output
+    assert "installing without the CUDA library" in output
+    assert libraries(wheel) == {}
+    code, output, _ = build(checkout, **nvcc | environment)
+    assert code != 0
+    assert f"FEDLORA_BUILD_CUDA=1, but {words}" in output
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+def test_the_cuda_library_is_built_and_loads_without_a_driver(checkout, tmp_path):
+    code, output, wheel = build(checkout, FEDLORA_BUILD_CPU="0", FEDLORA_BUILD_CUDA="1")
+    assert code == 0, output
+    assert set(libraries(wheel)) == {"fedlora_kernels/_lib/libfedlora_cuda.so"}
+    assert wheel.stat().st_size < 40 << 20
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    look = "from fedlora_kernels.backends.cuda import BACKEND as b; print(b.library.path, b.library.available())"
+    code, output = run([sys.executable, "-c", look], tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert code == 0, output
+    assert (
+        f"{tmp_path}/site/fedlora_kernels/_lib/libfedlora_cuda.so (True, 'libfedlora_cuda.so, sm_80 sm_90 sm_100')"
+        in output
+    )
 
 
 @pytest.mark.full

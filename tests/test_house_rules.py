@@ -21,10 +21,10 @@ DOCUMENTS = [*sorted(REPO.glob("*.md")), *sorted(REPO.glob("docs/*.md")), *sorte
 
 
 def test_environment_variables_are_documented():
-    # macros of the C side (FEDLORA_API and the like) are no environment variables: take what Python reads
+    # macros of the C side (FEDLORA_API and the like) are no environment variables: quoted names are
     used = set()
     for path in SOURCES:
-        if path.is_file() and path.suffix == ".py":
+        if path.is_file() and path.suffix in (".py", ".h", ".hpp", ".cuh", ".cpp", ".cu"):
             used |= set(re.findall(r"[\"'](FEDLORA_[A-Z_]+)[\"']", path.read_text()))
     documented = set(re.findall(r"`(FEDLORA_[A-Z_]+)`", (REPO / "docs/environment.md").read_text()))
     assert used, "no environment variable found: the pattern of this test is wrong"
