@@ -1,10 +1,10 @@
 // Who decomposes which matrix: groups of matrices as kernels see them, by size (docs/numerics.md, Core SVD).
 //
-// `SmallSvd` (small_svd.cuh) takes what fits the registers of a thread or of a part of a warp, `BlockSvd` (block_svd.cuh) all else,
-// and `CoreSvd` (svd.cuh) shares any groups out between the two. Each is a plan with the same two steps:
+// `SmallSvd` (small_svd.cuh) takes what fits the registers of a thread or of a part of a warp, `BlockSvd` (block_svd.cuh) all
+// else, and `CoreSvd` (svd.cuh) shares any groups out between the two. Each is a plan with the same two steps:
 //
-//     Plan(const std::vector<SvdGroup> &groups, Workspace &workspace, Upload &upload);   takes scratch and adds tables
-//     void launch(int64_t max_sweeps, void *stream) const;                               once the tables were sent; 0: the default
+//     Plan(const std::vector<SvdGroup> &groups, Workspace &workspace, Upload &upload); takes scratch and adds tables
+//     void launch(int64_t max_sweeps, void *stream) const;  once the tables were sent; max_sweeps 0 takes the default
 //
 // Over a workspace without memory only the first is called. Nothing in either looks at the device's memory.
 #pragma once
