@@ -85,7 +85,7 @@ struct Layout {
     static constexpr int kHanded = kStrips * Strips::kBytes;
     static constexpr int kTable = kHanded + kWarps * Shape::kTiles / 2 * (int)kTile * (int)sizeof(double);
     static constexpr int kScales = kTable + kColumns * (int)sizeof(StripColumn);
-    [[maybe_unused]] static constexpr int kBytes = kScales + kColumns * (int)sizeof(double);
+    static constexpr int kBytes = kScales + kColumns * (int)sizeof(double);
 };
 
 // Which columns of G a tile has; tiles go from column to column of G.
@@ -254,8 +254,12 @@ int64_t shared_of(int64_t R) {
 }
 
 int64_t shared_of(int64_t R, int64_t dtype) {
-    const int64_t size = size_of(dtype);
-    return size == 8 ? shared_of<double>(R) : size == 4 ? shared_of<float>(R) : shared_of<Bfloat16>(R);
+    switch (dtype) {
+        case FEDLORA_FLOAT32: return shared_of<float>(R);
+        case FEDLORA_FLOAT64: return shared_of<double>(R);
+        case FEDLORA_BFLOAT16: return shared_of<Bfloat16>(R);
+        default: return shared_of<Float16>(R);
+    }
 }
 
 } // namespace

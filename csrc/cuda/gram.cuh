@@ -50,14 +50,14 @@ inline int64_t pieces_of(int64_t rows) { return rows <= 2048 ? 1 : rows <= 16 * 
 
 class ColumnSizesOf {
   public:
-    ColumnSizesOf(const std::vector<ColumnSizes> &stacks, Workspace &workspace, Upload &upload);
+    struct Task;
+    ColumnSizesOf(const std::vector<ColumnSizes> &stacks, Upload &upload);
     void launch(void *stream) const; // one launch
 
   private:
-    struct Task;
     const Task *tasks_;
-    const int64_t *first_;
-    int64_t count_, blocks_;
+    const int64_t *first_; // block of each task
+    int64_t count_ = 0, blocks_ = 0;
 };
 
 // The same numbers with rows and columns in turn.
