@@ -1,0 +1,30 @@
+"""What every kernel of csrc/cuda may use, by source. A kernel without a row here fails its gate.
+
+A row says how many threads a block has at most, as the launch bound says (1024 where there is none); how many blocks have to fit
+on a multiprocessor at once (some instances of a template may promise more); how many bytes of static shared memory; and whether
+the kernel works on the float64 tensor cores.
+"""
+
+from typing import NamedTuple
+
+
+class Limit(NamedTuple):
+    threads: int
+    blocks: int = 1
+    shared: int = 0
+    tensor: bool = False
+
+
+LIMITS = {
+    "back_transform": {"turn_columns": Limit(256, shared=4160)},
+    "gram": {"gram_parts": Limit(128, blocks=2, tensor=True), "gram_sums": Limit(128)},
+    "library": {"unpack": Limit(1024)},
+    "mixed_sum": {"mix": Limit(128, blocks=2, shared=2240, tensor=True), "sift": Limit(256)},
+    "small_svd": {"team_svd": Limit(64, blocks=4), "thread_svd": Limit(64, blocks=3)},
+    "sum_answers": {"tell": Limit(128)},
+    "tall_expand": {"expand": Limit(256, blocks=2, tensor=True)},
+    "tall_reduce": {"reduce": Limit(256, blocks=2, tensor=True), "clear_arrivals": Limit(1024)},
+}
+
+QUICK = ("back_transform", "library", "mixed_sum", "sum_answers")
+"""Sources that the default form of the tests compiles, for one architecture: seconds, where all of them take minutes."""
