@@ -17,6 +17,7 @@ class Limit(NamedTuple):
 
 LIMITS = {
     "back_transform": {"turn_columns": Limit(256, shared=4160)},
+    "column_sizes": {"column_sizes": Limit(128, shared=1024)},
     "gram": {"gram_parts": Limit(128, blocks=2, tensor=True), "gram_sums": Limit(128)},
     "library": {"unpack": Limit(1024)},
     "mixed_sum": {"mix": Limit(128, blocks=2, shared=2240, tensor=True), "sift": Limit(256)},
@@ -24,6 +25,7 @@ LIMITS = {
     "sum_answers": {"tell": Limit(128)},
     "tall_expand": {"expand": Limit(256, blocks=2, tensor=True)},
     "tall_reduce": {"reduce": Limit(256, blocks=2, tensor=True), "clear_arrivals": Limit(1024)},
+    "update_gram": {"client_scales": Limit(128), "client_products": Limit(128, shared=32)},
 }
 
 QUICK = ("back_transform", "library", "mixed_sum", "sum_answers")

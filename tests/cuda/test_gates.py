@@ -124,5 +124,5 @@ def test_every_gate_closes(monkeypatch, wrong, text):
 
 def test_a_kernel_that_is_gone_has_no_row(monkeypatch):
     monkeypatch.setattr(gates, "kernels", lambda *_: [GOOD])
-    with pytest.raises(AssertionError, match="sift: in limits.py, but the compiler saw none"):
+    with pytest.raises(AssertionError, match=r"sift: in limits\.py, but the compiler saw none"):
         check(["nvcc"], gates.CSRC / "cuda" / "mixed_sum.cu", "90")
