@@ -5,6 +5,8 @@
 
 namespace fedlora {
 
+__device__ inline bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
+
 // As they lie in memory: whoever loads them waits for nothing until they are looked at.
 struct Four {
     uint32_t words[8];

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "element.cuh"
+#include "four.cuh"
 #include "workspace.cuh"
 
 namespace fedlora {
@@ -26,8 +26,6 @@ struct AnswersGroup {
     const PartialSum *partials;
     int64_t each, batch;
 };
-
-__device__ inline bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
 
 // x was rounded to kept.
 __device__ inline void add_number(PartialSum &sum, double x, double kept) {
