@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels.backends.contract import OPS, Blocks, Factors, Mixed, RawQR, RawRotation, RawSum, RawSVD, Stack
+from fedlora_kernels.backends.cuda import build
 from fedlora_kernels.backends.native import gram, procrustes, qr, sums, svd
 from fedlora_kernels.backends.native.library import HEADERS, LIBRARIES, Library
+from fedlora_kernels.errors import BackendError
 
 __all__ = ["BACKEND", "CudaBackend"]
 
@@ -32,7 +34,7 @@ class CudaBackend:
     """CUDA kernels on the current stream, float64 where accuracy needs it; results do not depend on batch, slot or stream, bit for bit.
 
     Args:
-        library: the file.
+        library: the file; None for the one that came with the package or, without one, the one built at first use.
         headers: where fedlora.h may lie.
         device: type of the devices whose memory it takes; ``cpu`` for the simulated device of csrc/simt.
     """
@@ -42,14 +44,20 @@ class CudaBackend:
 
     def __init__(
         self,
-        library: Path = LIBRARIES / "libfedlora_cuda.so",
+        library: Path | None = None,
         headers: Sequence[Path] = HEADERS,
         device: str = "cuda",
     ) -> None:
-        self.library = Library(self.name, library, headers, device)
+        self._build = library is None
+        self.library = Library(self.name, library or LIBRARIES / build.NAME, headers, device)
 
     def available(self) -> tuple[bool, str]:
         """Whether the library is here, fits this package and finds a GPU, and what it was built for (or why not)."""
+        if self._build and not self.library.path.is_file() and torch.cuda.is_available():
+            try:
+                self.library.path = build.first_use()
+            except BackendError as error:
+                return False, f"{build.NAME} did not come with the package, and {error}"
         ok, reason = self.library.available()
         if not ok:
             return ok, reason
