@@ -107,7 +107,8 @@ def aggregate(
             slab of modules in it: the result is the same to the last bit. A survey is made again. Other files, options or
             versions have another hash.
         per_client: also write ``out/clients/<name>/``, what each client receives, with scale 1.
-        measure: report the distance of factor means from the weighted sum; it costs more than the means themselves.
+        measure: report the distance of factor means from the weighted sum; it costs more than the means themselves. Without it nobody
+            looks either at whose update points elsewhere.
         compare: also report how the clients' updates compare with each other and with their sum: norms, cosines, cancellation, what
             factor means would lose, and the whole spectrum of the sum; it costs about as much as the exact sum once more.
         **method_options: options of the method.

@@ -29,12 +29,16 @@ Rows = list[dict[str, Any]]
 
 
 def combine(
-    walk: Walk, plan: Any, sink: Callable[[Sequence[ModuleOutput], Rows, Any], None], done: Sequence[Rows] = ()
+    walk: Walk,
+    plan: Any,
+    sink: Callable[[Sequence[ModuleOutput], Rows, Any], None],
+    done: Sequence[Rows] = (),
+    told: bool = False,
 ) -> Rows:
     """Give what modules leave to ``sink`` slab by slab in canonical order, in a thread; return the rows of the report.
 
-    With them go their rows, and what their comparison adds. ``done`` are the rows of the slabs that an earlier process went through;
-    they are not read again.
+    With them go their rows and, if ``told``, what is found of the clients beside each other. ``done`` are the rows of the slabs that
+    an earlier process went through; they are not read again.
     """
     index = walk.cohort.index
     rows: Rows = [row for slab in done for row in slab]
@@ -64,7 +68,7 @@ def combine(
                 del block  # its memory takes the next one
             modules.sort(key=lambda module: index[module.name])
             rows += described
-            drain.put((modules, described, None if walk.comparison is None else walk.comparison.take()))
+            drain.put((modules, described, walk.told() if told else None))
     if sorted(row["name"] for row in rows) != sorted(index):
         raise RunError(
             "the slabs of this run do not go on where those done before end; delete what was kept and run again"
@@ -88,8 +92,7 @@ def _combine_block(walk: Walk, block: Block, plan: Any) -> tuple[Group, Outcome]
     outcome = method.combine(group, plan, previous)
     _raise_for_info(walk, block, group, plan, previous, outcome)
     _check_given(method, outcome)
-    if walk.comparison is not None:
-        walk.comparison.add_group(group)
+    walk.look(group)
     return group, outcome
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlora_kernels.engine.alignment import Alignment
 from fedlora_kernels.engine.report import number
 from fedlora_kernels.linalg.rules import Energy
 from fedlora_kernels.methods.contract import Group
@@ -84,6 +85,9 @@ class Comparison:
     _total: _Sums | None = None
     _taken: int = 0
 
+    def __post_init__(self) -> None:
+        self.alignment = Alignment(self.clients)
+
     def add_group(self, group: Group) -> None:
         """Look at the modules of a group, a few at a time: float64 copies of the factors stay small."""
         for start, stop in chunks(group):
@@ -104,6 +108,7 @@ class Comparison:
     ) -> None:
         """Add a module: inner products (K, K) of the scaled updates, weights (K,), drift of factor means, spectrum of the sum."""
         sums = _Sums.of(gram, weight)
+        self.alignment.add(gram, weight)
         self._total = sums if self._total is None else self._total + sums
         self.modules[module] = {
             **sums.facts(MODULE_CLIENTS),
@@ -118,7 +123,7 @@ class Comparison:
         new = dict(itertools.islice(self.modules.items(), self._taken, None))
         self._taken = len(self.modules)
         sums = {} if self._total is None else {name: _listed(value) for name, value in vars(self._total).items()}
-        return {"modules": new, "sums": sums}
+        return {"modules": new, "sums": sums, "alignment": self.alignment.take()}
 
     def go_on(self, taken: Sequence[Mapping[str, Any]]) -> None:
         """Start with what was taken before, in order."""
@@ -128,6 +133,7 @@ class Comparison:
                 name: np.array(value) if isinstance(value, list) else value for name, value in part["sums"].items()
             }
             self._total = _Sums(**sums) if sums else None
+            self.alignment.go_on(part["alignment"])
         self._taken = len(self.modules)
 
     def report(self, order: Iterable[str]) -> dict[str, Any]:

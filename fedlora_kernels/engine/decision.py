@@ -10,6 +10,7 @@ import numpy as np
 
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.validation import ClientCheck
+from fedlora_kernels.engine.alignment import Alignment
 from fedlora_kernels.engine.clients import PRESENT, Client
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.policy import (
@@ -36,7 +37,8 @@ __all__ = ["Decision"]
 class Decision:
     """Policy, robust rule and method look at all data; ``walk`` and ``check`` are those of the clients that are left.
 
-    ``passes`` counts how often the factors are read, the last pass included; ``robust`` is what a robust rule tells of itself.
+    ``passes`` counts how often the factors are read, the last pass included; ``robust`` is what a robust rule tells of itself;
+    ``alignment`` the clients beside each other, before such a rule, where all inner products were needed.
     """
 
     def __init__(self, settings: Settings, roster: Sequence[Client], check: ClientCheck) -> None:
@@ -46,6 +48,7 @@ class Decision:
         self.walk = Walk(settings, self._cohort())
         self.passes = 1
         self.robust: dict[str, Any] | None = None
+        self.alignment: Alignment | None = None
         self.notes: list[str] = []
         self.warnings: list[str] = []
 
@@ -63,6 +66,7 @@ class Decision:
         own = surveys and settings.robust is None
         survey, changed = self._without_failing(make_survey(self.walk, gram=gram, own=own))
         changed |= self._clip(survey)
+        self._align(survey)
         if settings.robust is not None:
             survey = self._robust(settings.robust, survey)
             changed = True
@@ -85,6 +89,15 @@ class Decision:
             return False
         clip(cohort, norms, policy)
         return any(client.status == "clipped" for client in cohort.clients)
+
+    def _align(self, survey: Survey) -> None:
+        cohort = self.walk.cohort
+        gram = survey.scaled_gram(cohort)
+        if gram is None:
+            return
+        self.alignment = Alignment([client.name for client in cohort.clients], len(cohort.modules))
+        for own, weight in zip(gram, cohort.module_weights(range(len(cohort.modules))), strict=True):
+            self.alignment.add(own, weight)
 
     def _robust(self, rule: RobustRule, survey: Survey) -> Survey:
         """Let a robust rule replace the weights; the survey of the clients that it leaves."""

@@ -15,6 +15,7 @@ from fedlora_kernels.adapters.inits import kept_init
 from fedlora_kernels.adapters.model import ExtraSpec
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.adapters.validation import ClientCheck
+from fedlora_kernels.engine.alignment import aloof
 from fedlora_kernels.engine.budget import Held, Share
 from fedlora_kernels.engine.clients import Client, check_unchanged
 from fedlora_kernels.engine.combine import combine
@@ -23,7 +24,7 @@ from fedlora_kernels.engine.delivery import Delivered, Delivery, ModuleOutput
 from fedlora_kernels.engine.extras import check_mean, combine_extra, own_extra
 from fedlora_kernels.engine.journal import Journal
 from fedlora_kernels.engine.notes import module_notes
-from fedlora_kernels.engine.policy import check_kept, check_ranks, dropped_texts, start_notes
+from fedlora_kernels.engine.policy import check_kept, check_ranks, dropped_texts, norm_outliers, start_notes
 from fedlora_kernels.engine.report import SCHEMA, certificates, efficiency, totals
 from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.engine.state import State, check_experts, check_modules, check_pair
@@ -94,6 +95,8 @@ class Run:
         plan = self.decision.decide()
         self._check_means()
         walk, method = self.walk, settings.method
+        if self.decision.alignment is not None:
+            walk.alignment = None
         delivery = self._delivery(folder, journal)
         try:
             rows = self._combined(plan, delivery, journal, seen)
@@ -127,7 +130,7 @@ class Run:
                 if journal is not None:
                     journal.append(rows, compared, delivery.mark(), seen)
 
-            return combine(walk, plan, sink, done)
+            return combine(walk, plan, sink, done, told=journal is not None)
         if (init := kept_init(walk.cohort.adapters[0].config)) is not None:
             raise InputError(
                 f"{budget}: init='keep' keeps the ranks of the clients, which {printable(init)} needs. Use init_factors=, or leave "
@@ -146,6 +149,8 @@ class Run:
         seen.update(dict.fromkeys(journal.seen))
         if self.walk.comparison is not None:
             self.walk.comparison.go_on(journal.compared)
+        elif self.walk.alignment is not None and journal.compared:
+            self.walk.alignment.go_on(journal.compared[-1])
         if done:
             there, every = sum(map(len, done)), len(self.walk.cohort.modules)
             self.notes.append(f"resumed: {there} of {every} modules were there from a run that was ended")
@@ -263,7 +268,23 @@ class Run:
         """Facts for the report only: from reading, and of modules."""
         notes = [text for client in self.roster if client.adapter for text in client.adapter.notes]
         notes += module_notes(rows, self.walk.cohort, self.settings.rule)
+        notes += self._alignment_notes()
         return list(dict.fromkeys(notes + self.decision.notes + self.notes))
+
+    def _alignment_notes(self) -> list[str]:
+        """Clients that stand out from the others, as far as they were looked at."""
+        walk, decision = self.walk, self.decision
+        looked = (
+            walk.comparison.alignment if walk.comparison is not None and walk.alignment is not None else walk.alignment
+        )
+        found = decision.alignment or looked
+        if found is None:
+            return []
+        notes = [f"client {printable(name)!r}: {text}" for name, text in aloof(found).items()]
+        # after a survey norms are known, and have been looked at, of the whole model
+        if decision.passes == 1 and walk.cohort.owns.all():
+            notes += [f"{text}{found.extent}" for text in norm_outliers(walk.cohort, found.norms[None])]
+        return notes
 
     def _client_rows(self) -> list[dict[str, Any]]:
         cohort = self.walk.cohort

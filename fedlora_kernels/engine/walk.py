@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedlora_kernels.adapters.inits import kept_init
 from fedlora_kernels.adapters.names import printable
+from fedlora_kernels.engine.alignment import FEWEST, Alignment, looked_at
 from fedlora_kernels.engine.carry import Carry
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.comparison import Comparison
@@ -46,6 +49,7 @@ class Walk:
         self.seconds = dict.fromkeys(("read", "compute", "write", "total"), 0.0)
         self.carry = Carry(settings.memory // 4)
         self.comparison = Comparison([client.name for client in cohort.clients]) if settings.compare else None
+        self.alignment = self._aligned()
         self._cached: list[list[Block]] | None = None
         self._pool = Pool()
         state = settings.state
@@ -53,6 +57,29 @@ class Walk:
         pair = state.adapter if state is not None and settings.method.reads_previous == "pair" else None
         self.sources = cohort.adapters if pair is None else [*cohort.adapters, pair]
         self._names = [*(f"client {printable(client.name)!r}" for client in cohort.clients), "previous"]
+
+    def _aligned(self) -> Alignment | None:
+        """What is looked at beside the combination; None where nobody can stand out, or pairs are no updates."""
+        cohort = self.cohort
+        names = [client.name for client in cohort.clients]
+        if len(names) < FEWEST or kept_init(cohort.adapters[0].config) is not None:
+            return None
+        self._looked = looked_at(cohort.ranks, [cohort.shape(name) for name in cohort.modules])
+        return Alignment(names, len(cohort.modules))
+
+    def look(self, group: Group) -> None:
+        """Compare the clients in a group, as much as is asked for."""
+        if self.comparison is not None:
+            self.comparison.add_group(group)
+        elif self.alignment is not None:
+            chosen = [i for i, name in enumerate(group.modules) if self._looked[self.cohort.index[name]]]
+            if chosen:
+                self.alignment.add_group(group, chosen)
+
+    def told(self) -> dict[str, Any] | None:
+        """What has been found so far of the clients beside each other, as JSON values."""
+        looking = self.comparison or self.alignment
+        return None if looking is None else looking.take()
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

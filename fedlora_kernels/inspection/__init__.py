@@ -20,6 +20,7 @@ from torch import Tensor
 from fedlora_kernels._version import __version__
 from fedlora_kernels.adapters.model import Adapter, LoRAFactors
 from fedlora_kernels.adapters.options import ReadOptions
+from fedlora_kernels.engine.alignment import aloof
 from fedlora_kernels.engine.clients import Client, check_unchanged, normalised, open_clients
 from fedlora_kernels.engine.comparison import Comparison, effective_rank, stable_rank
 from fedlora_kernels.engine.report import number
@@ -133,14 +134,14 @@ def _report(
     ]
     for record, score in zip(records, outlier_scores([record["norm"] for record in records]), strict=True):
         record["norm_score"] = score
-    compared = comparison.report(modules)
+    compared, warnings = comparison.report(modules), [adapter.warnings for adapter in adapters.values()]
     return {
         "schema": SCHEMA,
         "tool": {"name": "fedlora_kernels", "version": __version__},
         "normalize": normalize,
         "adapters": records,
         "comparison": compared,
-        "findings": [*findings, *suspicions(records, compared, [adapter.warnings for adapter in adapters.values()])],
+        "findings": [*findings, *suspicions(records, compared, warnings, aloof(comparison.alignment))],
     }
 
 

@@ -15,10 +15,6 @@ __all__ = ["outlier_scores", "suspicions"]
 OUTLIER_SCORE = 3.5
 OUTLIER_FACTOR = 2.0
 NEAR_DUPLICATE = 1e-3
-ALIKE = 0.2
-"""Where clients agree so much with the rest, by the median, one that does not stands out."""
-ALOOF = 0.25
-"""Share of that median below which a client's cosine with the rest stands out."""
 CANCELS = 0.5
 """Share of the energy of orthogonal updates of these norms below which a sum is said to cancel."""
 IMBALANCE = 1e4
@@ -27,8 +23,13 @@ IMBALANCE = 1e4
 Records = Sequence[Mapping[str, Any]]
 
 
-def suspicions(adapters: Records, comparison: Mapping[str, Any], warnings: Sequence[Sequence[str]]) -> list[str]:
-    """Return texts on what looks wrong; ``warnings`` are those of reading, by adapter."""
+def suspicions(
+    adapters: Records,
+    comparison: Mapping[str, Any],
+    warnings: Sequence[Sequence[str]],
+    elsewhere: Mapping[str, str],
+) -> list[str]:
+    """Return texts on what looks wrong; ``warnings`` are those of reading, by adapter, ``elsewhere`` of whom `aloof` names."""
     findings: list[str] = []
     for record, texts in zip(adapters, warnings, strict=True):
         findings += [*texts, *_broken(record), *_zero(record), *_imbalance(record)]
@@ -40,7 +41,7 @@ def suspicions(adapters: Records, comparison: Mapping[str, Any], warnings: Seque
         *_loud(adapters),
         *_copies(adapters),
         *_twins(adapters, comparison),
-        *_aloof(comparison),
+        *(f"{name!r}: {text}" for name, text in elsewhere.items()),
         *_cancelling(comparison),
     ]
 
@@ -171,22 +172,6 @@ def _twins(adapters: Records, comparison: Mapping[str, Any]) -> list[str]:
                 f"{relative:.1e} of their norm"
             )
     return findings
-
-
-def _aloof(comparison: Mapping[str, Any]) -> list[str]:
-    """Clients that point elsewhere while the others agree."""
-    rest = {
-        name: cosine
-        for name, cosine, norm in zip(comparison["clients"], comparison["with_rest"], comparison["norms"], strict=True)
-        if norm and cosine is not None
-    }
-    if len(rest) < 3 or (middle := statistics.median(rest.values())) < ALIKE:
-        return []
-    return [
-        f"{name!r}: its cosine with the sum of the others is {cosine:.2g}, the median is {middle:.2g}; another task, or bad data?"
-        for name, cosine in rest.items()
-        if cosine < ALOOF * middle
-    ]
 
 
 def _cancelling(comparison: Mapping[str, Any]) -> list[str]:
