@@ -225,3 +225,18 @@ def test_the_refusal_names_the_flags(tmp_path, capsys):
     assert "--extras first" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*argv, "--extras", "first"]) == 0
+
+
+def test_weights_whose_squares_underflow_are_not_said_to_cancel():
+    for weights in ([1e-200, 1e-200, 1e-200], [3e-170, 1e-170, 1e-170]):
+        report = aggregate_tiny(weights).report
+        assert not any("updates cancel" in note for note in report["notes"])
+        assert report["totals"]["cancellation"] is None
+    assert any("updates cancel" in note for note in aggregate_tiny([1e-100, -1e-100], same=True).report["notes"])
+
+
+def aggregate_tiny(weights, same=False):
+    pairs = [client(0 if same else k) for k in range(len(weights))]
+    if same:
+        pairs[1] = changed(pairs[1], "B", lambda B: B * (1.0 + 1e-6))
+    return fk.aggregate(pairs, rule=fk.Energy(1.0), weights=weights, normalize=False, dtype=torch.float64)

@@ -15,6 +15,8 @@ from fedlora_kernels.methods.contract import Method, Outcome
 __all__ = ["SCHEMA", "certificates", "cut_row", "efficiency", "module_rows", "number", "totals"]
 
 SCHEMA = 1
+SMALLEST = 2.0**-480
+"""Norms below it have squares that underflow, or nearly do: nothing is known of what is left of them."""
 
 
 def number(value: float | Tensor) -> float | None:
@@ -57,11 +59,11 @@ def module_rows(
 
 
 def _cancellation(energy: float | None, contributions: Sequence[float | None] | None) -> float | None:
-    """``|D|^2 / (sum_k |w_k| |D_k|)^2``: 1 where all agree, 0 where nothing is left; None where that is not known or all is zero."""
+    """``|D|^2 / (sum_k |w_k| |D_k|)^2``: 1 where all agree, 0 where nothing is left; None where that is not known, or all is zero or nearly so."""
     if energy is None or contributions is None or any(size is None for size in contributions):
         return None
     whole = math.fsum(size for size in contributions if size is not None)
-    return min(1.0, (math.sqrt(energy) / whole) ** 2) if whole > 0.0 else None
+    return min(1.0, (math.sqrt(energy) / whole) ** 2) if whole > SMALLEST else None
 
 
 def _columns(outcome: Outcome, count: int) -> dict[str, list[Any]]:
