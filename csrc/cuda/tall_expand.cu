@@ -66,7 +66,7 @@ __device__ void turn(const Reflections &from, int count, bool busy, double *rows
 __global__ void __launch_bounds__(kTallThreads, 2) expand(const TallFactors *all, const TallShare *shares,
                                                           const int64_t *first_block, int64_t count) {
     FEDLORA_DYNAMIC_SHARED(double, shared);
-    const int64_t entry = entry_of(first_block, count, blockIdx.x);
+    const int64_t entry = slot_group(first_block, count, blockIdx.x);
     const TallShare &share = shares[entry];
     const TallProduct &product = share.product;
     const TallFactors &f = all[product.stack];
@@ -87,8 +87,9 @@ __global__ void __launch_bounds__(kTallThreads, 2) expand(const TallFactors *all
     double *const top = tiles + (int64_t)warp * shape.tile_size(), *const second = top + shape.order;
     const int gap = shape.leaf_gap, height = panels_up(shape.height_of(leaf));
     // while all is upper triangular, panels beyond a column have nothing to do with it
-    const int last = product.upper ? min(shape.reflected, panels_up(end) / kPanel) - 1 : shape.reflected - 1;
-    const int own_last = !busy ? -1 : product.upper ? (own + kTileCols) / kPanel - 1 : last;
+    const bool upper = product.triangular ? product.triangular[matrix] != 0 : product.upper;
+    const int last = upper ? min(shape.reflected, panels_up(end) / kPanel) - 1 : shape.reflected - 1;
+    const int own_last = !busy ? -1 : upper ? (own + kTileCols) / kPanel - 1 : last;
 
     if (busy) load_tile(product, matrix, shape.least, own, top, gap, height);
     int step = 1;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "reflectors.cuh"
+#include "slots.cuh"
 #include "tall_qr.cuh"
 
 namespace fedlora {
@@ -63,19 +64,6 @@ struct TallFactors {
     double *leaf_kept, *node_kept;
     int32_t *arrivals; // of blocks at every node, as the leaf that its right child begins with
 };
-
-// The entry of a list that has a slot: first[entry] <= slot < first[entry + 1].
-__device__ inline int64_t entry_of(const int64_t *first, int64_t count, int64_t slot) {
-    int64_t low = 0, high = count;
-    while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        if (first[middle] <= slot)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
-}
 
 __device__ inline void copy_numbers(double *to, const double *from, int count) {
     for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];

@@ -35,6 +35,7 @@ struct TallProduct {
     fedlora_block out;    // m x p, any float dtype; rounded once (halves by way of float32)
     const int32_t *ranks; // on the device, one per matrix: so many columns are formed and the others not touched; null: all p
     bool upper;           // C is zero below its diagonal
+    const int32_t *triangular = nullptr; // on the device, one per matrix: whether its C is; null: as `upper` says
 };
 
 struct TallFactors; // what the device keeps of a stack

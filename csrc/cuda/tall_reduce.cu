@@ -153,7 +153,7 @@ __device__ void write_triangle(const TallFactors &f, int64_t matrix, const doubl
 __global__ void __launch_bounds__(kTallThreads, 2) reduce(const TallFactors *all, const int64_t *first_leaf, int64_t stacks) {
     FEDLORA_DYNAMIC_SHARED(double, shared);
     const Scratch scratch(shared);
-    const int64_t stack = entry_of(first_leaf, stacks, blockIdx.x);
+    const int64_t stack = slot_group(first_leaf, stacks, blockIdx.x);
     const TallFactors &f = all[stack];
     const TallShape &shape = f.shape;
     const int64_t slot = blockIdx.x - first_leaf[stack], matrix = slot / shape.leaves;

@@ -22,6 +22,12 @@ LIMITS = {
     "library": {"unpack": Limit(1024)},
     "mixed_sum": {"mix": Limit(128, blocks=2, shared=2240, tensor=True), "sift": Limit(256)},
     "small_svd": {"team_svd": Limit(64, blocks=4), "thread_svd": Limit(64, blocks=3)},
+    "stacked_echelon": {
+        "echelon": Limit(256, blocks=2, shared=64),
+        "find_largest": Limit(256),
+        "find_scale": Limit(256),
+    },
+    "stacked_gram": {"by_gram": Limit(256, tensor=True)},
     "sum_answers": {"tell": Limit(128)},
     "tall_expand": {"expand": Limit(256, blocks=2, tensor=True)},
     "tall_reduce": {"reduce": Limit(256, blocks=2, tensor=True), "clear_arrivals": Limit(1024)},
