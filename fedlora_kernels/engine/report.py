@@ -59,7 +59,7 @@ def module_rows(
 
 
 def _cancellation(energy: float | None, contributions: Sequence[float | None] | None) -> float | None:
-    """``|D|^2 / (sum_k |w_k| |D_k|)^2``: 1 where all agree, 0 where nothing is left; None where that is not known, or all is zero or nearly so."""
+    """``|D|^2 / (sum_k |w_k| |D_k|)^2``: 1 where all agree, 0 where nothing is left; None where all is zero or nearly, or unknown."""
     if energy is None or contributions is None or any(size is None for size in contributions):
         return None
     whole = math.fsum(size for size in contributions if size is not None)
