@@ -21,6 +21,7 @@ LIMITS = {
     "gram": {"gram_parts": Limit(128, blocks=2, tensor=True), "gram_sums": Limit(128)},
     "library": {"unpack": Limit(1024)},
     "mixed_sum": {"mix": Limit(128, blocks=2, shared=2240, tensor=True), "sift": Limit(256)},
+    "orient": {"orient": Limit(256, shared=4096)},
     "small_svd": {"team_svd": Limit(64, blocks=4), "thread_svd": Limit(64, blocks=3)},
     "stacked_echelon": {
         "echelon": Limit(256, blocks=2, shared=64),
@@ -31,7 +32,9 @@ LIMITS = {
     "sum_answers": {"tell": Limit(128)},
     "tall_expand": {"expand": Limit(256, blocks=2, tensor=True)},
     "tall_reduce": {"reduce": Limit(256, blocks=2, tensor=True), "clear_arrivals": Limit(1024)},
+    "turned": {"turn_tiles": Limit(128, blocks=3)},
     "update_gram": {"client_scales": Limit(128), "client_products": Limit(128, shared=32)},
+    "weighted_sum": {"add_up": Limit(128, blocks=5, shared=96)},
 }
 
 QUICK = ("back_transform", "library", "mixed_sum", "sum_answers")
