@@ -29,7 +29,7 @@ from fedlora_kernels.adapters.reader import CONFIG_NAME, WEIGHTS_NAME, open_adap
 from fedlora_kernels.adapters.renaming import Renamed, rename_to_kohya, rename_to_peft
 from fedlora_kernels.adapters.safetensors_writer import SafetensorsWriter
 from fedlora_kernels.adapters.writer import write_config
-from fedlora_kernels.errors import InputError, RunError
+from fedlora_kernels.errors import InputError, NonFiniteError, RunError
 
 __all__ = ["alpha_of", "convert"]
 
@@ -67,7 +67,7 @@ def convert(
 
     Raises:
         InputError: wrong arguments, names that are missing, ambiguous or not unique; UnsupportedVariantError for what the other
-            format has no form for; RunError for failures of the disc.
+            format has no form for; NonFiniteError for NaN or Inf; RunError for failures of the disc.
     """
     read = read or ReadOptions()
     if to not in FORMATS:
@@ -118,13 +118,24 @@ def _write(renamed: Renamed, out: str | os.PathLike[str], overwrite: bool) -> No
         entries.update({key: (alpha.dtype, ()) for key, alpha in scales.items()})
         with SafetensorsWriter(folder.path / WEIGHTS_NAME, entries, _metadata(renamed, alphas, kohya=kohya)) as file:
             for key, (source, _, shape) in tensors.items():
-                file.add(key, renamed.adapter.source.read(source).reshape(shape))
+                tensor = renamed.adapter.source.read(source)
+                _check_finite(renamed.adapter.label, source, tensor)
+                file.add(key, tensor.reshape(shape))
             for key, alpha in scales.items():
                 file.add(key, alpha)
         if not kohya:
             write_config(folder.path / CONFIG_NAME, _config(renamed, alphas))
         _verify(folder.path, renamed)
         folder.commit()
+
+
+def _check_finite(label: str, key: str, tensor: Tensor) -> None:
+    bad = torch.isfinite(tensor).logical_not()
+    if bool(bad.any()):
+        place = ", ".join(str(int(index)) for index in bad.nonzero()[0])
+        raise NonFiniteError(
+            f"{printable(label)}, tensor {printable(key)!r}: NaN or Inf at [{place}]; finite numbers needed. Train or export it again"
+        )
 
 
 def _stored(renamed: Renamed) -> Iterator[tuple[str, tuple[str, torch.dtype, tuple[int, ...]]]]:

@@ -17,7 +17,7 @@ from fedlora_kernels.adapters.convert import alpha_of, convert
 from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.adapters.reader import open_adapter
 from fedlora_kernels.cli import main
-from fedlora_kernels.errors import FormatError, InputError, UnsupportedVariantError
+from fedlora_kernels.errors import FormatError, InputError, NonFiniteError, UnsupportedVariantError
 
 PATHS = {
     "lora_unet_down_blocks_0_attn1_to_q": "down_blocks.0.attn1.to_q",
@@ -357,3 +357,22 @@ def test_the_command_line_converts_there_and_back(tmp_path, capsys):
     assert "exists; replace it with overwrite (--overwrite)" in capsys.readouterr().err
     assert main(["convert", str(path), "-o", str(tmp_path / "c"), "--to", "peft"]) == 0
     assert "fedlora: warning: names stay as they are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_numbers_that_are_not_finite_are_refused_by_place(tmp_path, bad, capsys):
+    path = kohya_file(tmp_path / "a.safetensors")
+    raw = load_file(path)
+    key = f"{FIRST}.lora_up.weight"
+    raw[key][1, 2] = bad
+    save_file(raw, path)
+    with pytest.raises(NonFiniteError, match=rf"tensor '{key}': NaN or Inf at \[1, 2"):
+        convert(path, tmp_path / "peft", "peft", names=PATHS)
+    assert not (tmp_path / "peft").exists()
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(PATHS))
+    assert (
+        main(["convert", str(path), "--to", "peft", "--names", str(names), "-o", str(tmp_path / "peft"), "--quiet"])
+        == 2
+    )
+    assert "NaN or Inf at [1, 2" in capsys.readouterr().err
