@@ -10,7 +10,8 @@ namespace fedlora {
 struct ColumnSizesOf::Task {
     StackReading reading;
     fedlora_block largest;
-    int64_t rows, pieces, groups; // groups of columns, as many as a warp has lanes
+    int64_t rows, pieces, length; // length: rows of a piece
+    int64_t groups;               // of columns, as many as a warp has lanes
 };
 
 namespace {
@@ -25,10 +26,9 @@ __global__ void __launch_bounds__(kStripThreads) column_sizes(const Task *tasks,
     __shared__ double found[kWarps][kWarp];
     const int64_t t = slot_group(first, count, blockIdx.x);
     const Task &task = tasks[t];
-    const int64_t item = (int64_t)blockIdx.x - first[t], group = item % task.groups;
-    const int64_t piece = item / task.groups % task.pieces, matrix = item / task.groups / task.pieces;
-    const int64_t length = (task.rows + task.pieces - 1) / task.pieces, begin = piece * length;
-    const int64_t rows = task.rows - begin < length ? task.rows - begin : length;
+    const uint32_t item = (uint32_t)(blockIdx.x - first[t]), groups = (uint32_t)task.groups, pieces = (uint32_t)task.pieces;
+    const int64_t group = item % groups, piece = item / groups % pieces, matrix = item / groups / pieces, begin = piece * task.length;
+    const int64_t rows = task.rows - begin < task.length ? task.rows - begin : task.length;
     const int warp = (int)threadIdx.x / kWarp, lane = (int)threadIdx.x % kWarp;
     const auto largest_of = [&](int column, int64_t row, int64_t step) {
         const StripColumn c = strip_column(task.reading, group * kWarp + column, matrix, begin);
@@ -68,7 +68,8 @@ ColumnSizesOf::ColumnSizesOf(const std::vector<ColumnSizes> &stacks, Upload &upl
     std::vector<int64_t> first;
     for (const ColumnSizes &stack : stacks) {
         const int64_t R = stack.largest.cols, rows = stack.count ? stack.X[0].rows : 0;
-        const Task task = {reading_of(stack.X, stack.count, upload), stack.largest, rows, pieces_of(rows), (R + kWarp - 1) / kWarp};
+        const int64_t pieces = pieces_of(rows), length = (rows + pieces - 1) / pieces;
+        const Task task = {reading_of(stack.X, stack.count, upload), stack.largest, rows, pieces, length, (R + kWarp - 1) / kWarp};
         first.push_back(blocks_);
         blocks_ += stack.largest.batch * task.pieces * task.groups;
         tasks.push_back(task);

@@ -10,7 +10,7 @@
 #include <algorithm>
 
 #include "slots.cuh"
-#include "strips.cuh"
+#include "shares.cuh"
 
 namespace fedlora {
 
@@ -28,8 +28,6 @@ namespace {
 
 constexpr int kSide = 64;
 constexpr int kRun = 8;
-constexpr int kWarps = kStripThreads / kWarp;
-constexpr int64_t kTile = 128; // numbers of a tile of the tensor cores
 
 // Tiles on the diagonal with 8 V columns: every warp has all of it, for a quarter of the rows.
 template <int V>
@@ -83,7 +81,7 @@ struct Layout {
     static constexpr int kColumns = Shape::kLeft + Shape::kRight, kStrips = kStripsAhead<T>;
     using Strips = Strip<T, kColumns, Shape::kRows>;
     static constexpr int kHanded = kStrips * Strips::kBytes;
-    static constexpr int kTable = kHanded + kWarps * Shape::kTiles / 2 * (int)kTile * (int)sizeof(double);
+    static constexpr int kTable = kHanded + kHandedNumbers<Shape> * (int)sizeof(double);
     static constexpr int kScales = kTable + kColumns * (int)sizeof(StripColumn);
     static constexpr int kBytes = kScales + kColumns * (int)sizeof(double);
 };
@@ -112,27 +110,6 @@ __device__ inline void put(const GramTask &task, int64_t matrix, int64_t row, in
     G[col * task.G.row_stride + row * task.G.col_stride] = value;
 }
 
-// What the shares of the rows have found is added up, ((0 + 1) + (2 + 3)), and joins what leaves before have left in the slot. In two
-// rounds: all of it at once would take the room of a second block. Leaves the slot to the thread that wrote it.
-template <class Shape>
-__device__ __forceinline__ void join(const double *sums, double *handed, double *slot, bool first) {
-    constexpr int kTiles = Shape::kTiles / 2, kEntries = 4 * kTiles, kHalves = kWarps / Shape::kShares, kCount = kTiles * (int)kTile;
-    const int warp = (int)threadIdx.x / kWarp, lane = (int)threadIdx.x % kWarp;
-#pragma unroll
-    for (int round = 0; round < 2; ++round) {
-        if (round) __syncthreads();
-#pragma unroll
-        for (int e = 0; e < kEntries; ++e) handed[(warp * kEntries + e) * kWarp + lane] = sums[round * kEntries + e];
-        __syncthreads();
-        for (int n = (int)threadIdx.x; n < kHalves * kCount; n += kStripThreads) {
-            double sum = handed[n] + handed[n + kHalves * kCount];
-            if constexpr (Shape::kShares == 4) sum += handed[n + 2 * kCount] + handed[n + 3 * kCount];
-            double &kept = slot[(n / kCount * 2 + round) * kCount + n % kCount];
-            kept = first ? sum : kept + sum;
-        }
-    }
-}
-
 template <class T, class Shape>
 __device__ __forceinline__ void run_part(const Part &p, unsigned char *memory) {
     using Layout = Layout<T, Shape>;
@@ -154,7 +131,7 @@ __device__ __forceinline__ void run_part(const Part &p, unsigned char *memory) {
     }
     __syncthreads();
 
-    const int warp = (int)threadIdx.x / kWarp, share = warp * kShares / kWarps, half = warp % (kWarps / kShares);
+    const int warp = (int)threadIdx.x / kWarp, share = warp * kShares / kStripWarps, half = warp % (kStripWarps / kShares);
     const int strips = (rows + kRows - 1) / kRows, strips_of_leaf = (int)task.leaf / kRows;
     const bool turned = task.reading.turned != 0;
     const int down = Strips::row_step(turned), right = Strips::col_step(turned);
@@ -187,7 +164,7 @@ __device__ __forceinline__ void run_part(const Part &p, unsigned char *memory) {
     }
     if (task.parts > 1) return;
     const LaneOfTile lane;
-    for (int tile = 0; tile < Shape::kTiles * kWarps / kShares; ++tile) {
+    for (int tile = 0; tile < Shape::kTiles * kStripWarps / kShares; ++tile) {
         int row, col;
         Shape::place(tile, row, col);
         put(task, p.matrix, p.place.row + row + lane.row(warp), p.place.col + col + lane.col(warp), p.slot[tile * kTile + threadIdx.x]);
@@ -201,8 +178,8 @@ __global__ void __launch_bounds__(kStripThreads, 2) gram_parts(const GramTask *t
     const int64_t block = items + blockIdx.x, t = slot_group(first, count, block);
     const GramTask &task = tasks[t];
     // All tiles of the same rows in a row: the second one finds them in the second-level cache.
-    const int64_t item = block - first[t], tile = item % task.tiles;
-    const int64_t part = item / task.tiles % task.parts, matrix = item / task.tiles / task.parts;
+    const uint32_t item = (uint32_t)(block - first[t]), tiles = (uint32_t)task.tiles, parts = (uint32_t)task.parts;
+    const int64_t tile = item % tiles, part = item / tiles % parts, matrix = item / tiles / parts;
     double *const slot = task.slots + ((matrix * task.tiles + tile) * task.parts + part) * task.slot;
     const Part p = {task, matrix, part, TilePlace(tile), slot};
     with_shape(p.place.diagonal(), task.G.cols - p.place.col, [&](auto shape) { run_part<T, decltype(shape)>(p, memory); });
@@ -212,13 +189,13 @@ __global__ void __launch_bounds__(kStripThreads, 2) gram_parts(const GramTask *t
 __global__ void __launch_bounds__(kTile) gram_sums(const GramTask *tasks, const int64_t *first, int64_t count) {
     const int64_t t = slot_group(first, count, blockIdx.x);
     const GramTask &task = tasks[t];
-    const int64_t item = (int64_t)blockIdx.x - first[t], pieces = task.slot / kTile;
-    const int64_t piece = item % pieces, tile = item / pieces % task.tiles, matrix = item / pieces / task.tiles;
+    const uint32_t item = (uint32_t)(blockIdx.x - first[t]), pieces = (uint32_t)task.slot / (uint32_t)kTile, tiles = (uint32_t)task.tiles;
+    const int64_t piece = item % pieces, tile = item / pieces % tiles, matrix = item / pieces / tiles;
     const TilePlace place(tile);
     int row = -1, col = -1;
     with_shape(place.diagonal(), task.G.cols - place.col, [&](auto shape) {
         using Shape = decltype(shape);
-        if (piece < Shape::kTiles * (kWarps / Shape::kShares)) Shape::place((int)piece, row, col);
+        if (piece < Shape::kTiles * (kStripWarps / Shape::kShares)) Shape::place((int)piece, row, col);
     });
     if (row < 0) return;
     const double *const slots = task.slots + (matrix * task.tiles + tile) * task.parts * task.slot + piece * kTile + threadIdx.x;

@@ -51,12 +51,13 @@ inline int64_t pieces_of(int64_t rows) { return rows <= 2048 ? 1 : rows <= 16 * 
 class ColumnSizesOf {
   public:
     struct Task;
+    ColumnSizesOf() = default;
     ColumnSizesOf(const std::vector<ColumnSizes> &stacks, Upload &upload);
     void launch(void *stream) const; // one launch
 
   private:
-    const Task *tasks_;
-    const int64_t *first_; // block of each task
+    const Task *tasks_ = nullptr;
+    const int64_t *first_ = nullptr; // block of each task
     int64_t count_ = 0, blocks_ = 0;
 };
 

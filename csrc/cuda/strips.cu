@@ -22,7 +22,7 @@ bool serves(const fedlora_block &block, int64_t width, bool turned) {
 
 StackReading reading_of(const fedlora_block *X, int64_t count, Upload &upload) {
     std::vector<StackPiece> pieces;
-    StackReading reading = {nullptr, 0, 0, FEDLORA_FLOAT64, 0, 0, 0};
+    StackReading reading = {nullptr, 0, 0, (int32_t)(count ? X[0].dtype : FEDLORA_FLOAT64), 0, 0, 0};
     const fedlora_block *first = nullptr;
     for (int64_t k = 0; k < count; ++k) {
         if (X[k].cols == 0) continue;
@@ -34,6 +34,7 @@ StackReading reading_of(const fedlora_block *X, int64_t count, Upload &upload) {
     if (reading.mixed) reading.dtype = FEDLORA_FLOAT64;
     reading.count = (int32_t)pieces.size();
     reading.pieces = upload.add(pieces);
+    reading.width = (int32_t)size_of(reading.dtype);
     if (!first) return reading;
     const auto all = [&](int64_t width, bool turned) {
         for (int64_t k = 0; k < count; ++k)
@@ -41,7 +42,6 @@ StackReading reading_of(const fedlora_block *X, int64_t count, Upload &upload) {
         return true;
     };
     const auto distance = [](int64_t stride) { return stride < 0 ? -stride : stride; };
-    reading.width = (int32_t)size_of(reading.dtype);
     reading.turned = first->rows > 1 && (first->cols == 1 || distance(first->row_stride) < distance(first->col_stride));
     if (reading.mixed) return reading;
     for (int64_t width = 16; width > reading.width; width /= 2)

@@ -74,10 +74,11 @@ struct Strip {
     // the caller closes and a barrier.
     __device__ static void fill(T *strip, const StackReading &reading, const StripColumn *columns, int row, int end) {
         const bool turned = reading.turned != 0;
-        const int width = reading.width, numbers = width / (int)sizeof(T), rows = end - row < Rows ? end - row : Rows;
+        const int width = reading.width, rows = end - row < Rows ? end - row : Rows;
+        if (reading.mixed || width < 4) return fill_now(strip, reading, columns, row, rows);
+        const int numbers = width / (int)sizeof(T);
         const int line = turned ? Rows : kPower, copies = line / numbers, shift = __ffs(copies) - 1;
         const int total = copies * (turned ? Columns : Rows);
-        if (reading.mixed || width < 4) return fill_now(strip, reading, columns, row, rows);
         for (int i = (int)threadIdx.x; i < total; i += kStripThreads) {
             const int across = i >> shift, along = (i & (copies - 1)) * numbers;
             const int c = turned ? across : along, r = turned ? along : across;

@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(kThreads) client_scales(const UpdateTask *task
     if (slot >= clients) return;
     const int64_t t = slot_group(first, count, slot);
     const UpdateTask &task = tasks[t];
-    const int64_t client = (slot - first[t]) % task.clients, matrix = (slot - first[t]) / task.clients;
+    const uint32_t item = (uint32_t)(slot - first[t]), clients_of_task = (uint32_t)task.clients;
+    const int64_t client = item % clients_of_task, matrix = item / clients_of_task;
     const int64_t begin = task.first[client], end = task.first[client + 1];
     int64_t e = begin < end ? 2 * kExponentOfZero : 0;
     for (int64_t column = begin; column < end; ++column) {
@@ -62,15 +63,16 @@ __global__ void __launch_bounds__(kThreads) client_products(const UpdateTask *ta
     __shared__ double sums[kThreads / kWarp];
     const int64_t t = slot_group(first, count, blockIdx.x);
     const UpdateTask &task = tasks[t];
-    const int64_t pairs = task.clients * (task.clients + 1) / 2, item = (int64_t)blockIdx.x - first[t], matrix = item / pairs;
+    const uint32_t item = (uint32_t)(blockIdx.x - first[t]), pairs = (uint32_t)(task.clients * (task.clients + 1) / 2);
+    const int64_t matrix = item / pairs;
     int64_t i = item % pairs, j = (int64_t)((sqrt(8.0 * (double)i + 1.0) - 1.0) / 2.0);
     while (j * (j + 1) / 2 > i) --j; // the root may be off by one
     while ((j + 1) * (j + 2) / 2 <= i) ++j;
     i -= j * (j + 1) / 2;
 
-    const int64_t rows = task.first[i + 1] - task.first[i], cols = task.first[j + 1] - task.first[j];
+    const uint32_t rows = (uint32_t)(task.first[i + 1] - task.first[i]), cols = (uint32_t)(task.first[j + 1] - task.first[j]);
     double sum = 0.0;
-    for (int64_t n = threadIdx.x; n < rows * cols; n += kThreads) {
+    for (uint32_t n = threadIdx.x; n < rows * cols; n += kThreads) {
         const int64_t row = task.first[i] + n / cols, col = task.first[j] + n % cols;
         sum += at(task.left, matrix, row, col) * at(task.right, matrix, row, col);
     }
@@ -177,13 +179,13 @@ class UpdateGrams {
         scaled_count_ = (int64_t)scaled.size();
         tasks_ = upload.add(tasks), scaled_ = upload.add(scaled);
         first_ = upload.add(first), first_scaled_ = upload.add(first_scaled);
-        sizes_ = std::make_unique<ColumnSizesOf>(sizes, upload);
+        sizes_ = ColumnSizesOf(sizes, upload);
         grams_ = std::make_unique<Grams>(stacks, workspace, upload);
     }
 
     // Three launches, two more where a group holds float64.
     void launch(void *stream) const {
-        sizes_->launch(stream);
+        sizes_.launch(stream);
         const dim3 threads(kThreads);
         fedlora::launch(client_scales, dim3((unsigned)((clients_ + kThreads - 1) / kThreads)), threads, 0, stream, scaled_, first_scaled_,
                         scaled_count_, clients_);
@@ -195,7 +197,7 @@ class UpdateGrams {
     const UpdateTask *tasks_, *scaled_;
     const int64_t *first_, *first_scaled_; // pair of each task; client of each scaled one
     int64_t count_ = 0, scaled_count_ = 0, pairs_ = 0, clients_ = 0;
-    std::unique_ptr<ColumnSizesOf> sizes_;
+    ColumnSizesOf sizes_;
     std::unique_ptr<Grams> grams_;
 };
 
