@@ -106,9 +106,9 @@ class Cpp:
 
 
 class Cuda:
-    """How the CUDA library is made: a source takes one to two gigabytes of memory, so few at once."""
+    """How the CUDA library is made: a source takes a core for up to minutes, and others want to work, too."""
 
-    variable, library, jobs = "FEDLORA_BUILD_CUDA", "CUDA", 2
+    variable, library, jobs = "FEDLORA_BUILD_CUDA", "CUDA", max(2, (os.cpu_count() or 1) // 2)
 
     def version(self):
         return NVCC.version(NVCC.find())

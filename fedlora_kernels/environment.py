@@ -136,12 +136,14 @@ def self_test(name: str) -> dict[str, Any]:
     tested: list[str] = []
     left_out: list[str] = []
     failures: list[str] = []
-    for op, answer in _problems().items():
+    device = torch.device("cuda" if name == "cuda" else "cpu")
+    expected = _problems(torch.device("cpu"))
+    for op, answer in _problems(device).items():
         if time.perf_counter() - start > SELF_TEST_SECONDS:
             left_out.append(f"{op}: no time left")
             continue
         try:
-            error = _difference(answer(name), answer("reference"))
+            error = _difference(answer(name).cpu(), expected[op]("reference"))
         except BackendError as reason:
             left_out.append(f"{op}: {reason}")
             continue
@@ -174,12 +176,15 @@ LIMIT = 1e-10
 """Relative error allowed in the self-test: float64 problems of condition below 1e3, sizes below 300."""
 
 
-def _problems() -> dict[str, Callable[[str], Any]]:
-    """Return by operation a function that answers, on a backend, something unique: no singular vectors, no signs."""
+def _problems(device: torch.device) -> dict[str, Callable[[str], Any]]:
+    """Return by operation a function that answers, on a backend, something unique: no singular vectors, no signs.
+
+    The numbers do not depend on the device that holds them.
+    """
     generator = torch.Generator().manual_seed(20)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device)
 
     m, n, ranks = 131, 97, (5, 8, 3)
     B, A = [draw(m, rank) for rank in ranks], [draw(rank, n) for rank in ranks]
