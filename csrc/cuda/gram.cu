@@ -241,6 +241,13 @@ int64_t shared_of(int64_t R, int64_t dtype) {
 
 } // namespace
 
+std::vector<GramStack> stacks_of(const fedlora_block *X, const int64_t *counts, const fedlora_block *scale, const fedlora_block *G,
+                                 int64_t groups) {
+    std::vector<GramStack> stacks;
+    for (int64_t g = 0; g < groups; X += counts[g], ++g) stacks.push_back({X, counts[g], scale ? scale[g] : fedlora_block{}, G[g]});
+    return stacks;
+}
+
 int status_of(const GramStack &stack) {
     const int64_t batch = stack.G.batch, rows = stack.count > 0 ? stack.X[0].rows : 0;
     if (stack.G.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
@@ -309,20 +316,9 @@ void Grams::launch(void *stream) const {
 
 } // namespace fedlora
 
-namespace {
+extern "C" {
 
 using namespace fedlora;
-
-std::vector<GramStack> stacks_of(const fedlora_block *X, const int64_t *counts, const fedlora_block *scale, const fedlora_block *G,
-                                 int64_t groups) {
-    std::vector<GramStack> stacks;
-    for (int64_t g = 0; g < groups; X += counts[g], ++g) stacks.push_back({X, counts[g], scale ? scale[g] : fedlora_block{}, G[g]});
-    return stacks;
-}
-
-} // namespace
-
-extern "C" {
 
 int fedlora_gram_workspace(const fedlora_block *X, const int64_t *counts, const fedlora_block *G, int64_t groups, int64_t,
                            int64_t *bytes) {

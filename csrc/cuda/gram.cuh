@@ -20,6 +20,10 @@ struct GramStack {
     fedlora_block G;     // R x R float64
 };
 
+// The tables of fedlora_gram; no scale is one without rows.
+std::vector<GramStack> stacks_of(const fedlora_block *X, const int64_t *counts, const fedlora_block *scale, const fedlora_block *G,
+                                 int64_t groups);
+
 // Whether the descriptors fit each other.
 int status_of(const GramStack &stack);
 

@@ -9,6 +9,7 @@ import torch
 from guards import DTYPES, LAYOUTS, SCHEDULES, dtype_id, same_answer, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stacks import moved
 
 from fedlora_kernels.backends.contract import U64
 from fedlora_kernels.backends.native.library import counts, rows, stream, table
@@ -37,14 +38,6 @@ def products(cuda, *groups):
     answers = [table([rows(t) for t in part]) for part in (M, size, exponent)]
     backend.library.run("test", "fedlora_cross_products", (X, numbers, Y, n), (X, numbers, Y, *answers, n), device)
     return [tuple(t.cpu() for t in answer) for answer in zip(M, size, exponent, strict=True)]
-
-
-def moved(x, device):
-    """A copy on another device with the same strides and the same place within 16 bytes."""
-    if x.device.type == device.type:
-        return x
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
-    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def check(answer, X, Y):

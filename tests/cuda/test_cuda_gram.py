@@ -9,6 +9,7 @@ import torch
 from guards import DTYPES, LAYOUTS, SCHEDULES, dtype_id, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stacks import draw, grams, whole
 
 from fedlora_kernels.backends.contract import U64
 from fedlora_kernels.backends.native.library import counts, stream, table
@@ -17,41 +18,6 @@ from fedlora_kernels.backends.torch.chunks import pow2
 RANKS = [(1,), (3,), (7,), (8, 8), (16, 1), (16, 16), (5, 0, 28), (64,), (65,), (48, 32), (60, 70), (0,)]
 CPU = torch.device("cpu")
 orders = pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
-
-
-def draw(m, ranks, dtypes, batch=2, seed=0, by_columns=False):
-    made = torch.Generator().manual_seed(seed)
-    numbers = [torch.randn(batch, m, r, generator=made, dtype=torch.float64) for r in ranks]
-    X = [x.to(dtypes[k % len(dtypes)]) for k, x in enumerate(numbers)]
-    return [LAYOUTS["turned"](x) for x in X] if by_columns else X
-
-
-def whole(X):
-    """The stack in float64."""
-    return torch.cat([x.double() for x in X], -1)
-
-
-def grams(cuda, *stacks, e=None, function="fedlora_gram"):
-    """Grams of any number of stacks in one call; of columns times ``2^-e``."""
-    backend, device = cuda
-    # .to() would make a copy by rows of what lies otherwise
-    there = [[x if x.device.type == device.type else moved(x, device) for x in X] for X in stacks]
-    sizes = [(len(X[0]), sum(x.shape[-1] for x in X)) for X in stacks]
-    out = [torch.full((N, R, R), math.nan, dtype=torch.float64, device=device) for N, R in sizes]
-    scales = [
-        torch.empty(N, 0, R, dtype=torch.float64, device=device) if e is None else pow2(-e)[:, None].to(device)
-        for N, R in sizes
-    ]
-    X, numbers, G = table([x for X in there for x in X]), counts([len(X) for X in stacks]), table(out)
-    n = len(stacks)
-    backend.library.run("update_gram", function, (X, numbers, G, n), (X, numbers, table(scales), G, n), device)
-    return [g.cpu() for g in out]
-
-
-def moved(x, device):
-    """A copy on another device with the same strides and the same place within 16 bytes."""
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
-    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def check(G, X):
