@@ -18,6 +18,8 @@ class Limit(NamedTuple):
 LIMITS = {
     "back_transform": {"turn_columns": Limit(256, shared=4160)},
     "column_sizes": {"column_sizes": Limit(128, shared=1024)},
+    "cross": {"cross_parts": Limit(128, blocks=2, tensor=True), "cross_sums": Limit(128)},
+    "fast_gram": {"fast_parts": Limit(128, blocks=2), "fast_sums": Limit(128)},
     "gram": {"gram_parts": Limit(128, blocks=2, tensor=True), "gram_sums": Limit(128)},
     "library": {"unpack": Limit(1024)},
     "mixed_sum": {"mix": Limit(128, blocks=2, shared=2240, tensor=True), "sift": Limit(256)},
