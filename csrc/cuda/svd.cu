@@ -13,7 +13,8 @@ std::vector<SvdGroup> those(const std::vector<SvdGroup> &groups, bool small) {
 
 int check_input(const fedlora_block &C) {
     if (C.dtype != FEDLORA_FLOAT32 && C.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
-    const bool served = C.rows >= 0 && C.cols >= 0 && C.batch >= 0 && C.rows <= kSmallSvdMax && C.cols <= kSmallSvdMax;
+    const bool served = C.rows >= 0 && C.cols >= 0 && C.batch >= 0 && C.rows <= FEDLORA_CORE_SVD_MAX &&
+                        C.cols <= FEDLORA_CORE_SVD_MAX;
     return served ? FEDLORA_OK : FEDLORA_BAD_SHAPE;
 }
 
@@ -36,9 +37,12 @@ int check(const SvdGroup &g) {
 } // namespace
 
 CoreSvd::CoreSvd(const std::vector<SvdGroup> &groups, Workspace &workspace, Upload &upload)
-    : small_(those(groups, true), workspace, upload) {}
+    : small_(those(groups, true), workspace, upload), block_(those(groups, false), workspace, upload) {}
 
-void CoreSvd::launch(int64_t max_sweeps, void *stream) const { small_.launch(max_sweeps, stream); }
+void CoreSvd::launch(int64_t max_sweeps, void *stream) const {
+    small_.launch(max_sweeps, stream);
+    block_.launch(max_sweeps, stream);
+}
 
 } // namespace fedlora
 

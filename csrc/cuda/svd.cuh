@@ -2,6 +2,7 @@
 // the rotations call for matrices of their own.
 #pragma once
 
+#include "block_svd.cuh"
 #include "small_svd.cuh"
 
 namespace fedlora {
@@ -15,6 +16,7 @@ class CoreSvd {
 
   private:
     SmallSvd small_;
+    BlockSvd block_;
 };
 
 } // namespace fedlora

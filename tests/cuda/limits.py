@@ -17,6 +17,11 @@ class Limit(NamedTuple):
 
 LIMITS = {
     "back_transform": {"turn_columns": Limit(256, shared=4160)},
+    "block_svd": {
+        "block_svd_half": Limit(320, blocks=2, shared=832),
+        "block_svd_all": Limit(512, shared=832),
+        "block_svd_none": Limit(512, shared=832),
+    },
     "column_sizes": {"column_sizes": Limit(128, shared=1024)},
     "cross": {"cross_parts": Limit(128, blocks=2, tensor=True), "cross_sums": Limit(128)},
     "fast_gram": {"fast_parts": Limit(128, blocks=2), "fast_sums": Limit(128)},
