@@ -16,7 +16,7 @@ from fedlora_kernels.methods.contract import Group
 from fedlora_kernels.methods.factors import client_gram
 from fedlora_kernels.methods.robust import NOISE
 
-__all__ = ["FEWEST", "Alignment", "aloof", "looked_at"]
+__all__ = ["FEWEST", "Alignment", "aloof", "beside_others", "looked_at", "sum_of_others"]
 
 FEWEST = 3
 """Clients of which one can point elsewhere."""
@@ -54,10 +54,9 @@ class Alignment:
         if not bool((largest < LARGEST).all()):
             return
         self.modules += 1
-        own, dot = gram.diagonal(), gram @ weight
-        terms = np.abs(weight) * np.sqrt(np.maximum(own, 0.0))
-        rest = np.maximum(weight @ dot - 2.0 * weight * dot + weight**2 * own, 0.0)
-        new = {"inner": dot - weight * own, "own": own, "rest": rest, "noise": NOISE * (terms.sum() - terms) ** 2}
+        inner, rest, terms = beside_others(gram, weight)
+        own = gram.diagonal()
+        new = {"inner": inner, "own": own, "rest": rest, "noise": NOISE * terms**2}
         for name, values in new.items():
             self._sums[name] += np.where(own > 0.0, values, 0.0)
 
@@ -96,6 +95,30 @@ class Alignment:
         """Start with what was taken before."""
         self.modules = taken["modules"]
         self._sums = {name: np.array(taken[name]) for name in self._sums}
+
+
+def beside_others(gram: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``<D_k, R_k>``, ``|R_k|^2`` and ``sum |w_j| |D_j|`` over the others, (K,): each update beside the sum R_k of the others.
+
+    From inner products (K, K) of the updates D_k and weights (K,).
+    """
+    own, dot = gram.diagonal(), gram @ weight
+    terms = np.abs(weight) * np.sqrt(np.maximum(own, 0.0))
+    inner, rest = dot - weight * own, weight @ dot - 2.0 * weight * dot + weight**2 * own
+    around = sum_of_others(terms)
+    # the one that makes up most of the sum is not subtracted from it: the others would be left as its rounding
+    for k in np.flatnonzero(terms > around):
+        others = np.where(np.arange(len(weight)) == k, 0.0, weight)
+        part = gram @ others
+        inner[k], rest[k] = part[k], others @ part
+    return inner, np.maximum(rest, 0.0), around
+
+
+def sum_of_others(terms: np.ndarray) -> np.ndarray:
+    """``sum of t_j over j != k`` (K,) of terms that are not negative; nothing is subtracted, which a large one would not survive."""
+    before, after = np.cumsum(terms), np.cumsum(terms[::-1])[::-1]
+    around: np.ndarray = np.concatenate([[0.0], before[:-1]]) + np.concatenate([after[1:], [0.0]])
+    return around
 
 
 def aloof(alignment: Alignment) -> dict[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora_kernels.engine.alignment import Alignment
+from fedlora_kernels.engine.alignment import Alignment, beside_others, sum_of_others
 from fedlora_kernels.engine.report import number
 from fedlora_kernels.linalg.rules import Energy
 from fedlora_kernels.methods.contract import Group
@@ -34,39 +34,38 @@ MOST_TWINS = 100
 class _Sums:
     """What adds up over modules, of K clients and the weighted sum D of their scaled updates D_i.
 
-    ``gram`` (K, K) holds <D_i, D_j>; ``dot`` <D_i, D>, ``crossed`` <w_i D_i, D>, ``own`` <D_i, w_i D_i> and ``squares`` |w_i D_i|^2,
-    all (K,); ``energy`` is |D|^2.
+    ``gram`` (K, K) holds <D_i, D_j>; ``dot`` <D_i, D>, ``inner`` <D_i, D - w_i D_i>, ``rest`` |D - w_i D_i|^2 and ``squares``
+    |w_i D_i|^2, all (K,); ``energy`` is |D|^2.
     """
 
     gram: np.ndarray
     dot: np.ndarray
-    crossed: np.ndarray
-    own: np.ndarray
+    inner: np.ndarray
+    rest: np.ndarray
     squares: np.ndarray
     energy: float
 
     @classmethod
     def of(cls, gram: np.ndarray, weight: np.ndarray) -> _Sums:
         """The sums of one module."""
-        dot, diagonal = gram @ weight, gram.diagonal()
-        return cls(gram, dot, weight * dot, weight * diagonal, weight**2 * diagonal, max(0.0, float(weight @ dot)))
+        dot, (inner, rest, _) = gram @ weight, beside_others(gram, weight)
+        return cls(gram, dot, inner, rest, weight**2 * gram.diagonal(), max(0.0, float(weight @ dot)))
 
     def __add__(self, other: _Sums) -> _Sums:
-        names = ("gram", "dot", "crossed", "own", "squares", "energy")
+        names = ("gram", "dot", "inner", "rest", "squares", "energy")
         return _Sums(*(getattr(self, name) + getattr(other, name) for name in names))
 
     def facts(self, clients: int) -> dict[str, Any]:
         """Plain values; the cosines only up to so many clients. What rounding hides has cosine 0."""
         norms, terms = _roots(self.gram.diagonal()), _roots(self.squares)
-        rest = np.maximum(self.energy - 2.0 * self.crossed + self.squares, 0.0)
-        hidden = NOISE * (terms.sum() - terms) ** 2
-        rest = np.where(rest > hidden, rest, 0.0)
+        hidden = NOISE * sum_of_others(terms) ** 2
+        rest = np.where(self.rest > hidden, self.rest, 0.0)
         whole = self.energy if self.energy > NOISE * terms.sum() ** 2 else 0.0
         return {
             "norm": number(math.sqrt(self.energy)),
             "norms": _values(norms),
             "with_sum": _values(_cosine(self.dot, norms * math.sqrt(whole))),
-            "with_rest": _values(_cosine(self.dot - self.own, norms * _roots(rest))),
+            "with_rest": _values(_cosine(self.inner, norms * _roots(rest))),
             "without": _values(_roots(rest)),
             "cancellation": number(self.energy / terms.sum() ** 2) if terms.any() else None,
             "orthogonal": number(self.squares.sum() / terms.sum() ** 2) if terms.any() else None,

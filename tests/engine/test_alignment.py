@@ -12,6 +12,7 @@ from adapter_problems import FIRST, SHAPES, changed, client, clients, updates, w
 import fedlora_kernels as fk
 from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.engine.alignment import Alignment, aloof, looked_at
+from fedlora_kernels.engine.comparison import Comparison
 from fedlora_kernels.inspection import inspect_adapters
 from fedlora_kernels.methods.contract import method_class, method_names
 
@@ -141,6 +142,30 @@ def test_weights_of_any_sign_make_the_sum_of_the_others():
         found.add((stacked @ stacked.T).numpy(), np.array(weights))
     assert found.cosines == pytest.approx(expected(pairs, weights), rel=1e-10)
     assert found.norms == pytest.approx([float(torch.cat([d[n].flatten() for n in SHAPES]).norm()) for d in dense])
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e8, 1e12, 1e16, 1e30])
+def test_a_client_that_makes_up_nearly_all_of_the_sum_is_compared_with_the_others_alone(factor):
+    """And is not said to point elsewhere where it does not: what it is subtracted from has no digits of the others left."""
+    made = torch.Generator().manual_seed(3)
+    vectors = torch.randn(1, 40, generator=made) + 0.3 * torch.randn(5, 40, generator=made)
+    vectors, weights = vectors.double().numpy(), np.array([0.5, 1.0, 2.0, 1.0, 0.5])
+    vectors[3] *= factor
+    found = Alignment("abcde", 1)
+    found.add(vectors @ vectors.T, weights)
+    compared = Comparison("abcde")
+    compared.add("q", vectors @ vectors.T, weights)
+    report = compared.report(["q"])
+    rest = (np.where(np.arange(5) == 3, 0.0, weights) @ vectors).astype(float)
+    true = vectors[3] @ rest / np.linalg.norm(vectors[3]) / np.linalg.norm(rest)
+    assert true > 0.9
+    for cosine, norm in (
+        (found.cosines[3], None),
+        *((x["with_rest"][3], x["without"][3]) for x in (report, report["modules"]["q"])),
+    ):
+        assert cosine == pytest.approx(true, rel=1e-9)
+        assert norm is None or norm == pytest.approx(np.linalg.norm(rest), rel=1e-9)
+    assert aloof(found) == {}
 
 
 def test_zeros_and_what_rounding_hides_have_no_direction():
