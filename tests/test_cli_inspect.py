@@ -1,5 +1,6 @@
 """fedlora inspect: figures against dense updates, and every suspicion raised by one adapter made to deserve it."""
 
+import io
 import json
 import math
 
@@ -7,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from make_adapters import SHAPES, dense, factors, first, make_adapter, make_clients, poison
+from rich.console import Console
 
 import fedlora_kernels as fk
 from fedlora_kernels.cli import main
 from fedlora_kernels.errors import FormatError
 from fedlora_kernels.inspection import inspect_adapters
-from fedlora_kernels.inspection.suspicion import outlier_scores
+from fedlora_kernels.reporting.html import html_page
+from fedlora_kernels.reporting.spectra import inspect_tables
 
 
 def test_norms_cosines_and_spectra_are_those_of_the_dense_updates(tmp_path):
@@ -100,7 +103,7 @@ def one_zero(tensors):
         ({"change": fresh}, ["'x': every update is zero"]),
         ({"change": one_zero}, ["'x': the update is zero in module 'model.layers.0.self_attn.q_proj'"]),
         ({"base_model_name_or_path": "other/model"}, ["base models differ: base/model, other/model"]),
-        ({"alpha": 8000}, ["'x': its norm is", "times the median"]),
+        ({"alpha": 8000}, ["'x': the norm of its update is", "times the median"]),
         ({"seed": 0, "change": halve}, ["'c0' and 'x' are near duplicates"]),
         ({"shapes": {**SHAPES, "model.layers.0.self_attn.q_proj": (37, 29)}}, ["'model.layers.0.self_attn.q_proj'", "shapes differ"]),
         ({"shapes": dict(list(SHAPES.items())[1:])}, ["'x' lacks module 'model.layers.0.self_attn.q_proj'"]),
@@ -251,24 +254,14 @@ def test_updates_that_cancel_are_said_to(tmp_path):
     assert inspect_adapters(paths, weights=[1.0, -1.0], normalize=False)["findings"] == []
 
 
-def test_scores_of_norms_are_modified_z_scores():
-    norms = [1.0, 1.1, 0.9, 1.05, 7.0, 0.0, None]
-    logs = sorted(math.log(norm) for norm in norms[:5])
-    spread = 1.4826 * sorted(abs(value - logs[2]) for value in logs)[2]
-    expected = [(math.log(norm) - logs[2]) / spread for norm in norms[:5]]
-    scores = outlier_scores(norms)
-    assert scores[:5] == pytest.approx(expected)
-    assert scores[5:] == [None, None]
-    assert scores[4] > 3.5
-    assert outlier_scores([1.0, 1.0, 1.0, 9.0]) == [None] * 4
-    assert outlier_scores([1.0, 2.0]) == [None, None]
-
-
 def test_one_loud_adapter_among_equal_ones_is_named(tmp_path):
     """Where the others do not differ at all there is no score, and still a finding."""
     paths = [str(make_adapter(tmp_path / f"c{k}", seed=1, alpha=8)) for k in range(3)]
     paths.append(str(make_adapter(tmp_path / "x", seed=1, alpha=800)))
-    assert any(finding.startswith("'x': its norm is 100 times") for finding in inspect_adapters(paths)["findings"])
+    assert any(
+        finding.startswith("'x': the norm of its update is 100 times")
+        for finding in inspect_adapters(paths)["findings"]
+    )
 
 
 def test_weights_of_the_command_reach_the_sum(tmp_path):
@@ -300,6 +293,16 @@ def test_adapters_whose_start_changed_the_base_are_looked_at_and_said_to_be(tmp_
     subtracted = inspect_adapters(paths[:2], read=start)
     assert subtracted["adapters"][0]["norm"] == pytest.approx(0.0, abs=1e-5)
     assert subtracted["adapters"][1]["init"] == "true"
+    for adapter in subtracted["adapters"]:
+        assert (adapter["rank_min"], adapter["rank_max"]) == (4, 4)
+        assert adapter["parameters"] == sum(4 * (m + n) for m, n in SHAPES.values())
+        assert {(row["rank"], row["start"]) for row in adapter["modules"]} == {(4, 4)}
+    assert {row["start"] for adapter in report["adapters"] for row in adapter["modules"]} == {0}
+    for found, told in ((report, 0), (subtracted, 2 * (1 + len(SHAPES)))):
+        terminal = Console(file=io.StringIO(), width=200)
+        terminal.print(inspect_tables(found))
+        assert terminal.file.getvalue().count("  4, start ") == told
+        assert html_page(found).count(">4, start<") == (told and 2 * len(SHAPES))
     updates = [dense(path) for path in paths[:2]]
     wanted = math.sqrt(sum(float((updates[1][name] - updates[0][name]).norm()) ** 2 for name in SHAPES))
     assert subtracted["adapters"][1]["norm"] == pytest.approx(wanted, rel=1e-6)

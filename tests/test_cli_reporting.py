@@ -38,7 +38,7 @@ def report(modules=3, **client):
         "clients": [used, used | client], "modules": rows, "extras": [],
         "totals": {"modules": modules, "clients": 2, "rank_in": 18, "rank": 9, "parameters": 540, "bytes": 2160,
                    "error": 0.01, "error_bound": 0.011, "cancellation": None},
-        "warnings": [], "passes": 1, "seconds": {"read": 0.1, "compute": 0.2, "write": 0.1, "total": 0.4},
+        "warnings": [], "notes": [], "passes": 1, "seconds": {"read": 0.1, "compute": 0.2, "write": 0.1, "total": 0.4},
     }  # fmt: skip
 
 
@@ -91,6 +91,17 @@ def test_many_modules_are_shown_by_layer_type(capsys):
         "0.44",
         "model.layers.40.q_proj",
     ]
+
+
+def test_notes_stand_below_the_tables_and_the_first_of_many(capsys):
+    noted = report() | {"notes": ["one\x1b[2J", "two"]}
+    show(aggregate_tables(noted, "out"))
+    assert capsys.readouterr().out.endswith("\nNotes\n- one?[2J\n- two\n")
+    show(aggregate_tables(noted | {"notes": [f"note {i}" for i in range(33)]}, "out"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["- note 29", "- and 3 more; --report FILE.json holds all"]
+    show(aggregate_tables(report(), "out"))
+    assert "Notes" not in capsys.readouterr().out
 
 
 def test_missing_figures_are_dashes(capsys):

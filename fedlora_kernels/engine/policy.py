@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from fedlora_kernels.adapters.validation import ClientCheck, Failure, failure_te
 from fedlora_kernels.engine.clients import Client, present
 from fedlora_kernels.engine.cohort import Cohort
 from fedlora_kernels.engine.extras import scan_extras
+from fedlora_kernels.engine.outliers import outliers
 from fedlora_kernels.engine.settings import Settings
 from fedlora_kernels.errors import FedLoRAError, InputError, LimitError, MismatchError
 from fedlora_kernels.methods.contract import Method
@@ -36,13 +36,6 @@ __all__ = [
     "norm_outliers",
     "start_notes",
 ]
-
-FEWEST = 4
-"""Clients of which one can stand out."""
-SIGMA = 1.4826
-"""From the median distance of a normal distribution to its standard deviation."""
-OUTLIER_SCORE = 3.5
-OUTLIER_FACTOR = 2.0
 
 
 def admit(roster: Sequence[Client], policy: Policy, read: ReadOptions) -> ClientCheck:
@@ -201,17 +194,8 @@ def beyond_bound(cohort: Cohort, squares: np.ndarray, policy: Policy) -> None:
 
 def norm_outliers(cohort: Cohort, norms: np.ndarray) -> list[str]:
     """Texts on clients whose update is much larger or smaller than most; ``norms`` is (L, K)."""
-    sizes = dict(zip((client.name for client in cohort.clients), np.sqrt((norms**2).sum(0)).tolist(), strict=True))
-    logs = {name: math.log(size) for name, size in sizes.items() if 0.0 < size < math.inf}
-    if len(logs) < FEWEST:
-        return []
-    middle = statistics.median(logs.values())
-    spread = SIGMA * statistics.median(abs(value - middle) for value in logs.values())
-    return [
-        f"client {printable(name)!r}: the norm of its update is {math.exp(value - middle):.3g} times the median of all"
-        for name, value in logs.items()
-        if abs(value - middle) > max(OUTLIER_SCORE * spread, math.log(OUTLIER_FACTOR))
-    ]
+    found = outliers(np.sqrt((norms**2).sum(0)).tolist())
+    return [f"client {printable(cohort.clients[k].name)!r}: {text}" for k, text in found.items()]
 
 
 def clip(cohort: Cohort, norms: np.ndarray, policy: Policy) -> None:

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from fedlora_kernels._version import __version__
-from fedlora_kernels.adapters.model import Adapter, LoRAFactors
+from fedlora_kernels.adapters.model import Adapter, LoRAFactors, ModuleSpec
 from fedlora_kernels.adapters.options import ReadOptions
 from fedlora_kernels.engine.alignment import aloof
 from fedlora_kernels.engine.clients import Client, check_unchanged, normalised, open_clients
 from fedlora_kernels.engine.comparison import Comparison, effective_rank, stable_rank
+from fedlora_kernels.engine.outliers import outlier_scores
 from fedlora_kernels.engine.report import number
 from fedlora_kernels.errors import FedLoRAError, InputError
-from fedlora_kernels.inspection.suspicion import outlier_scores, suspicions
+from fedlora_kernels.inspection.suspicion import suspicions
 from fedlora_kernels.linalg import product_svd, update_gram
 from fedlora_kernels.linalg.results import info_text
 from fedlora_kernels.linalg.rules import Energy
@@ -124,7 +125,7 @@ def _report(
             if module in adapter:
                 _, pair = next(readers[index])
                 done += pair.A.nbytes + pair.B.nbytes
-                if _examine(module, pair, tallies[index], backend):
+                if _examine(adapter.modules[module], pair, tallies[index], backend):
                     pairs[index] = pair
         findings += _compare(comparison, module, pairs, weights, backend)
         progress("inspect", done, total)
@@ -145,15 +146,16 @@ def _report(
     }
 
 
-def _examine(module: str, pair: LoRAFactors, tally: _Tally, backend: str) -> bool:
+def _examine(spec: ModuleSpec, pair: LoRAFactors, tally: _Tally, backend: str) -> bool:
     """Add a module's spectrum to the tally. False if it is not finite."""
-    tally.content.update(f"{module}\0{pair.scale}\0".encode("utf-8", "surrogatepass"))
+    tally.content.update(f"{spec.name}\0{pair.scale}\0".encode("utf-8", "surrogatepass"))
     row: dict[str, Any] = {
-        "name": module,
+        "name": spec.name,
         "kind": pair.kind,
         "m": pair.B.shape[0],
         "n": pair.A.shape[1],
-        "rank": pair.A.shape[0],
+        "rank": spec.trained,
+        "start": spec.start,
         "scale": pair.scale,
         "dtype": str(pair.A.dtype).removeprefix("torch."),
         "problem": None,

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora_kernels.adapters.variants import changes_base
+from fedlora_kernels.engine.outliers import outliers
 
-__all__ = ["outlier_scores", "suspicions"]
+__all__ = ["suspicions"]
 
-OUTLIER_SCORE = 3.5
-OUTLIER_FACTOR = 2.0
 NEAR_DUPLICATE = 1e-3
 CANCELS = 0.5
 """Share of the energy of orthogonal updates of these norms below which a sum is said to cancel."""
@@ -44,20 +42,6 @@ def suspicions(
         *(f"{name!r}: {text}" for name, text in elsewhere.items()),
         *_cancelling(comparison),
     ]
-
-
-def outlier_scores(norms: Sequence[float | None]) -> list[float | None]:
-    """Modified z-scores of the log-norms, ``log(norm / median) / (1.4826 median |log(norm / median)|)``.
-
-    None for a norm that is zero or unknown, for fewer than three of the others, and where the others do not differ at all.
-    """
-    logs = [math.log(norm) if norm else None for norm in norms]
-    known = [value for value in logs if value is not None]
-    if len(known) < 3:
-        return [None] * len(norms)
-    middle = statistics.median(known)
-    spread = 1.4826 * statistics.median(abs(value - middle) for value in known)
-    return [None if value is None or spread == 0.0 else (value - middle) / spread for value in logs]
 
 
 def _broken(record: Mapping[str, Any]) -> list[str]:
@@ -126,21 +110,8 @@ def _missing(adapters: Records) -> list[str]:
 
 
 def _loud(adapters: Records) -> list[str]:
-    """Norms far from the median: modified z-score of the log-norm above 3.5 and a factor of 2 away."""
-    norms = [record["norm"] for record in adapters if record["norm"]]
-    if len(norms) < 3:
-        return []
-    middle = math.exp(statistics.median(math.log(norm) for norm in norms))
-    findings = []
-    for record in adapters:
-        if not record["norm"]:
-            continue
-        times = record["norm"] / middle
-        # of norms that are all the same but for this one there is no score
-        beyond = record["norm_score"] is None or abs(record["norm_score"]) > OUTLIER_SCORE
-        if beyond and abs(math.log(times)) > math.log(OUTLIER_FACTOR):
-            findings.append(f"{record['name']!r}: its norm is {times:.3g} times the median of all")
-    return findings
+    found = outliers([record["norm"] for record in adapters])
+    return [f"{adapters[k]['name']!r}: {text}" for k, text in found.items()]
 
 
 def _copies(adapters: Records) -> list[str]:

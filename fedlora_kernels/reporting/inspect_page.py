@@ -18,7 +18,7 @@ from fedlora_kernels.reporting.pieces import (
     spectra_section,
     sum_tiles,
 )
-from fedlora_kernels.reporting.tables import size, span
+from fedlora_kernels.reporting.tables import size, span, trained_rank
 
 __all__ = ["inspect_sections"]
 
@@ -125,7 +125,7 @@ def _own_modules(adapter: Report) -> Markup:
         (
             row["name"],
             f"{row['m']} × {row['n']}",
-            row["rank"],
+            trained_rank(row["rank"], row),
             figure(row["scale"]),
             figure(row["norm"]),
             figure(row["effective_rank"]),

@@ -9,16 +9,23 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from fedlora_kernels.reporting.tables import MODULE_ROWS, by_layer_type, comparison_tables, number, size, span, table
+from fedlora_kernels.reporting.tables import (
+    MODULE_ROWS,
+    by_layer_type,
+    comparison_tables,
+    listed,
+    number,
+    size,
+    span,
+    table,
+    trained_rank,
+)
 from fedlora_kernels.reporting.terminal import text
 
 __all__ = ["inspect_tables"]
 
 SPECTRA = 8
 """More adapters than this have their spectra in the report alone."""
-
-FINDINGS = 30
-"""Lines about what looks wrong before the rest is left to the JSON report."""
 
 
 def inspect_tables(report: Mapping[str, Any]) -> RenderableType:
@@ -39,10 +46,7 @@ def inspect_tables(report: Mapping[str, Any]) -> RenderableType:
 def _findings(findings: Sequence[str]) -> list[RenderableType]:
     if not findings:
         return [text(""), text("Nothing looks wrong.", "green")]
-    lines = [text(""), text("What looks wrong", "bold"), *(text(f"- {line}", "yellow") for line in findings[:FINDINGS])]
-    if len(findings) > FINDINGS:
-        lines.append(text(f"- and {len(findings) - FINDINGS} more; --report FILE.json holds all"))
-    return list(lines)
+    return listed("What looks wrong", findings, "yellow")
 
 
 def _adapters(adapters: Sequence[Mapping[str, Any]]) -> Table:
@@ -64,7 +68,7 @@ def _adapters(adapters: Sequence[Mapping[str, Any]]) -> Table:
         rows.add_row(
             text(adapter["name"]),
             text(len(adapter["modules"])),
-            text(span(adapter["rank_min"], adapter["rank_max"])),
+            text(trained_rank(span(adapter["rank_min"], adapter["rank_max"]), *adapter["modules"])),
             text(number(adapter["effective_rank"])),
             text(number(adapter["stable_rank"])),
             text(_span(adapter["scales"])),
@@ -110,7 +114,7 @@ def _spectra(adapter: Mapping[str, Any]) -> Table:
 
 
 def _module_cells(module: Mapping[str, Any]) -> list[object]:
-    cells: list[object] = [module["name"], f"{module['m']} x {module['n']}", module["rank"]]
+    cells: list[object] = [module["name"], f"{module['m']} x {module['n']}", trained_rank(module["rank"], module)]
     if module["problem"] is not None:
         return [*cells, number(module["scale"]), *["-"] * 6]
     return [

@@ -22,15 +22,20 @@ __all__ = [
     "comparison_tables",
     "facts",
     "layer_type",
+    "listed",
     "number",
     "size",
     "span",
     "table",
+    "trained_rank",
     "worst",
 ]
 
 MODULE_ROWS = 40
 """More modules than this are shown by layer type."""
+
+SENTENCES = 30
+"""More of a kind than this are left to the report."""
 
 WORD = 32
 """Longer words are folded before columns are left out."""
@@ -131,6 +136,11 @@ def by_layer_type(modules: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str],
     return layers
 
 
+def trained_rank(rank: object, *modules: Mapping[str, Any]) -> str:
+    """Return a rank that an inspection tells, and whether a start is subtracted beside it."""
+    return f"{rank}, start" if any(module["start"] for module in modules) else str(rank)
+
+
 def worst(modules: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return the module with the largest error, of those whose error is known if there are any."""
     return max(modules, key=lambda module: -1.0 if module["error"] is None else module["error"])
@@ -143,7 +153,17 @@ def aggregate_tables(report: Mapping[str, Any], out: str) -> RenderableType:
     parts: list[RenderableType] = [_totals(report, out), rows, _clients(report["clients"], _decided(report))]
     if report.get("comparison") is not None:
         parts += comparison_tables(report["comparison"])
-    return Group(*parts)
+    return Group(*parts, *listed("Notes", report["notes"]))
+
+
+def listed(title: str, lines: Sequence[str], style: str = "") -> list[RenderableType]:
+    """Return sentences under a title; nothing of none. Of many, the first are shown."""
+    if not lines:
+        return []
+    shown = [text(""), text(title, "bold"), *(text(f"- {line}", style) for line in lines[:SENTENCES])]
+    if len(lines) > SENTENCES:
+        shown.append(text(f"- and {len(lines) - SENTENCES} more; --report FILE.json holds all"))
+    return list(shown)
 
 
 def _totals(report: Mapping[str, Any], out: str) -> Table:

@@ -11,6 +11,7 @@ from adapter_problems import FIRST, SHAPES, changed, client, clients, updates, w
 
 import fedlora_kernels as fk
 from fedlora_kernels.adapters.options import ReadOptions
+from fedlora_kernels.cli import main
 from fedlora_kernels.engine.alignment import Alignment, aloof, looked_at
 from fedlora_kernels.engine.comparison import Comparison
 from fedlora_kernels.inspection import inspect_adapters
@@ -94,6 +95,17 @@ def test_a_comparison_an_inspection_and_a_plain_run_say_the_same(tmp_path):
         paths.append(str(tmp_path / f"c{k}"))
     (found,) = (text for text in inspect_adapters(paths)["findings"] if ELSEWHERE in text)
     assert named(combined(pairs)) == named(combined(pairs, compare=True)) == [f"client {found}"]
+
+
+def test_what_is_noted_is_shown_where_the_run_was_asked_for(tmp_path, capsys):
+    for k, pair in enumerate([*agreeing(3), stranger()]):
+        fk.open_adapter(pair).save(tmp_path / f"c{k}")
+    folders = [str(tmp_path / f"c{k}") for k in range(4)]
+    assert main(["aggregate", *folders, "-o", str(tmp_path / "out")]) == 0
+    shown = " ".join(capsys.readouterr().out.split("Notes")[1].split())
+    assert shown.startswith(f"- client 'c3': {ELSEWHERE}")
+    assert main(["aggregate", *folders[:3], "-o", str(tmp_path / "agreed")]) == 0
+    assert "Notes" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0, 1.0], [5.0, 1.0, 2.0, 0.5]])
