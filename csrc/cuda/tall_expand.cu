@@ -17,8 +17,8 @@ struct TallShare {
 
 namespace {
 
-// Numbers of shared memory beside the room: a panel's T, and scratch of the warps.
-constexpr int kFixed = kPanelKept + kTallWarps * kTileScratch;
+// Numbers of shared memory beside the room: T of two panels, and scratch of the warps.
+constexpr int kFixed = 2 * kPanelKept + kTallWarps * kTileScratch;
 
 // Columns of C on top of zeros.
 __device__ void load_tile(const TallProduct &product, int64_t matrix, int least, int first, double *tile, int gap, int height) {
@@ -43,23 +43,54 @@ __device__ void store_tile(const fedlora_block &out, int64_t matrix, int64_t beg
     }
 }
 
-// Panels of reflections, one after the other, for all warps of a block.
+// The reflections of a leaf or of a node, in panels.
+template <bool kStacked>
 struct Reflections {
-    const double *V;
-    int gap;
-    const double *kept;
+    const double *V, *T;
+    int gap, height;
+
+    __device__ const double *panel(int p) const { return V + p * kPanel * (kStacked ? gap : gap + 1); }
+    __device__ int count(int p) const { return kStacked ? (p + 1) * kPanel : height - p * kPanel; }
 };
 
-// Tiles lose their part along a panel; rows of V are `count`, and the tile's first of them is at `rows`.
+// Where panels are on their way to, by turns; without a buffer they stay where they are.
+struct Stages {
+    double *kept, *buffer;
+    int size;
+
+    __device__ double *kept_of(int p) const { return kept + p % 2 * kPanelKept; }
+    __device__ double *buffer_of(int p) const { return buffer ? buffer + p % 2 * size : nullptr; }
+    template <bool kStacked>
+    __device__ void fetch(const Reflections<kStacked> &from, int p) const {
+        copy_pairs(kept_of(p), from.T + p * kPanelKept, threadIdx.x, blockDim.x, kPanelKept);
+        const int count = from.count(p);
+        for (int j = threadIdx.x / kWarp; buffer && j < kPanel; j += blockDim.x / kWarp)
+            copy_pairs(buffer_of(p) + j * gap_of(count), from.panel(p) + j * from.gap, threadIdx.x % kWarp, kWarp, count);
+        close_group();
+    }
+
+  private:
+    __device__ static void copy_pairs(double *to, const double *from, int first, int step, int count) {
+        for (int i = 2 * first; i < count; i += 2 * step) copy_async<16>(to + i, from + i, 16);
+    }
+};
+
+// Tiles lose their parts along the panels from `last` on down to the first; that of this warp from `own_last` on. Panels are
+// fetched one ahead. All of a block comes here.
 template <bool kStacked>
-__device__ void turn(const Reflections &from, int count, bool busy, double *rows, double *pivots, int gap, double *kept,
-                     double *buffer, double *scratch) {
-    copy_numbers(kept, from.kept, kPanelKept);
-    if (buffer) copy_panel(buffer, gap_of(count), from.V, from.gap, count);
-    __syncthreads();
-    if (busy)
-        update_tile<kStacked, false>(buffer ? buffer : from.V, buffer ? gap_of(count) : from.gap, count, kept, rows, gap,
-                                     kTileCols, pivots, gap, scratch);
+__device__ void turn(const Reflections<kStacked> &from, const Stages &stages, int last, int own_last, double *top, double *second,
+                     int gap, double *scratch) {
+    stages.fetch(from, last);
+    for (int p = last; p >= 0; --p) {
+        wait_groups<0>();
+        __syncthreads(); // panel p is there for all, and nobody looks at the one before
+        if (p > 0) stages.fetch(from, p - 1);
+        if (p > own_last) continue;
+        const int count = from.count(p);
+        const double *const V = stages.buffer ? stages.buffer_of(p) : from.panel(p);
+        update_tile<kStacked, false>(V, stages.buffer ? gap_of(count) : from.gap, count, stages.kept_of(p),
+                                     kStacked ? second : top + p * kPanel, gap, kTileCols, top + p * kPanel, gap, scratch);
+    }
     __syncthreads();
 }
 
@@ -80,10 +111,10 @@ __global__ void __launch_bounds__(kTallThreads, 2) expand(const TallFactors *all
     if (first >= end) return;
     const bool busy = warp < share.tiles && own < end;
 
-    double *const kept = shared, *const scratch = kept + kPanelKept + warp * kTileScratch, *const room = shared + kFixed;
-    double *const buffer = share.staged ? room : nullptr;
+    double *const scratch = shared + 2 * kPanelKept + warp * kTileScratch, *const room = shared + kFixed;
+    const Stages stages = {shared, share.staged ? room : nullptr, shape.panel_size()};
     double *const tiles = share.memory ? share.memory + (int64_t)slot * share.tiles * shape.tile_size()
-                                       : room + (share.staged ? shape.panel_size() : 0);
+                                       : room + (share.staged ? 2 * shape.panel_size() : 0);
     double *const top = tiles + (int64_t)warp * shape.tile_size(), *const second = top + shape.order;
     const int gap = shape.leaf_gap, height = panels_up(shape.height_of(leaf));
     // while all is upper triangular, panels beyond a column have nothing to do with it
@@ -99,9 +130,7 @@ __global__ void __launch_bounds__(kTallThreads, 2) expand(const TallFactors *all
         if (right >= shape.leaves) continue;
         const int64_t node = way - leaf + right;
         const double *const V = f.triangles + node * shape.triangle_size(), *const T = f.node_kept + node * shape.kept_size();
-        for (int p = last; p >= 0; --p)
-            turn<true>({V + p * kPanel * shape.gap, shape.gap, T + p * kPanelKept}, (p + 1) * kPanel, p <= own_last, second,
-                       top + p * kPanel, gap, kept, buffer, scratch);
+        turn(Reflections<true>{V, T, shape.gap, 0}, stages, last, own_last, top, second, gap, scratch);
         for (int j = 0; busy && j < kTileCols; ++j)
             for (int i = threadIdx.x % kWarp; i < shape.order; i += kWarp) {
                 if (leaf & step) top[j * gap + i] = second[j * gap + i];
@@ -109,11 +138,8 @@ __global__ void __launch_bounds__(kTallThreads, 2) expand(const TallFactors *all
             }
         __syncwarp();
     }
-    const int64_t node = way;
-    const double *const V = f.leaves + node * shape.leaf_size(), *const T = f.leaf_kept + node * shape.kept_size();
-    for (int p = last; p >= 0; --p)
-        turn<false>({V + p * kPanel * (gap + 1), gap, T + p * kPanelKept}, height - p * kPanel, p <= own_last, top + p * kPanel,
-                    nullptr, gap, kept, buffer, scratch);
+    const double *const V = f.leaves + way * shape.leaf_size(), *const T = f.leaf_kept + way * shape.kept_size();
+    turn(Reflections<false>{V, T, gap, height}, stages, last, own_last, top, second, gap, scratch);
     if (!busy) return;
     with_float(product.out.dtype, [&](auto type) {
         store_tile<decltype(type)>(product.out, matrix, shape.begin(leaf), shape.height_of(leaf), own, min(kTileCols, end - own),
@@ -131,15 +157,16 @@ TallProducts::TallProducts(const TallQR &qr, const std::vector<TallProduct> &pro
     int64_t shared = 0, warps = 1;
     for (const TallProduct &product : products) {
         const TallShape shape(qr.rows_[(size_t)product.stack], qr.cols_[(size_t)product.stack]);
-        const int64_t panel = shape.panel_size(), tile = shape.tile_size(), all = (product.out.cols + kTileCols - 1) / kTileCols;
-        const bool staged = panel + tile <= free;
-        const int64_t places = (free - staged * panel) / tile;
+        const int64_t panels = 2 * shape.panel_size(), tile = shape.tile_size();
+        const int64_t all = (product.out.cols + kTileCols - 1) / kTileCols;
+        const bool staged = panels + tile <= free;
+        const int64_t places = (free - staged * panels) / tile;
         const int64_t tiles = std::min<int64_t>({all, kTallWarps, places > 0 ? places : kTallWarps});
         const int64_t chunks = (all + tiles - 1) / tiles;
         const int64_t blocks = product.out.batch * shape.leaves * chunks;
         double *const memory = places > 0 ? nullptr : workspace.take<double>(blocks * tiles * tile);
         shares.push_back({product, (int)chunks, (int)tiles, staged, memory});
-        shared = std::max(shared, (places > 0 ? tiles * tile : 0) + staged * panel);
+        shared = std::max(shared, (places > 0 ? tiles * tile : 0) + staged * panels);
         warps = std::max(warps, tiles);
         first.push_back(first.back() + blocks);
     }
