@@ -32,12 +32,18 @@ def missing():
     return "" if shutil.which(CXX) else f"no C++ compiler {CXX}"
 
 
-def build(flags=(), sources=()):
-    """The library compiled with these flags and sources as well, from the run before as far as nothing has changed since."""
+def build(flags=(), sources=(), instead=None):
+    """The library compiled with these flags and sources as well, from the run before as far as nothing has changed since.
+
+    ``instead`` has other files for some sources.
+    """
+    instead = instead or {}
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one worker builds, the others wait
-        objects = [_object(source, flags) for source in (*sorted(CSRC.glob("cuda/*.cu")), *sources)]
+        objects = [
+            _object(instead.get(source, source), flags) for source in (*sorted(CSRC.glob("cuda/*.cu")), *sources)
+        ]
         pending = [(command, target) for command, target in objects if not target.is_file()]
         for i in range(0, len(pending), 2):
             _run_all(pending[i : i + 2])
@@ -52,7 +58,9 @@ def _object(source, flags):
     """The command that compiles a source, and a file named after all that it depends on."""
     command = [CXX, *FLAGS, *flags, "-x", "c++", "-c", str(source)]
     listing = subprocess.run([*command, "-M"], check=True, capture_output=True, text=True).stdout
-    used = [path for path in listing.replace("\\\n", " ").split()[1:] if path.startswith(str(ROOT))]
+    used = [
+        path for path in listing.replace("\\\n", " ").split()[1:] if path.startswith(str(ROOT)) or path == str(source)
+    ]
     digest = hashlib.sha256(shlex.join(command).encode())
     for path in sorted(used):
         digest.update(Path(path).read_bytes())
