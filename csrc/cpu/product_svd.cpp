@@ -247,7 +247,7 @@ void core_product(const Module &m, int x) {
 // Rank and certificate from the singular values.
 void Wave::judge(const Module &m) const {
     Facts &f = *m.facts;
-    f.found = fedlora::certify({m.s, m.k, f.live, m.R, f.energy, f.energy_abs, f.floor, f.norm, f.e}, call.rule, rho_max(g));
+    f.found = fedlora::certify({m.s, m.k, f.live, m.R, f.energy, f.energy_abs, f.floor, f.norm, f.e, false}, call.rule, rho_max(g));
     f.p = f.bad || f.found.doubtful ? 0 : smaller(f.found.rank, g.room());
 }
 

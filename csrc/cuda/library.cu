@@ -12,7 +12,7 @@ namespace {
 thread_local std::string message;
 
 // A launch takes at most 32 764 bytes of parameters.
-constexpr int kPieces = 32, kPayload = 31 << 10;
+constexpr int kPieces = 160, kPayload = 30 << 10;
 
 struct Parcel {
     int64_t there[kPieces];

@@ -55,7 +55,7 @@ class Upload {
         return add(values.data(), (int64_t)values.size());
     }
 
-    // Everything added so far, in order with what else is on the stream: one launch for every 31 KiB.
+    // Everything added so far, in order with what else is on the stream: one launch for every 30 KiB or 160 tables.
     void send(void *stream);
 
   private:

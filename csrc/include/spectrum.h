@@ -29,7 +29,7 @@ struct Spectrum {
     int64_t count, live, width;  // columns that are not zero, and all columns
     double energy, energy_abs, floor, norm;
     int64_t e;
-    int64_t passes = 1;  // over Grams; 2 over orthogonal factors
+    bool second;  // over orthogonal factors, not over Grams
 };
 
 struct Certificate {
@@ -140,8 +140,7 @@ FEDLORA_DEVICE inline bool overlooked(const Spectrum &known, const Rule &rule, c
 
 // What the relative square of the truncation error may be off by.
 FEDLORA_DEVICE inline double doubt_of(const Spectrum &known) {
-    return known.passes == 1 ? 18 * kRoundoff * known.energy_abs / known.energy
-                             : kRoundoff * (256 + 16 * known.norm / known.s[0]);
+    return known.second ? kRoundoff * (256 + 16 * known.norm / known.s[0]) : 18 * kRoundoff * known.energy_abs / known.energy;
 }
 
 }  // namespace spectrum
@@ -153,7 +152,7 @@ FEDLORA_DEVICE inline Certificate certify(const Spectrum &known, const Rule &rul
     Certificate found = {capped(wish, rule), numerical, 0, 0, 0, HUGE_VAL, HUGE_VAL, false};
     if (found.rank > 0) {
         found.rho = known.norm / known.s[found.rank - 1];
-        found.sigma_err = kRoundoff * (known.passes == 1 ? 256 + 4 * found.rho * found.rho : 128 + 4 * found.rho);
+        found.sigma_err = kRoundoff * (known.second ? 128 + 4 * found.rho : 256 + 4 * found.rho * found.rho);
     }
     if (known.energy > 0) {
         double tail = 0;
@@ -161,13 +160,12 @@ FEDLORA_DEVICE inline Certificate certify(const Spectrum &known, const Rule &rul
         found.error = std::sqrt(tail / known.energy);
         found.error_bound = std::sqrt(found.error * found.error + doubt_of(known));
     }
-    const bool second = known.passes > 1;
     found.notes = (numerical == 0 ? FEDLORA_NOTE_ZERO : 0) |
                   (numerical > 0 && numerical < known.width ? FEDLORA_NOTE_RANK_DEFICIENT : 0) |
-                  (found.rank < wish ? FEDLORA_NOTE_CAPPED : 0) | (second ? FEDLORA_NOTE_TWO_PASS : 0) |
-                  (second && found.rank > 0 && found.sigma_err > kLowAccuracy ? FEDLORA_NOTE_LOW_ACCURACY : 0);
+                  (found.rank < wish ? FEDLORA_NOTE_CAPPED : 0) | (known.second ? FEDLORA_NOTE_TWO_PASS : 0) |
+                  (known.second && found.rank > 0 && found.sigma_err > kLowAccuracy ? FEDLORA_NOTE_LOW_ACCURACY : 0);
     const bool doubt = found.rho > rho_max || !(known.energy > 0) || overlooked(known, rule, found);
-    found.doubtful = !second && doubt && known.energy_abs > 0;
+    found.doubtful = !known.second && doubt && known.energy_abs > 0;
     return found;
 }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlora_kernels.backends import cpu
-from fedlora_kernels.backends.cpu import product
+from fedlora_kernels.backends.native import product
 from fedlora_kernels.backends.torch.cholesky import pivoted_cholesky
 
 BACKEND = cpu.BACKEND

@@ -7,7 +7,7 @@ import torch
 
 from fedlora_kernels.backends import cpu
 from fedlora_kernels.backends.contract import Factors, RuleCode, RuleSpec
-from fedlora_kernels.backends.cpu import product
+from fedlora_kernels.backends.native import product
 from fedlora_kernels.backends.native.gram import gram as native_gram
 from fedlora_kernels.backends.native.library import counts, table
 from fedlora_kernels.backends.torch import TorchBackend, backtransform

@@ -8,7 +8,7 @@ from frames import DTYPES, dtype_id, normal, same_bits, with_kappa
 
 from fedlora_kernels.backends import cpu
 from fedlora_kernels.backends.contract import Factors, RuleCode, RuleSpec
-from fedlora_kernels.backends.cpu import product
+from fedlora_kernels.backends.native import product
 from fedlora_kernels.backends.native.library import counts, rows, table
 from fedlora_kernels.backends.native.qr import tall_qr
 from fedlora_kernels.backends.torch import householder

@@ -22,6 +22,7 @@ LIMITS = {
         "block_svd_all": Limit(512, shared=832),
         "block_svd_none": Limit(512, shared=832),
     },
+    "cholesky": {"factor_grams": Limit(256)},
     "column_sizes": {"column_sizes": Limit(128, shared=1024)},
     "cross": {"cross_parts": Limit(128, blocks=2, tensor=True), "cross_sums": Limit(128)},
     "fast_gram": {"fast_parts": Limit(128, blocks=2), "fast_sums": Limit(128)},
@@ -29,6 +30,12 @@ LIMITS = {
     "library": {"unpack": Limit(1024)},
     "mixed_sum": {"mix": Limit(128, blocks=2, shared=2240, tensor=True), "sift": Limit(256)},
     "orient": {"orient": Limit(256, shared=4096)},
+    "product_judge": {
+        "core_tiles": Limit(256, shared=17408, tensor=True),
+        "coefficients": Limit(256, shared=21760, tensor=True),
+    },
+    "product_scale": {"scales": Limit(512, shared=4096)},
+    "product_weigh": {"weigh": Limit(256, shared=256)},
     "small_svd": {"team_svd": Limit(64, blocks=4), "thread_svd": Limit(64, blocks=3)},
     "stacked_echelon": {
         "echelon": Limit(256, blocks=2, shared=64),

@@ -9,8 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedlora_kernels.backends.contract import OPS, Blocks, Factors, Mixed, RawQR, RawRotation, RawSum, RawSVD, Stack
-from fedlora_kernels.backends.cuda import build
+from fedlora_kernels.backends.contract import (
+    OPS,
+    Blocks,
+    Factors,
+    Mixed,
+    RawProduct,
+    RawQR,
+    RawRotation,
+    RawSum,
+    RawSVD,
+    RuleSpec,
+    Stack,
+)
+from fedlora_kernels.backends.cuda import build, product
 from fedlora_kernels.backends.native import gram, procrustes, qr, sums, svd
 from fedlora_kernels.backends.native.library import HEADERS, LIBRARIES, Library
 from fedlora_kernels.errors import BackendError
@@ -25,6 +37,7 @@ _LARGEST: Mapping[str, Mapping[str, int]] = {
     "stacked_qr": {"R": qr.WIDEST},
     "weighted_sum": {},
     "mixed_sum": {},
+    "product_svd": {},
     "update_gram": {},
 }
 """The sizes of an operation that have an upper bound."""
@@ -95,6 +108,12 @@ class CudaBackend:
     def mixed_sum(self, groups: Sequence[Mixed], dtype: torch.dtype) -> list[RawSum]:
         """``sum_k X_k M_k`` of each group; see `Backend.mixed_sum`."""
         return sums.mixed_sum(self.library, groups, dtype)
+
+    def product_svd(
+        self, groups: Sequence[Factors], rule: RuleSpec, output: str, dtype: torch.dtype
+    ) -> list[RawProduct]:
+        """Truncated SVD of each ``sum_k w_k B_k A_k``, never formed; see `Backend.product_svd`."""
+        return product.product_svd(self.library, groups, rule, output, dtype)
 
     def update_gram(self, groups: Sequence[Factors]) -> list[Tensor]:
         """Inner products of the weighted updates; see `Backend.update_gram`."""
