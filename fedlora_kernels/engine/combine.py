@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fedlora_kernels.engine.frozen import check_frozen
 from fedlora_kernels.engine.report import module_rows
 from fedlora_kernels.engine.slabs import Block, Drain
 from fedlora_kernels.engine.sums import Summing
+from fedlora_kernels.engine.underflow import UNDERFLOW, underflows
 from fedlora_kernels.engine.walk import Summed, Walk
 from fedlora_kernels.errors import ConvergenceError, OutputOverflowError, RunError
 from fedlora_kernels.methods.contract import Group, Method, Outcome, Pair, Previous
@@ -61,6 +62,8 @@ def combine(
                 made, new = _made(walk, *_combined(walk, block, plan))
                 for module, row in zip(made, new, strict=True):
                     module.spectrum = row["singular_values"]
+                    if walk.dtype == torch.float16 and _underflows(module, row):
+                        row["notes"].append(UNDERFLOW)
                     if walk.settings.write.drop_zero:
                         _drop(module, row)
                 modules += made
@@ -182,6 +185,15 @@ def _largest(method: Method, group: Group, i: int, plan: Any, previous: Previous
     if wide.B is not None and wide.A is not None:
         pairs.append(Pair(wide.B, wide.A, torch.empty(0)))
     return max(float(factor.abs().max()) for pair in pairs for factor in (pair.B, pair.A) if factor.numel())
+
+
+def _underflows(module: ModuleOutput, row: Mapping[str, Any]) -> bool:
+    """Whether the dtype takes more of a module than rounding does. Personal zeros may be of a client that trained nothing."""
+    if Note.ZERO.name in row["notes"] or row["singular_values"] == []:
+        return False
+    shared = [pair for pair in (module.common, module.residual) if pair is not None]
+    own = [pair for pair in module.personal.values() if bool(pair[0].any()) and bool(pair[1].any())]
+    return underflows(shared) or any(underflows([pair]) for pair in own)
 
 
 def _drop(module: ModuleOutput, row: dict[str, Any]) -> None:

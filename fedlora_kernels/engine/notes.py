@@ -9,6 +9,7 @@ from typing import Any
 from fedlora_kernels.adapters.names import printable
 from fedlora_kernels.backends.contract import Note
 from fedlora_kernels.engine.cohort import Cohort
+from fedlora_kernels.engine.underflow import UNDERFLOW
 from fedlora_kernels.linalg.rules import RankRule
 
 __all__ = ["module_notes"]
@@ -28,6 +29,12 @@ def module_notes(rows: Sequence[Mapping[str, Any]], cohort: Cohort, rule: RankRu
     if far:
         notes.append(
             f"farther from the weighted sum than nothing at all: {len(far)} modules, {printable(far[0])!r} first"
+        )
+    tiny = [row["name"] for row in rows if UNDERFLOW in row["notes"]]
+    if tiny:
+        notes.append(
+            f"float16 has no numbers small enough for {len(tiny)} modules, {printable(tiny[0])!r} first: more than 1 % of their update "
+            "may be lost. Use bfloat16 or a wider dtype"
         )
     gone = [row["name"] for row in rows if row["cancellation"] is not None and row["cancellation"] < CANCELLED]
     if gone:
