@@ -23,8 +23,9 @@ struct TallShape {
     int leaf_gap, gap;
 
     TallShape(int64_t rows_, int64_t cols_) : rows(rows_), cols((int)cols_), width(panels_up(cols)) {
-        // At least so many rows has a leaf, if there are as many: about 96 KiB, and never less than two triangles.
-        const int height = std::max(2 * width, std::min(1024, 12288 / width / kPanel * kPanel));
+        // At least so many rows has a leaf, if there are as many: about 80 KiB, two of which fit on a multiprocessor, and never
+        // less than two triangles.
+        const int height = std::max(2 * width, std::min(1024, 10240 / width / kPanel * kPanel));
         leaves = (int)std::max<int64_t>(1, rows / height);
         base = (int)(rows / leaves);
         extra = (int)(rows % leaves);

@@ -8,6 +8,8 @@
 namespace fedlora {
 namespace {
 
+constexpr int64_t kWidest = 16384; // so that a leaf is counted in 32 bits
+
 struct Tables {
     const fedlora_block *X;
     const int64_t *counts;
@@ -24,6 +26,7 @@ struct Tables {
             if (block->batch != Q[g].batch || block->rows != Q[g].rows || block->cols < 0) return FEDLORA_BAD_SHAPE;
             width += block->cols;
         }
+        if (width > kWidest) return FEDLORA_BAD_SHAPE;
         const int64_t least = std::min(Q[g].rows, width);
         const bool fit = R[g].cols == width && R[g].rows == least && R[g].batch == Q[g].batch && Q[g].cols == least &&
                          scale[g].rows == 1 && scale[g].cols == width && scale[g].batch == Q[g].batch;

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from frames import DTYPES, dtype_id, normal, orthogonal, same_bits, with_kappa
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_stacked_qr import FAMILIES, RANKS, check_qr, column_norms, make_stack
 
 from fedlora_kernels.backends import get
@@ -306,6 +308,25 @@ def test_errors_do_not_depend_on_the_number_of_rows(cuda):
     check_qr(raw, stack)
     assert raw.rank.tolist() == [18]
     assert (column_norms(raw.R) > 0).all()
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(
+    N=st.integers(1, 3),
+    m=st.integers(1, 150),
+    ranks=st.lists(st.integers(0, 25), min_size=1, max_size=4).filter(any),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=4, max_size=4),
+    dependent=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_stack_meets_the_limits(simt, N, m, ranks, dtypes, dependent, seed):
+    X = normal(N, m, sum(ranks), seed=seed)
+    if dependent:
+        X[:, :, -1] = X[:, :, 0]
+    parts = [part.to(dtype) for part, dtype in zip(X.split(ranks, dim=-1), dtypes, strict=False)]
+    weights = normal(N, len(ranks), seed=seed + 1)
+    stack = make_stack(parts, weights)
+    check_qr(qr((simt, torch.device("cpu")), stack), stack)
 
 
 @pytest.mark.full

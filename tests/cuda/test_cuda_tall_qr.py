@@ -164,6 +164,16 @@ def test_bits_do_not_depend_on_who_runs_first(simt, monkeypatch, schedule, share
     same(qr(cuda, X), expected)
 
 
+def test_stacks_that_are_too_wide_are_refused(simt):
+    X, wide = torch.empty(1, 1, 1), torch.empty(1, 1, 1, dtype=torch.float64)
+    needed = ctypes.c_int64()
+    for R, status in ((16384, 0), (16385, 1)):
+        tables = table([X.expand(1, 5, R)]), counts([1]), table([wide.expand(1, 1, R)])
+        outs = table([wide.expand(1, 5, 5)]), table([wide.expand(1, 5, R)])
+        found = simt.library.functions("test").fedlora_tall_qr_workspace(*tables, *outs, 1, 1, ctypes.byref(needed))
+        assert found == status
+
+
 class Call:
     """One direct call on 2 x 40 x (3 + 6) and 1 x 2100 x 5; Q and R of the first lie in wide buffers full of canaries."""
 
