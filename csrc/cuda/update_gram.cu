@@ -13,7 +13,7 @@ namespace fedlora {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int64_t kExponentOfZero = -10000; // below all others: a column of zeros never decides the scale of its client
+constexpr int kExponentOfZero = -10000; // below all others: a column of zeros never decides the scale of its client
 
 struct UpdateTask {
     fedlora_block weights, inner, left, right; // Grams of B and of A^T
@@ -28,11 +28,12 @@ __device__ inline double at(const fedlora_block &block, int64_t matrix, int64_t 
     return address<double>(block, matrix)[row * block.row_stride + col * block.col_stride];
 }
 
-__device__ int64_t exponent_of_column(const fedlora_block &sizes, int64_t matrix, int64_t column) {
+__device__ int exponent_of_column(const fedlora_block &sizes, int64_t matrix, int64_t column) {
     if (!sizes.rows) return 0;
+    const double *size = address<double>(sizes, matrix) + column;
     double largest = 0.0;
-    for (int64_t piece = 0; piece < sizes.rows; ++piece) largest = fmax(largest, at(sizes, matrix, piece, column));
-    const int64_t e = exponent_of(largest);
+    for (int piece = 0; piece < (int)sizes.rows; ++piece, size += sizes.row_stride) largest = fmax(largest, *size);
+    const int e = (int)exponent_of(largest);
     return largest == 0.0 ? kExponentOfZero : e < -1022 ? -1022 : e > 1022 ? 1022 : e;
 }
 
@@ -45,17 +46,15 @@ __global__ void __launch_bounds__(kThreads) client_scales(const UpdateTask *task
     const uint32_t item = (uint32_t)(slot - first[t]), clients_of_task = (uint32_t)task.clients;
     const int64_t client = item % clients_of_task, matrix = item / clients_of_task;
     const int64_t begin = task.first[client], end = task.first[client + 1];
-    int64_t e = begin < end ? 2 * kExponentOfZero : 0;
+    double *const left = address<double>(task.left_scale, matrix), *const right = address<double>(task.right_scale, matrix);
+    int e = begin < end ? 2 * kExponentOfZero : 0;
     for (int64_t column = begin; column < end; ++column) {
-        const int64_t own = exponent_of_column(task.left_sizes, matrix, column) + exponent_of_column(task.right_sizes, matrix, column);
-        e = own > e ? own : e;
+        const int own = exponent_of_column(task.left_sizes, matrix, column);
+        e = max(e, own + exponent_of_column(task.right_sizes, matrix, column));
+        left[column] = pow2(-own), right[column] = own;
     }
-    task.exponents[matrix * task.clients + client] = e;
-    for (int64_t column = begin; column < end; ++column) {
-        const int64_t left = exponent_of_column(task.left_sizes, matrix, column);
-        address<double>(task.left_scale, matrix)[column] = pow2(-left);
-        address<double>(task.right_scale, matrix)[column] = pow2(left - e);
-    }
+    task.exponents[item] = e;
+    for (int64_t column = begin; column < end; ++column) right[column] = pow2((int64_t)right[column] - e);
 }
 
 // One block for every pair of clients.
