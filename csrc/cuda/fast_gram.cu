@@ -1,4 +1,4 @@
-// fedlora_fast_gram: X^T X of bfloat16 or float16 blocks on their own tensor cores (docs/numerics.md, Fast Grams).
+// fedlora_fast_gram: X^T X of bfloat16 or float16 blocks on their own tensor cores (docs/cuda.md, Gram).
 //
 // These add up in float32, and by truncation; so what they have of 64 rows goes to float64 sums before more is added. Blocks share
 // out tiles of G and parts of the rows; a second kernel adds the parts up in order and multiplies by the scales.
