@@ -123,8 +123,11 @@ __device__ __forceinline__ void copy_async(void *shared, const void *global, int
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(there), "l"(global), "n"(Size), "r"(bytes) : "memory");
 #else
-    unsigned char *const to = static_cast<unsigned char *>(shared);
-    for (int i = 0; i < Size; ++i) to[i] = i < bytes ? static_cast<const unsigned char *>(global)[i] : (unsigned char)0;
+    // An address that the device refuses gives wrong numbers here.
+    const auto aligned = [](const void *address) { return reinterpret_cast<uintptr_t>(address) / Size * Size; };
+    unsigned char *const to = reinterpret_cast<unsigned char *>(aligned(shared));
+    const unsigned char *const from = reinterpret_cast<const unsigned char *>(aligned(global));
+    for (int i = 0; i < Size; ++i) to[i] = i < bytes ? from[i] : (unsigned char)0;
 #endif
 }
 

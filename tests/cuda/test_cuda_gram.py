@@ -50,18 +50,20 @@ def test_layouts_change_no_bit(cuda, dtype, layout, ranks):
     assert same_bits(grams(cuda, [LAYOUTS[layout](X[0]), *X[1:]])[0], wanted)
 
 
-@pytest.mark.parametrize("stride", [4, 2, 1])
+@pytest.mark.parametrize("start", [8, 4, 2, 1])
+@pytest.mark.parametrize("ranks", [(8, 24), (5, 8, 3)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @orders
-def test_rows_that_begin_anywhere_change_no_bit(cuda, dtype, stride, by_columns):
-    """Addresses and strides that are multiples of 8, of 4 or of fewer bytes."""
-    X = draw(70, (8, 24), [dtype], by_columns=by_columns)
+def test_rows_that_begin_anywhere_change_no_bit(cuda, dtype, ranks, start, by_columns):
+    """Addresses and strides that are multiples of 16, 8, 4 or fewer bytes, whether the ranks are or not."""
+    X = draw(70, ranks, [dtype], by_columns=by_columns)
     away = []
     for x in X:
         y = x.mT if by_columns else x
-        room = torch.full((2, y.shape[1] + 1, y.shape[2] + 8 + stride), math.nan).to(dtype)
-        room[:, 1:, stride : stride + y.shape[2]] = y
-        z = room[:, 1:, stride : stride + y.shape[2]]
+        width = -(-y.shape[2] // 8) * 8 + start
+        room = torch.full((2, y.shape[1] + 1, width), math.nan).to(dtype)
+        z = room[:, 1:, start : start + y.shape[2]]
+        z.copy_(y)
         away.append(z.mT if by_columns else z)
     assert same_bits(grams(cuda, away)[0], grams(cuda, X)[0])
 

@@ -119,11 +119,12 @@ def test_heavy_and_light_weights(cuda):
 
 @pytest.mark.parametrize("where", ["B", "A"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("ranks", [(5, 3, 8), (1, 1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_a_bad_client_spoils_its_own_row_and_column(cuda, dtype, value, where):
-    group = draw(43, 31, (5, 3, 8), [dtype], batch=3)
+def test_a_bad_client_spoils_its_own_row_and_column(cuda, dtype, ranks, value, where):
+    group = draw(43, 31, ranks, [dtype], batch=3)
     (clean,) = run(cuda, group)
-    getattr(group, where)[1][2, 1, 2] = value
+    getattr(group, where)[1][2, 0, 0] = value
     (found,) = run(cuda, group)
     bad = torch.zeros(3, 3, 3, dtype=torch.bool)
     bad[2, 1] = bad[2, :, 1] = True
