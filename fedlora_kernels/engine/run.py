@@ -274,10 +274,7 @@ class Run:
     def _alignment_notes(self) -> list[str]:
         """Clients that stand out from the others, as far as they were looked at."""
         walk, decision = self.walk, self.decision
-        looked = (
-            walk.comparison.alignment if walk.comparison is not None and walk.alignment is not None else walk.alignment
-        )
-        found = decision.alignment or looked
+        found = decision.alignment or walk.alignment
         if found is None:
             return []
         notes = [f"client {printable(name)!r}: {text}" for name, text in aloof(found).items()]

@@ -59,11 +59,13 @@ class Walk:
         self._names = [*(f"client {printable(client.name)!r}" for client in cohort.clients), "previous"]
 
     def _aligned(self) -> Alignment | None:
-        """What is looked at beside the combination; None where nobody can stand out, or pairs are no updates."""
+        """Who is compared beside the combination, or in the comparison; None where nobody can stand out, or pairs are no updates."""
         cohort = self.cohort
         names = [client.name for client in cohort.clients]
         if len(names) < FEWEST or kept_init(cohort.adapters[0].config) is not None:
             return None
+        if self.comparison is not None:
+            return self.comparison.alignment
         self._looked = looked_at(cohort.ranks, [cohort.shape(name) for name in cohort.modules])
         return Alignment(names, len(cohort.modules))
 
