@@ -72,6 +72,15 @@ def test_several_adapters(tmp_path, capsys):
     assert main([*argv, "--quiet", "--overwrite"]) == 0
 
 
+def test_what_float16_has_no_numbers_for_is_said(tmp_path, capsys):
+    paths = [str(make_adapter(tmp_path / f"c{k}", alpha=alpha)) for k, alpha in enumerate((8, 1e-7))]
+    assert main(["resize", paths[1], "-o", str(tmp_path / "one"), "--dtype", "float16"]) == 0
+    alone = capsys.readouterr().out.split("\nNotes\n")[1]
+    assert alone.startswith(f"- float16 has no numbers small enough for {len(SHAPES)} modules")
+    assert main(["resize", *paths, "-o", str(tmp_path / "both"), "--dtype", "float16"]) == 0
+    assert capsys.readouterr().out.split("\nNotes\n")[1].startswith(f"- c1: {alone[2:20]}")
+
+
 def test_modules_by_layer_type_where_there_are_many(tmp_path, capsys):
     shapes = {f"layers.{k}.q_proj": (11, 7) for k in range(60)}
     source = make_adapter(tmp_path / "a", rank=3, shapes=shapes)

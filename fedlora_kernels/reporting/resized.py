@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from fedlora_kernels.reporting.tables import MODULE_ROWS, by_layer_type, facts, number, size, table, worst
+from fedlora_kernels.reporting.tables import MODULE_ROWS, by_layer_type, facts, listed, number, size, table, worst
 from fedlora_kernels.reporting.terminal import text
 
 __all__ = ["resize_tables"]
@@ -18,9 +18,11 @@ __all__ = ["resize_tables"]
 def resize_tables(reports: Sequence[Mapping[str, Any]], out: str) -> RenderableType:
     """Return the tables of one resized adapter, module by module, or of several, one row each (schema of aggregations)."""
     if len(reports) > 1:
-        return Group(_wrote(reports, out), _by_adapter(reports))
+        notes = [f"{report['clients'][0]['name']}: {note}" for report in reports for note in report["notes"]]
+        return Group(_wrote(reports, out), _by_adapter(reports), *listed("Notes", notes))
     modules = reports[0]["modules"]
-    return Group(_wrote(reports, out), _by_layer(modules) if len(modules) > MODULE_ROWS else _by_module(modules))
+    rows = _by_layer(modules) if len(modules) > MODULE_ROWS else _by_module(modules)
+    return Group(_wrote(reports, out), rows, *listed("Notes", reports[0]["notes"]))
 
 
 def _wrote(reports: Sequence[Mapping[str, Any]], out: str) -> Table:
