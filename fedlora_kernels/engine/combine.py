@@ -62,8 +62,6 @@ def combine(
                 made, new = _made(walk, *_combined(walk, block, plan))
                 for module, row in zip(made, new, strict=True):
                     module.spectrum = row["singular_values"]
-                    if walk.dtype == torch.float16 and _underflows(module, row):
-                        row["notes"].append(UNDERFLOW)
                     if walk.settings.write.drop_zero:
                         _drop(module, row)
                 modules += made
@@ -104,9 +102,13 @@ def _made(walk: Walk, group: Group, outcome: Outcome) -> tuple[list[ModuleOutput
     made = [_module(name, i, outcome) for i, name in enumerate(group.modules)]
     rows = [walk.cohort.index[name] for name in group.modules]
     trained, stacked = [walk.cohort.trained[row] for row in rows], [sum(walk.cohort.ranks[row]) for row in rows]
-    return made, module_rows(
+    described = module_rows(
         group.modules, group.kind, group.m, group.n, trained, stacked, outcome, _contributions(walk, group, outcome)
     )
+    for i, (module, row) in enumerate(zip(made, described, strict=True)):
+        if walk.dtype == torch.float16 and _underflows(module, row, group, i):
+            row["notes"].append(UNDERFLOW)
+    return made, described
 
 
 def _contributions(walk: Walk, group: Group, outcome: Outcome) -> Tensor | None:
@@ -187,12 +189,12 @@ def _largest(method: Method, group: Group, i: int, plan: Any, previous: Previous
     return max(float(factor.abs().max()) for pair in pairs for factor in (pair.B, pair.A) if factor.numel())
 
 
-def _underflows(module: ModuleOutput, row: Mapping[str, Any]) -> bool:
-    """Whether the dtype takes more of a module than rounding does. Personal zeros may be of a client that trained nothing."""
+def _underflows(module: ModuleOutput, row: Mapping[str, Any], group: Group, i: int) -> bool:
+    """Whether the dtype takes more of a module than rounding does; what was zero before is not lost."""
     if Note.ZERO.name in row["notes"] or row["singular_values"] == []:
         return False
     shared = [pair for pair in (module.common, module.residual) if pair is not None]
-    own = [pair for pair in module.personal.values() if bool(pair[0].any()) and bool(pair[1].any())]
+    own = [pair for k, pair in module.personal.items() if bool(group.B[k][i].any()) and bool(group.A[k][i].any())]
     return underflows(shared) or any(underflows([pair]) for pair in own)
 
 

@@ -116,7 +116,7 @@ def _check_reach(group: Group, rank: int, what: str, method: str) -> None:
     if any(group.starts) and rank > trained:
         raise MismatchError(
             f"module {group.modules[0]!r}: {what} of rank {rank}, but clients trained {trained} and have what they started from in the "
-            f"columns beyond; method {method!r} needs ranks that mean the same in all. Use florist or flexlora"
+            f"columns beyond; method {method!r} needs ranks that mean the same in all. Leave {what} out, or use florist or flexlora"
         )
 
 

@@ -55,10 +55,11 @@ def test_every_method_names_modules_that_a_half_cannot_hold(method):
         assert combined(pairs, method, dtype, **METHODS[method])[1:] == ([], [])
 
 
-@pytest.mark.parametrize("method", ["florist", "fedit", "flora"])
+@pytest.mark.parametrize("method", ["florist", "fedit", "flora", "fedsa", "fedtree"])
 def test_what_is_lost_altogether_is_named_too(method):
     result, marked, _ = combined(trained(1e-12), method)
-    assert not any(bool(result.adapter[name].B.any()) for name in SHAPES)
+    adapter = result.adapter or result.for_client(0, scale=1.0)
+    assert not any(bool(adapter[name].B.any()) for name in SHAPES)
     assert marked == list(SHAPES)
 
 
