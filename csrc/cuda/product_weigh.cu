@@ -89,7 +89,7 @@ __device__ void balance_columns(const ProductGroup &group, int64_t at, int side,
 }
 
 // The balanced Gram of a side goes to `out`; energies are those of both, answered for side B alone. Sums are those of a warp over the rows
-// that it takes, then of the warps.
+// that it takes, then of the warps. All of `out` is there for all threads.
 __device__ void balance_gram(const ProductGroup &group, int64_t at, int side, const Columns &columns, double *out, double (*sums)[4],
                              Found &found) {
     const int warp = (int)threadIdx.x / kWarp, lane = (int)threadIdx.x % kWarp;
@@ -153,8 +153,7 @@ __global__ void __launch_bounds__(kCholeskyThreads) weigh(ProductList list) {
     balance_columns(group, at, side, columns, found);
     __syncthreads();
     if (found.live > 0) {
-        balance_gram(group, at, side, columns, left, sums, found);
-        __syncthreads(); // the elimination works where the columns were
+        balance_gram(group, at, side, columns, left, sums, found); // after which nobody needs the columns
         found.rank = pivoted_cholesky(left, R, (int)R, (double)found.live, beside, F, 1, R);
     } else {
         for (int64_t n = threadIdx.x; n < R * R; n += blockDim.x) F[n] = 0;
