@@ -194,12 +194,14 @@ inline void enter() {
     arrived(self->context, block->home);
     block->body(block->argument);
     Warp& warp = block->warps[self->warp];
-    for (unsigned k = 0; warp.arrived >> k; ++k)
-        if (warp.arrived >> k & 1 && warp.mask[k] >> self->lane & 1)
+    for (uint32_t waiting = warp.arrived; waiting; waiting &= waiting - 1) {
+        const unsigned k = static_cast<unsigned>(__builtin_ctz(waiting));
+        if (warp.mask[k] >> self->lane & 1)
             fail([&] {
                 return text("lane %u waits at ", k) + text(warp.place[k]) +
                        text(" with mask 0x%08x, but lane %u returns", warp.mask[k], self->lane);
             });
+    }
     --block->live;
     warp.live &= ~(1u << self->lane);
     set_waiting(self->warp, 1u << self->lane);
