@@ -73,6 +73,22 @@ __device__ inline T inverse_power(T a) {
     return from_bits((BitsOf<T>)(top - (as_bits(a) & field)));
 }
 
+// x, of which the compiler is not to know that it is x: what follows from it is worked out after this point, where it would else
+// be worked out before an iteration and kept in registers that the iteration needs.
+__device__ inline int anew(int x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+template <class T>
+__device__ inline T *anew(T *x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+l"(x));
+#endif
+    return x;
+}
+
 template <class T>
 __device__ inline T larger(T a, T b) {
     return a > b ? a : b;

@@ -10,7 +10,7 @@
 namespace fedlora {
 namespace {
 
-constexpr int64_t kRawSweeps = 60;
+constexpr int kRawSweeps = 60;
 constexpr int kBlock = 64;
 
 // Blocks that a multiprocessor should hold: what the columns leave of its 64 K registers. Without them the compiler spills in
@@ -98,7 +98,7 @@ constexpr int kMatrixStep = N * N + N + (N * N + N + 1) % 2; // odd: threads mee
 
 // A thread per matrix. A block has its threads' matrices in shared memory, N x N each, then the values.
 template <class T, int N>
-__global__ void __launch_bounds__(kBlock, kThreadBlocks<T, N>) thread_svd(SvdList list, int64_t max_sweeps) {
+__global__ void __launch_bounds__(kBlock, kThreadBlocks<T, N>) thread_svd(SvdList list, int max_sweeps) {
     FEDLORA_DYNAMIC_SHARED(T, shared);
     constexpr int step = kMatrixStep<N>;
     const int64_t g = group_of(list, blockIdx.x), begin = ((int64_t)blockIdx.x - list.first[g]) * kBlock;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kBlock, kThreadBlocks<T, N>) thread_svd(SvdLis
 
 // A team per matrix, its columns and values in shared memory.
 template <class T, int N>
-__global__ void __launch_bounds__(kBlock, kTeamBlocks<T, N>) team_svd(SvdList list, int64_t max_sweeps) {
+__global__ void __launch_bounds__(kBlock, kTeamBlocks<T, N>) team_svd(SvdList list, int max_sweeps) {
     FEDLORA_DYNAMIC_SHARED(T, shared);
     using Team = TeamSvd<T, N>;
     constexpr int step = Team::step, lanes = Team::lanes, teams = kBlock / lanes;
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kBlock, kTeamBlocks<T, N>) team_svd(SvdList li
 // A kernel for matrices of up to `side` rows and columns, its matrices in a block of 64 threads, and the shared memory of that.
 struct SmallScheme {
     int64_t dtype, side;
-    void (*kernel)(SvdList, int64_t);
+    void (*kernel)(SvdList, int);
     int64_t matrices, shared_bytes;
 };
 
@@ -238,7 +238,7 @@ SmallSvd::SmallSvd(const std::vector<SvdGroup> &groups, Workspace &, Upload &upl
 }
 
 void SmallSvd::launch(int64_t max_sweeps, void *stream) const {
-    const int64_t guard = max_sweeps > 0 ? max_sweeps : kRawSweeps;
+    const int guard = max_sweeps > 0 ? (int)max_sweeps : kRawSweeps;
     for (const Share &share : shares_) {
         const SmallScheme &scheme = *share.scheme;
         const dim3 grid((unsigned)share.blocks);

@@ -30,18 +30,22 @@ inline bool is_small(const SvdGroup &group) { return group.C.rows <= kSmallSvdMa
 inline bool is_empty(const SvdGroup &group) { return group.C.batch == 0 || group.C.rows == 0 || group.C.cols == 0; }
 
 // Groups on the device, and where their share of the slots (threads, teams or blocks, whatever a kernel counts) begins.
-struct SvdList {
-    const SvdGroup *groups;
+template <class Group>
+struct GroupList {
+    const Group *groups;
     const int64_t *first; // count + 1 of them, rising from 0
     int64_t count;
 };
+using SvdList = GroupList<SvdGroup>;
 
-inline SvdList upload_groups(Upload &upload, const std::vector<SvdGroup> &groups, const std::vector<int64_t> &first) {
+template <class Group>
+GroupList<Group> upload_groups(Upload &upload, const std::vector<Group> &groups, const std::vector<int64_t> &first) {
     return {upload.add(groups), upload.add(first), (int64_t)groups.size()};
 }
 
 // The group that has a slot.
-__device__ inline int64_t group_of(const SvdList &list, int64_t slot) {
+template <class Group>
+__device__ int64_t group_of(const GroupList<Group> &list, int64_t slot) {
     int64_t low = 0, high = list.count;
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;

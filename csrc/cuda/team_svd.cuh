@@ -16,14 +16,14 @@ namespace fedlora {
 template <int N>
 constexpr int kColumnStep = N + 1;
 
-template <class T, int N>
+template <class T, int N, int Halves = (N * sizeof(T) > 128 ? 2 : 1)>
 class TeamSvd {
   public:
-    static constexpr int pairs = N / 2, halves = N * sizeof(T) > 128 ? 2 : 1, lanes = pairs * halves, rows = N / halves;
+    static constexpr int pairs = N / 2, halves = Halves, lanes = pairs * halves, rows = N / halves;
     static constexpr int step = kColumnStep<N>;
     static_assert(kWarp % lanes == 0, "teams must share a warp evenly");
 
-    __device__ TeamSvd() : lane_((int)threadIdx.x & (kWarp - 1)), pair_(lane_ % pairs), half_(lane_ / pairs % halves) {}
+    __device__ TeamSvd() : lane_(anew((int)threadIdx.x) & (kWarp - 1)), pair_(lane_ % pairs), half_(lane_ / pairs % halves) {}
 
     // Index within the team, and the lanes of the team.
     __device__ int lane() const { return lane_ % lanes; }
@@ -68,11 +68,11 @@ class TeamSvd {
     }
 
     // All teams of the warp together; a team that is not to rotate only follows.
-    __device__ void iterate(int length, int64_t max_sweeps, bool rotating) {
+    __device__ void iterate(int length, int max_sweeps, bool rotating) {
         tolerance_ = jacobi_tolerance<T>(length);
         rotating_ = rotating;
         a_.state = b_.state = {T(0), T(1), T(0)};
-        for (int64_t sweep = 0; sweep < max_sweeps && __any_sync(kAllLanes, rotating_); ++sweep) {
+        for (int sweep = 0; sweep < max_sweeps && __any_sync(kAllLanes, rotating_); ++sweep) {
             begin_sweep();
             bool turned = false;
             for (int group = pairs, visit = 0;;) {

@@ -36,13 +36,13 @@ class ThreadSvd {
             for (int i = 0; i < N; ++i) x_[c][i] = finite_ ? scaled_by(x_[c][i], -exponent_) : T(0);
     }
 
-    __device__ void iterate(int64_t max_sweeps) {
+    __device__ void iterate(int max_sweeps) {
         const T tolerance = jacobi_tolerance<T>(N);
         rotating_ = true;
 #pragma unroll
         for (int c = 0; c < N; ++c) state_[c] = {T(0), T(1), T(0)};
 #pragma unroll 1
-        for (int64_t sweep = 0; sweep < max_sweeps && rotating_; ++sweep) {
+        for (int sweep = 0; sweep < max_sweeps && rotating_; ++sweep) {
             begin_sweep();
             rotating_ = false;
 #pragma unroll

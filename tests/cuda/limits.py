@@ -27,6 +27,11 @@ LIMITS = {
     "cross": {"cross_parts": Limit(128, blocks=2, tensor=True), "cross_sums": Limit(128)},
     "fast_gram": {"fast_parts": Limit(128, blocks=2), "fast_sums": Limit(128)},
     "gram": {"gram_parts": Limit(128, blocks=2, tensor=True), "gram_sums": Limit(128)},
+    "large_polar": {
+        "form": Limit(256, shared=8192, tensor=True),
+        "prepare": Limit(256, shared=64),
+        "weigh": Limit(256, tensor=True),
+    },
     "library": {"unpack": Limit(1024)},
     "mixed_sum": {"mix": Limit(128, blocks=2, shared=2240, tensor=True), "sift": Limit(256)},
     "orient": {"orient": Limit(256, shared=4096)},
@@ -37,6 +42,7 @@ LIMITS = {
     "product_scale": {"scales": Limit(512, shared=4096)},
     "product_weigh": {"weigh": Limit(256, shared=256)},
     "small_svd": {"team_svd": Limit(64, blocks=4), "thread_svd": Limit(64, blocks=3)},
+    "small_polar": {"polar_teams": Limit(64, blocks=4)},
     "stacked_echelon": {
         "echelon": Limit(256, blocks=2, shared=64),
         "find_largest": Limit(256),

@@ -51,7 +51,7 @@ def mixed_batch(dtype, p, q):
 
 
 @dtypes
-@pytest.mark.parametrize("r", range(1, 33))
+@pytest.mark.parametrize("r", [*range(1, 18), 23, 24, 25, 31, 32])
 def test_every_size(cuda, r, dtype):
     groups = [normal(2, p, q, dtype=dtype, seed=r) for p, q in ((r, r), (r, (r + 1) // 2), ((r + 2) // 3, r))]
     for C, raw in zip(groups, svd(cuda, *groups), strict=True):
@@ -241,7 +241,17 @@ def test_strides(cuda, p, q, dtype):
 
 
 def test_groups_of_all_sizes_in_one_call(cuda):
-    shapes = [(3, 5, 7), (0, 2, 2), (130, 3, 3), (21, 8, 8), (1, 32, 1), (9, 16, 16), (2, 31, 32), (70, 1, 1)]
+    shapes = [
+        (3, 5, 7),
+        (0, 2, 2),
+        (130, 3, 3),
+        (21, 8, 8),
+        (1, 32, 1),
+        (9, 16, 16),
+        (2, 31, 32),
+        (70, 1, 1),
+        (2, 40, 37),
+    ]
     groups = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes) for dtype in DTYPES]
     raws = svd(cuda, *groups)
     for C, raw in zip(groups, raws, strict=True):
