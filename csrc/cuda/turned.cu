@@ -7,12 +7,10 @@
 
 #include <algorithm>
 
-#include "four.cuh"
+#include "quads.cuh"
 #include "slots.cuh"
 
 namespace fedlora {
-
-constexpr int kTurnTile = 128, kTurnStrip = 32, kTurnThreads = 128, kTurnWarps = kTurnThreads / kWarp;
 
 struct TurnedTask {
     Turned turned;
@@ -20,6 +18,8 @@ struct TurnedTask {
 };
 
 namespace {
+
+constexpr int kTurnStrip = 32;
 
 // What numbers of a dtype are multiplied in.
 template <class S>
@@ -43,8 +43,8 @@ class TileTurn {
   public:
     using T = typename ArithmeticOf<S>::Type;
 
-    __device__ TileTurn(const Turned &turned, int64_t matrix, TurnShared<T> &shared)
-        : X_(turned.X), Q_(turned.Q), out_(turned.out), matrix_(matrix), r_((int)turned.X.cols), shared_(shared) {}
+    __device__ TileTurn(const fedlora_block &X, const fedlora_block &Q, const fedlora_block &out, int64_t matrix, TurnShared<T> &shared)
+        : X_(X), Q_(Q), out_(out), matrix_(matrix), r_((int)X.cols), shared_(shared) {}
 
     __device__ bool is_identity() const {
         bool same = true;
@@ -104,29 +104,7 @@ class TileTurn {
         return address<double>(Q_, matrix_)[row * Q_.row_stride + column * Q_.col_stride];
     }
 
-    __device__ S *at(const fedlora_block &b, int64_t row, int64_t column) const {
-        return address<S>(b, matrix_) + row * b.row_stride + column * b.col_stride;
-    }
-
-    // Quads of numbers that lie together, of some rows and columns: visit(row, column, distance, how many, whether down a column).
-    template <class F>
-    __device__ void for_quads(const fedlora_block &b, int rows, int columns, const F &visit) const {
-        if (llabs(b.col_stride) > llabs(b.row_stride)) {
-#pragma unroll 2
-            for (int quad = (int)threadIdx.x; quad < columns * (kTurnTile / 4); quad += kTurnThreads) {
-                const int row = quad % (kTurnTile / 4) * 4;
-                if (row < rows) visit(row, quad / (kTurnTile / 4), b.row_stride, min(rows - row, 4), true);
-            }
-        } else {
-            // a warp takes four quads of eight rows: whole sectors
-            const int groups = (columns + 15) / 16;
-#pragma unroll 2
-            for (int item = warp(); item < groups * (kTurnTile / 8); item += kTurnWarps) {
-                const int row = item / groups * 8 + lane() % 8, column = item % groups * 16 + lane() / 8 * 4;
-                if (row < rows && column < columns) visit(row, column, b.col_stride, min(columns - column, 4), false);
-            }
-        }
-    }
+    __device__ S *at(const fedlora_block &b, int64_t row, int64_t column) const { return element<S>(b, matrix_, row, column); }
 
     __device__ void fetch(int64_t first, int rows, int depth, int deep) const {
         for_quads(X_, rows, deep, [&](int row, int column, int64_t along, int count, bool down) {
@@ -198,7 +176,7 @@ __global__ void __launch_bounds__(kTurnThreads, Wide ? 3 : 4) turn_tiles(const T
     with_float(task.turned.X.dtype, [&](auto kind) {
         if constexpr (Wide != std::is_same_v<decltype(kind), double>) return;
         using Tile = TileTurn<decltype(kind)>;
-        const Tile tile(task.turned, matrix, *reinterpret_cast<TurnShared<typename Tile::T> *>(shared));
+        const Tile tile(task.turned.X, task.turned.Q, task.turned.out, matrix, *reinterpret_cast<TurnShared<typename Tile::T> *>(shared));
         const bool same = tile.is_identity();
         bool finite = true;
         for (int64_t t = begin; t < min(begin + task.each, task.tiles); ++t) {

@@ -16,6 +16,8 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
+    "align_correlate": {"correlate_pairs": Limit(128, blocks=3, shared=32, tensor=True)},
+    "align_steps": {"combine": Limit(128), "settle": Limit(128, blocks=4)},
     "back_transform": {"turn_columns": Limit(256, shared=4160)},
     "block_svd": {
         "block_svd_half": Limit(320, blocks=2, shared=832),
