@@ -95,8 +95,8 @@ __device__ inline void spoil(const fedlora_block &b, int64_t matrix) {
     });
 }
 
-// What remains to be said of a pair of which something written is not finite: numbers out of range, or trouble in the pair itself or
-// its reference, which then answers NaN. By a whole block of threads.
+// What remains to be said of a pair of which something written is not finite: numbers out of range, or trouble in the pair itself
+// or its reference, which then answers NaN. By a whole block of threads.
 __device__ inline void settle_trouble(const AlignGroup &group, int64_t matrix, bool sound) {
     const bool bad = !sound || holds_trouble(group.X[0], matrix) || holds_trouble(group.X[1], matrix);
     if (!__syncthreads_or(bad)) {

@@ -1,5 +1,5 @@
-// Correlations of pairs with their references up to rank 32, a block of threads per pair: one read of both, powers of two taken out, terms
-// weighed against each other.
+// Correlations of pairs with their references up to rank 32, a block of threads per pair: one read of both, powers of two taken
+// out, terms weighed against each other.
 #include "align.cuh"
 
 #include <algorithm>
@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kLine = kTurnTile + 4;
 
-// Shared memory for pairs of a rank up to N: tiles of both sides of a term, then the sums of the warps, then the products of the terms.
+// Shared memory for pairs of a rank up to N: tiles of both sides of a term, then the sums of the warps, then the products of the
+// terms.
 template <int N, class Number>
 struct CorrelationShape {
     using T = Number; // that tiles are kept in

@@ -1,5 +1,5 @@
-// Pairs aligned step by step, all of them together in each: the rotations, which take longest and are bound by latency, then have the whole
-// device, and the rest is bound by memory.
+// Pairs aligned step by step, all of them together in each: the rotations, which take longest and are bound by latency, then have
+// the whole device, and the rest is bound by memory.
 #include "align.cuh"
 #include "slots.cuh"
 

@@ -1,7 +1,7 @@
 // The back-transform of fedlora_product_svd: left and right factors of all modules in one launch, their signs in another.
 //
-// A sign is known only when all of its column is. So the tiles of the left factor leave a record of eight bytes for each of their columns, and
-// the second launch, which finds the signs in them, touches only the columns that it turns.
+// A sign is known only when all of its column is. So the tiles of the left factor leave a record of eight bytes for each of their
+// columns, and the second launch, which finds the signs in them, touches only the columns that it turns.
 #include <algorithm>
 
 #include "mixed_sum.cuh"

@@ -1,8 +1,9 @@
 // Stacked blocks times small matrices in float64, any number of them in one launch: what fedlora_mixed_sum runs, and the
 // back-transform of fedlora_product_svd (docs/numerics.md, One pass).
 //
-// Both plans take scratch and add tables when they are made, and launch once the tables were sent; over a workspace without memory they
-// are only made. Tables of blocks may go as soon as the plan is there. Nothing in either looks at the device's memory.
+// Both plans take scratch and add tables when they are made, and launch once the tables were sent; over a workspace without
+// memory they are only made. Tables of blocks may go as soon as the plan is there. Nothing in either looks at the device's
+// memory.
 #pragma once
 
 #include <vector>
@@ -61,8 +62,9 @@ struct FactorPair {
 
 struct PairToTurn;
 
-// Both factors of every matrix of every pair, signs by the rule: the first element of a column of the left factor that is within a factor
-// 1 - 2^-20 of the largest in magnitude is positive. Magnitudes are compared in 24 bits, before they are rounded to halves.
+// Both factors of every matrix of every pair, signs by the rule: the first element of a column of the left factor that is within
+// a factor 1 - 2^-20 of the largest in magnitude is positive. Magnitudes are compared in 24 bits, before they are rounded to
+// halves.
 class BackTransform {
   public:
     BackTransform(const std::vector<FactorPair> &pairs, Workspace &workspace, Upload &upload);

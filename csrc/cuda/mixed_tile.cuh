@@ -1,8 +1,9 @@
 // One tile of a sum of blocks times mixers: 128 rows by 32 or 64 columns, all of the depth, by four warps of 32 rows each.
 //
-// The depth goes in steps of sixteen columns of the stack, four quads of columns that lie in one block each: a block whose columns are no
-// multiple of four is filled up with zeros. Numbers of the next step are on their way from memory, as they lie there, while those of
-// this one are multiplied. What is multiplied, and in which order, depends on the columns of the blocks alone.
+// The depth goes in steps of sixteen columns of the stack, four quads of columns that lie in one block each: a block whose
+// columns are no multiple of four is filled up with zeros. Numbers of the next step are on their way from memory, as they lie
+// there, while those of this one are multiplied. What is multiplied, and in which order, depends on the columns of the blocks
+// alone.
 #pragma once
 
 #include "four.cuh"
@@ -54,7 +55,8 @@ class MixedTile {
 
     __device__ MixedTile(const MixedTable &table, int64_t matrix, int row_tile, int column, int64_t columns, double *shared)
         : table_(table), matrix_((int)matrix), row_tile_(row_tile), column_(column),
-          rows_(up_to(table.sum.rows - (int64_t)row_tile * kTileRows, kTileRows)), columns_(up_to(columns - column, Columns)), count_(table.counts ? table.counts[matrix] : (int)table.most),
+          rows_(up_to(table.sum.rows - (int64_t)row_tile * kTileRows, kTileRows)), columns_(up_to(columns - column, Columns)),
+          count_(table.counts ? table.counts[matrix] : (int)table.most),
           quads_(table.quads + matrix * table.quad_stride), shared_(shared) {}
 
     __device__ void run() {
@@ -77,8 +79,8 @@ class MixedTile {
   private:
     __device__ static int up_to(int64_t count, int most) { return count < most ? (int)count : most; }
 
-    // A thread fetches four quads of numbers of a step. By rows: one quad of columns, of rows that are eight apart. By columns: four
-    // rows next to each other, of the columns of one quad.
+    // A thread fetches four quads of numbers of a step. By rows: one quad of columns, of rows that are eight apart. By columns:
+    // four rows next to each other, of the columns of one quad.
     __device__ static int lane() { return (int)threadIdx.x % kWarp; }
     __device__ static int warp() { return (int)threadIdx.x / kWarp; }
     __device__ static int own_quad() { return ByColumns ? warp() : lane() / 8; }

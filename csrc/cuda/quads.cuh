@@ -1,4 +1,5 @@
-// Factors as blocks of 128 threads walk through them, a tile of 128 rows at a time, sixteen bytes at a time whichever way they lie.
+// Factors as blocks of 128 threads walk through them, a tile of 128 rows at a time, sixteen bytes at a time whichever way they
+// lie.
 #pragma once
 
 #include "four.cuh"
@@ -7,8 +8,8 @@ namespace fedlora {
 
 constexpr int kTurnTile = 128, kTurnThreads = 128, kTurnWarps = kTurnThreads / kWarp;
 
-// Quads of numbers that lie together, of some rows, a tile at most, and columns: visit(row, column, distance, how many, whether down a
-// column).
+// Quads of numbers that lie together, of some rows, a tile at most, and columns: visit(row, column, distance, how many, whether
+// down a column).
 template <class F>
 __device__ __forceinline__ void for_quads(const fedlora_block &b, int rows, int columns, const F &visit) {
     const int lane = (int)threadIdx.x % kWarp, warp = (int)threadIdx.x / kWarp;

@@ -1,8 +1,8 @@
 // The sign rule over columns that are made in tiles of rows (docs/numerics.md, Sign rule).
 //
-// The first element of a column within a factor 1 - 2^-20 of its largest in magnitude decides. Magnitudes are compared as they are in 24
-// bits, where at most 24 of them lie in that window: a tile says which is its largest, and which sign the first one has that is no more
-// than so many steps below it. The tile that decides is the first whose largest is in the window of the column.
+// The first element of a column within a factor 1 - 2^-20 of its largest in magnitude decides. Magnitudes are compared as they
+// are in 24 bits, where at most 24 of them lie in that window: a tile says which is its largest, and which sign the first one has
+// that is no more than so many steps below it. The tile that decides is the first whose largest is in the window of the column.
 #pragma once
 
 #include "runtime.cuh"
@@ -11,8 +11,8 @@ namespace fedlora {
 
 constexpr double kSignWindow = 1 - 0x1p-20;
 
-// Exponent and 23 bits of fraction of a magnitude, above a bit for every step down from it: 1 where the first magnitude that is no more
-// than so many steps below belongs to a negative number.
+// Exponent and 23 bits of fraction of a magnitude, above a bit for every step down from it: 1 where the first magnitude that is
+// no more than so many steps below belongs to a negative number.
 using SignRecord = uint64_t;
 constexpr int kSignSteps = 29;
 constexpr SignRecord kSteps = (SignRecord(1) << kSignSteps) - 1;

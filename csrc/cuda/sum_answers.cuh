@@ -1,6 +1,7 @@
 // What is said of rounded sums: norm, what the rounding took away, trouble and facts; fedlora_weighted_sum and fedlora_mixed_sum.
 //
-// Every tile of a sum leaves a partial answer, in an order of additions that the shape alone decides; a warp per matrix adds them up.
+// Every tile of a sum leaves a partial answer, in an order of additions that the shape alone decides; a warp per matrix adds them
+// up.
 #pragma once
 
 #include <vector>

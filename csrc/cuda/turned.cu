@@ -1,8 +1,8 @@
-// X Q in the dtype of X. Memory sets the pace: numbers are fetched and written sixteen bytes at a time whichever way they lie, by way of
-// shared memory, where they lie by columns.
+// X Q in the dtype of X. Memory sets the pace: numbers are fetched and written sixteen bytes at a time whichever way they lie, by
+// way of shared memory, where they lie by columns.
 //
-// A block of threads turns tiles of 128 rows. A thread adds up four rows by twice four columns, in the order of the columns of X, by fused
-// multiply-add: float64 in float64, all else in float32.
+// A block of threads turns tiles of 128 rows. A thread adds up four rows by twice four columns, in the order of the columns of X,
+// by fused multiply-add: float64 in float64, all else in float32.
 #include "turned.cuh"
 
 #include <algorithm>
@@ -31,7 +31,8 @@ struct ArithmeticOf<double> {
     using Type = double;
 };
 
-// Columns of a strip of X or of the answer, and rows of a strip of Q: four more than whole lines, so that few lanes meet in a bank.
+// Columns of a strip of X or of the answer, and rows of a strip of Q: four more than whole lines, so that few lanes meet in a
+// bank.
 template <class T>
 struct alignas(16) TurnShared {
     static constexpr int kLine = kTurnTile + 4, kRow = kTurnStrip + 4;

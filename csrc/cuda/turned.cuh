@@ -7,7 +7,8 @@
 
 namespace fedlora {
 
-// out = X Q for a batch of matrices, p x r times r x r float64, X itself to the bit where Q is the identity; X and out of one float dtype.
+// out = X Q for a batch of matrices, p x r times r x r float64, X itself to the bit where Q is the identity; X and out of one
+// float dtype.
 struct Turned {
     fedlora_block X, Q, out;
     int32_t *marks; // on the device, one per matrix, or null: kTurnedBad joins it where something that is written is not finite

@@ -1,7 +1,7 @@
 // fedlora_weighted_sum: one pass over the blocks, sums in registers.
 //
-// Memory sets the pace: a thread asks for sixteen bytes of each of four blocks before it adds the first. What lies by rows without gaps in
-// the sum and in all blocks is one long row; a sum by columns is taken as its transpose.
+// Memory sets the pace: a thread asks for sixteen bytes of each of four blocks before it adds the first. What lies by rows
+// without gaps in the sum and in all blocks is one long row; a sum by columns is taken as its transpose.
 #include <algorithm>
 
 #include "four.cuh"
