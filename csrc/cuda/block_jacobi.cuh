@@ -9,7 +9,7 @@
 
 namespace fedlora::block {
 
-// A factor of 2^-20 or better: what is left of an angle.
+// To 2^-20 or better, over the whole range; the simulated device is as coarse as a real one.
 __device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
 __device__ __forceinline__ float reciprocal_root(float x) { return rsqrtf(x); }
 __device__ __forceinline__ double reciprocal(double x) {
@@ -18,7 +18,7 @@ __device__ __forceinline__ double reciprocal(double x) {
     asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
     return y;
 #else
-    return 1 / x;
+    return __hiloint2double(__double2hiint(1 / x), 0);
 #endif
 }
 __device__ __forceinline__ double reciprocal_root(double x) {
@@ -27,7 +27,7 @@ __device__ __forceinline__ double reciprocal_root(double x) {
     asm("rsqrt.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
     return y;
 #else
-    return 1 / sqrt(x);
+    return __hiloint2double(__double2hiint(1 / sqrt(x)), 0);
 #endif
 }
 
