@@ -62,11 +62,9 @@ __device__ bool factor_corner(double *D, int gap) {
         for (int i = k + 1; i < kPanel; ++i) x[i] -= __shfl_sync(kAllLanes, own, i) * own;
         x[k] = own;
     }
-    __syncwarp();
 #pragma unroll
     for (int i = 0; i < kPanel; ++i)
         if (lane < kPanel) D[col * gap + i] = i <= col ? x[i] : 0;
-    __syncwarp();
     return definite;
 }
 

@@ -132,14 +132,14 @@ __device__ void merge(const TallFactors &f, double *first, double *second, doubl
 
 // Whether this block is the second of two; then it sees what the other has written.
 __device__ bool comes_last(int32_t *arrivals, int32_t *before) {
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) *before = atomicAdd(arrivals, 1);
+    if (threadIdx.x == 0) {
+        __threadfence();
+        *before = atomicAdd(arrivals, 1);
+        __threadfence();
+    }
     __syncthreads();
-    const bool last = *before == 1;
-    __threadfence();
-    __syncthreads();
-    return last;
+    return *before == 1;
 }
 
 __device__ void write_triangle(const TallFactors &f, int64_t matrix, const double *triangle) {

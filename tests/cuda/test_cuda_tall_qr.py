@@ -153,7 +153,7 @@ def test_bits_do_not_depend_on_where_numbers_lie(simt, monkeypatch, m, ranks):
 
 
 @pytest.mark.parametrize("schedule", ["reverse", "1", "2", "3"])
-@pytest.mark.parametrize("shared", [16_000, 232_448])
+@pytest.mark.parametrize("shared", [16_000, 40_000, 232_448])
 def test_bits_do_not_depend_on_who_runs_first(simt, monkeypatch, schedule, shared):
     cuda = simt, torch.device("cpu")
     monkeypatch.setenv("FEDLORA_SIMT_SHARED_BYTES", str(shared))
