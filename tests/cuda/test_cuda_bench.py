@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from fedlora_kernels import backends
-from fedlora_kernels.errors import BackendError
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 SUITES = ("small_svd", "core_svd", "stacked_qr", "product_svd", "align_factors")
@@ -32,9 +31,6 @@ def test_no_suite_is_left_out(benchmark):
 def test_gates_are_green(benchmark, simt, monkeypatch, suite):
     monkeypatch.setattr(backends, "_load", lambda name: (simt, True, ""))
     for case in benchmark.SUITES[suite](benchmark.Setting("cpu", "cuda", 0.0, True)):
-        try:
-            answer = case.ours()
-        except BackendError as error:
-            pytest.skip(str(error))
+        answer = case.ours()
         assert [check for check in case.gate(answer) if not check.passed] == [], case.facts
         assert all(value < 1e-5 for value in case.accuracy(answer).values()), case.facts
