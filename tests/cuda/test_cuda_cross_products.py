@@ -112,10 +112,13 @@ def test_float64_of_any_size_stays_in_range(cuda, x_size, y_size):
     assert exponent.tolist() == wanted
 
 
-def test_tall_float64_is_looked_at_in_pieces(cuda):
+@pytest.mark.parametrize("row", [0, 2500, 4999])
+def test_tall_float64_is_looked_at_in_pieces(cuda, row):
     X, Y = draw(5000, 3, torch.float64, batch=1), draw(5000, 4, torch.float64, batch=1)
-    X[0, 4999, 2] = 2.0**700
-    check(products(cuda, ([X], Y))[0], X, Y)
+    X[0, row, 2] = 2.0**700
+    answer = products(cuda, ([X], Y))[0]
+    check(answer, X, Y)
+    assert answer[2].tolist() == [701 + math.frexp(float(Y.abs().max()))[1]]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
