@@ -99,10 +99,13 @@ def test_every_condition(cuda, r, det, special):
 
 
 @groups
+@pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("r", [2, 6, 13, 24, 34])
-def test_deficient_correlations_give_the_smallest_rotation(cuda, r, special):
+def test_deficient_correlations_give_the_smallest_rotation(cuda, r, apart, special):
+    """Of null bases that are anywhere, or the same beside a reflection of what counts."""
     ranks = sorted({1, r // 2, r - 1})
-    U, V = orthogonal(r, 3), orthogonal(r, 4)
+    U = orthogonal(r, 3)
+    V = orthogonal(r, 4) if apart else U * torch.where(torch.arange(r) == 0, -1.0, 1.0)
     M = torch.stack([U[:, :k] * torch.linspace(2, 1, k, dtype=torch.float64) @ V[:, :k].T for k in ranks])
     raw = polar(cuda, M, special=special)
     assert_rotation(M, raw, special)
