@@ -191,7 +191,9 @@ FEDLORA_API int fedlora_gram(const fedlora_block *X, const int64_t *counts, cons
 FEDLORA_API int fedlora_fast_gram_workspace(const fedlora_block *X, const int64_t *counts, const fedlora_block *G, int64_t groups,
                                             int64_t threads, int64_t *bytes);
 
-/* fedlora_gram of bfloat16 or float16 blocks with sums of 64 rows in float32: relative errors of 1e-7, not 1e-16. CUDA alone. */
+/* fedlora_gram of bfloat16 or float16 blocks with sums of 64 rows in float32, relative errors of 1e-7, not 1e-16: squares of columns
+ * of 1e19 and more overflow, whatever the scale. CUDA alone.
+ */
 FEDLORA_API int fedlora_fast_gram(const fedlora_block *X, const int64_t *counts, const fedlora_block *scale, const fedlora_block *G,
                                   int64_t groups, void *workspace, int64_t workspace_bytes, int64_t threads, void *stream);
 
@@ -407,7 +409,8 @@ FEDLORA_API int fedlora_tall_qr_workspace(const fedlora_block *X, const int64_t 
  *   scale     1 x width float64, width the sum of all q_k
  *   Q         m x k float64, k = min(m, width)                R         k x width float64
  *
- * m and width are at least 1. Numbers are finite and scaled columns shorter than 2^500; those shorter than 2^-450 count as zero.
+ * m and width are at least 1; the CUDA library serves widths up to 16384. Numbers are finite and scaled columns shorter than 2^500;
+ * those shorter than 2^-450 count as zero.
  */
 FEDLORA_API int fedlora_tall_qr(const fedlora_block *X, const int64_t *counts, const fedlora_block *scale,
                                 const fedlora_block *Q, const fedlora_block *R, int64_t groups, void *workspace,
