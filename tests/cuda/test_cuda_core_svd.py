@@ -276,3 +276,9 @@ def test_a_large_batch_on_a_gpu(cuda, dtype):
     assert not raw.info.any()
     some = slice(0, None, 997)
     assert_svd(C[some], type(raw)(*(field[some] for field in raw)))
+
+
+def test_long_columns_gather(cuda):
+    """Where columns depend on others, the sweeps that are left to small ones stay few."""
+    C = gallery(29, 32, 3, torch.float32, ["classic: duplicate columns"])[1]
+    assert not svd(cuda, C, max_sweeps=11).info.any()
