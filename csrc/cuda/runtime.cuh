@@ -32,13 +32,15 @@ Limits limits();
 // FEDLORA_OK, or FEDLORA_DEVICE_ERROR where a launch since the last call was refused; fedlora_message then says why.
 int finish();
 
+// Bytes of shared memory that a launch has without asking: half of 48 KiB, as what a kernel declares itself counts among those.
+constexpr int64_t kGrantedShared = 24 << 10;
+
 // Runs kernel(arguments...) on grid blocks; nothing for an empty grid. The stream is that of the caller of the library.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes, void *stream, Arguments... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef __CUDACC__
-    constexpr int64_t kGranted = 48 << 10;
-    if (shared_bytes > kGranted)
+    if (shared_bytes > kGrantedShared)
         cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
     kernel<<<grid, block, (size_t)shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
 #else

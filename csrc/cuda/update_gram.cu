@@ -16,9 +16,10 @@ constexpr int kThreads = 128;
 constexpr int kExponentOfZero = -10000; // below all others: a column of zeros never decides the scale of its client
 
 struct UpdateTask {
-    fedlora_block weights, inner, left, right; // Grams of B and of A^T
-    const int64_t *first;                      // column of each client, clients + 1 of them
-    fedlora_block left_sizes, right_sizes;     // of float64 columns; without rows nothing is scaled
+    fedlora_block inner, left, right;      // Grams of B and of A^T
+    const double *weights;                 // batch x clients
+    const int64_t *first;                  // column of each client, clients + 1 of them
+    fedlora_block left_sizes, right_sizes; // of float64 columns; without rows nothing is scaled
     fedlora_block left_scale, right_scale;
     int64_t *exponents; // matrix by matrix, what the scales took from each client
     int64_t clients;
@@ -87,8 +88,8 @@ __global__ void __launch_bounds__(kThreads) client_products(const UpdateTask *ta
     const int bad = __syncthreads_or(is_bad(i) | is_bad(j));
     if (threadIdx.x) return;
 
-    const double *const weights = address<double>(task.weights, 0) + matrix * task.weights.row_stride;
-    const double w_i = weights[i * task.weights.col_stride], w_j = weights[j * task.weights.col_stride];
+    const double *const weights = task.weights + matrix * task.clients;
+    const double w_i = weights[i], w_j = weights[j];
     const int64_t e_i = exponent_of(w_i), e_j = exponent_of(w_j);
     int64_t e = e_i + e_j;
     if (task.exponents) e += task.exponents[matrix * task.clients + i] + task.exponents[matrix * task.clients + j];
@@ -106,8 +107,15 @@ fedlora_block matrices(double *data, int64_t batch, int64_t rows, int64_t cols) 
 struct UpdateGroup {
     const fedlora_block *B, *A;
     int64_t count;
-    fedlora_block weights, inner;
+    fedlora_block weights, inner; // weights lie on the host; a query knows none
 
+    // All of a matrix side by side.
+    std::vector<double> packed_weights() const {
+        std::vector<double> all((size_t)(inner.batch * count));
+        for (int64_t n = 0; weights.data && n < inner.batch * count; ++n)
+            all[(size_t)n] = address<const double>(weights, 0)[n / count * weights.row_stride + n % count * weights.col_stride];
+        return all;
+    }
     int status() const {
         const int64_t batch = inner.batch;
         if (inner.dtype != FEDLORA_FLOAT64 || weights.dtype != FEDLORA_FLOAT64) return FEDLORA_BAD_DTYPE;
@@ -148,7 +156,7 @@ class UpdateGrams {
             }
             const int64_t R = columns.back();
             UpdateTask task = {};
-            task.weights = group.weights, task.inner = group.inner, task.clients = K;
+            task.weights = upload.add(group.packed_weights()), task.inner = group.inner, task.clients = K;
             task.left = matrices(workspace.take<double>(batch * R * R), batch, R, R);
             task.right = matrices(workspace.take<double>(batch * R * R), batch, R, R);
             task.first = upload.add(columns);

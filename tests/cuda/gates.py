@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "gates"
 SOURCES = compiler.sources(CSRC)
+RUNTIME = (CSRC / "cuda" / "runtime.cuh").read_text() if SOURCES else ""
 
 
 class Kernel(NamedTuple):

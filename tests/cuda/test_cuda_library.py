@@ -1,5 +1,6 @@
 """The CUDA library itself: how it is found, what it says of itself, what it serves."""
 
+import contextlib
 import ctypes
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from fedlora_kernels.backends.contract import OPS
 from fedlora_kernels.backends.cuda import BACKEND
+from fedlora_kernels.backends.native import library
 from fedlora_kernels.backends.native.library import abi_stamp
 from fedlora_kernels.errors import BackendError
 
@@ -53,6 +55,34 @@ def test_what_is_not_served_is_said(simt, op, dtype, device, sizes, words):
 def test_a_function_that_the_library_lacks_is_named(simt):
     with pytest.raises(BackendError, match="has no fedlora_read_sum"):
         simt.library.call("weighted_sum", "fedlora_read_sum")
+
+
+def test_a_gpu_is_the_current_one_where_the_library_is_asked_for_scratch_and_called(monkeypatch, simt):
+    """Limits, and so the layout of scratch memory, are those of the current device; streams belong to theirs."""
+    entered = []
+
+    class Current(contextlib.nullcontext):
+        def __init__(self, device):
+            super().__init__()
+            self.device = device
+
+        def __enter__(self):
+            entered.append(str(self.device))
+
+        def __exit__(self, *_):
+            entered.append("")
+
+    def called(op, function, *arguments):
+        asked.append((function, entered[-1] if entered else ""))
+
+    asked, gpu = [], torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(8, dtype=torch.uint8))
+    monkeypatch.setattr(library, "stream", lambda device: None)
+    monkeypatch.setattr(simt.library, "call", called)
+    monkeypatch.setattr(simt.library, "_function", lambda op, function: lambda *_: called(op, function) or 0)
+    simt.library.run("test", "fedlora_gram", (), (), gpu)
+    assert asked == [("fedlora_gram_workspace", "cuda:1"), ("fedlora_gram", "cuda:1")]
 
 
 def test_without_a_gpu_the_backend_says_why():

@@ -5,6 +5,7 @@ and again with the nvcc 12.8 that FEDLORA_NVCC_128 names: the oldest that has to
 """
 
 import os
+import re
 import shlex
 
 import gates
@@ -15,8 +16,9 @@ from fedlora_kernels.backends.cuda.nvcc import ARCHITECTURES, find
 
 REGISTERS = 65536
 """Of a multiprocessor of every architecture here; a thread has at most 255, and they are dealt out by eights."""
-PLAIN_SHARED = 48 << 10
-"""Bytes of static shared memory that a kernel may have."""
+GRANTED_SHARED = int(re.search(r"kGrantedShared = (\d+) << 10", gates.RUNTIME)[1]) << 10 if gates.RUNTIME else 0
+PLAIN_SHARED = (48 << 10) - GRANTED_SHARED
+"""Bytes of static shared memory that a kernel may have, beside what launches take without asking."""
 
 
 def cases():
@@ -88,6 +90,12 @@ def test_every_kernel_has_a_row(source):
     assert rows <= written, f"limits.py has rows of {source.name} for no kernel: {rows - written}"
     own = {name for name in written if f" {name}(" in source.read_text()}
     assert own <= rows, f"kernels of {source.name} without a row in limits.py: {own - rows}"
+
+
+@pytest.mark.skipif(not gates.SOURCES, reason="needs the source tree")
+def test_static_shared_memory_fits_beside_what_launches_take_without_asking():
+    assert 0 < GRANTED_SHARED < 48 << 10
+    assert max(limit.shared for rows in LIMITS.values() for limit in rows.values()) <= PLAIN_SHARED
 
 
 def test_every_row_has_a_source():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from fedlora_kernels.backends.contract import Factors
 from fedlora_kernels.backends.native.library import Library, counts, table
-from fedlora_kernels.backends.native.threads import thread_count
 from fedlora_kernels.backends.torch.chunks import pow2, slices
 
 __all__ = ["gram", "update_gram"]
@@ -59,7 +57,7 @@ def _problems(library: Library, group: Factors) -> _Problems:
     N, K = group.weights.shape
     device = group.B[0].device if K else torch.device(library.device)
     inner = torch.empty(N, K, K, dtype=torch.float64, device=device)
-    return _Problems(group.B, group.A, group.weights.to(device), inner)
+    return _Problems(group.B, group.A, group.weights, inner)
 
 
 def _parts(library: Library, problem: _Problems) -> list[_Problems]:
@@ -68,10 +66,10 @@ def _parts(library: Library, problem: _Problems) -> list[_Problems]:
 
 
 def _scratch(library: Library, problems: Sequence[_Problems]) -> int:
-    needed = ctypes.c_int64()
+    if not problems:
+        return 0
     sizes = (*_tables(problems), table([problem.inner for problem in problems]), len(problems))
-    library.call("update_gram", "fedlora_update_gram_workspace", *sizes, thread_count(), ctypes.byref(needed))
-    return needed.value
+    return library.scratch("update_gram", "fedlora_update_gram", sizes, problems[0].inner.device)
 
 
 def _solve(library: Library, problems: Sequence[_Problems]) -> None:

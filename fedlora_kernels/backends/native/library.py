@@ -10,7 +10,7 @@ import ctypes
 import hashlib
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,19 @@ from fedlora_kernels.backends.native.threads import thread_count
 from fedlora_kernels.errors import BackendError
 from fedlora_kernels.memory import Reserve
 
-__all__ = ["DTYPE_CODE", "HEADERS", "LIBRARIES", "Library", "abi_stamp", "counts", "numbers", "rows", "stream", "table"]
+__all__ = [
+    "DTYPE_CODE",
+    "HEADERS",
+    "LIBRARIES",
+    "Library",
+    "abi_stamp",
+    "counts",
+    "current",
+    "numbers",
+    "rows",
+    "stream",
+    "table",
+]
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 LIBRARIES = _PACKAGE / "_lib"
@@ -98,12 +110,17 @@ class Library:
 
         Threads and, on a GPU, its current stream are added. BackendError where the query is refused.
         """
-        threads, needed = thread_count(), ctypes.c_int64()
-        self.call(op, f"{function}_workspace", *sizes, threads, ctypes.byref(needed))
-        memory = torch.empty(needed.value, dtype=torch.uint8, device=device)
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        memory = torch.empty(self.scratch(op, function, sizes, device), dtype=torch.uint8, device=device)
+        with current(device):
             called = self._function(op, function)
-            return int(called(*arguments, memory.data_ptr(), memory.numel(), threads, stream(device)))
+            return int(called(*arguments, memory.data_ptr(), memory.numel(), thread_count(), stream(device)))
+
+    def scratch(self, op: str, function: str, sizes: Sequence[Any], device: torch.device) -> int:
+        """Bytes of scratch memory that a C function takes on this device; BackendError where the query is refused."""
+        needed = ctypes.c_int64()
+        with current(device):
+            self.call(op, f"{function}_workspace", *sizes, thread_count(), ctypes.byref(needed))
+        return needed.value
 
     def call(self, op: str, function: str, *arguments: Any) -> None:
         """One call of a C function; BackendError where it refuses."""
@@ -137,6 +154,11 @@ class Library:
                 except BackendError as error:
                     self._reason = str(error)
             return self._loaded
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Within it a GPU is the current one, which the library asks for its limits and launches on; nothing for the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def stream(device: torch.device) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from fedlora_kernels.backends.contract import Factors, Mixed, RawProduct, RuleSpec
 from fedlora_kernels.backends.native.gram import gram
-from fedlora_kernels.backends.native.library import Library, counts, rows, stream, table
+from fedlora_kernels.backends.native.library import Library, counts, current, rows, stream, table
 from fedlora_kernels.backends.native.qr import tall_qr
 from fedlora_kernels.backends.native.sums import mix
 from fedlora_kernels.backends.native.svd import LARGEST, svd
@@ -82,9 +81,9 @@ class Problem(NamedTuple):
 
 def scratch(library: Library, problems: Sequence[Problem]) -> int:
     """Bytes of scratch memory that one call over these problems takes."""
-    needed = ctypes.c_int64()
-    library.call(_OP, "fedlora_product_svd_workspace", *_sizes(problems), thread_count(), ctypes.byref(needed))
-    return needed.value
+    if not problems:
+        return 0
+    return library.scratch(_OP, "fedlora_product_svd", _sizes(problems), problems[0].left.device)
 
 
 def solve(
@@ -156,7 +155,8 @@ def write_left(library: Library, blocks: Sequence[Tensor], e: Tensor | None, K: 
     X = torch.empty(left.shape, dtype=torch.float32, device=out.device) if half else left
     mix(library, [_mixed(blocks, K)], [X])
     signs = torch.empty(len(X), X.shape[-1], dtype=torch.float64, device=out.device)
-    library.call(_OP, "fedlora_orient", table([X]), table([rows(signs)]), 1, thread_count(), stream(out.device))
+    with current(out.device):
+        library.call(_OP, "fedlora_orient", table([X]), table([rows(signs)]), 1, thread_count(), stream(out.device))
     if half:
         left.copy_(X)
     return signs
