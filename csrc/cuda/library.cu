@@ -2,7 +2,10 @@
 #include "runtime.cuh"
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <string>
+#include <utility>
 
 #include "workspace.cuh"
 
@@ -39,6 +42,20 @@ Limits limits() {
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     return {shared, processors};
 }
+
+#ifdef __CUDACC__
+void grant_shared(const void *kernel, int64_t bytes) {
+    static std::mutex mutex;
+    static std::map<std::pair<const void *, int>, int64_t> granted;
+    int device = 0;
+    cudaGetDevice(&device);
+    const std::lock_guard<std::mutex> lock(mutex);
+    int64_t &most = granted[{kernel, device}];
+    if (bytes <= most) return;
+    // A refusal is kept for finish(), as that of the launch will be.
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) == cudaSuccess) most = bytes;
+}
+#endif
 
 int finish() {
     const cudaError_t error = cudaGetLastError();

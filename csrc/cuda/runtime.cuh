@@ -35,13 +35,15 @@ int finish();
 // Bytes of shared memory that a launch has without asking: half of 48 KiB, as what a kernel declares itself counts among those.
 constexpr int64_t kGrantedShared = 24 << 10;
 
+// Lets a kernel have so many on the current device from now on. What it may have never shrinks: another thread may be about to launch it.
+void grant_shared(const void *kernel, int64_t bytes);
+
 // Runs kernel(arguments...) on grid blocks; nothing for an empty grid. The stream is that of the caller of the library.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes, void *stream, Arguments... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef __CUDACC__
-    if (shared_bytes > kGrantedShared)
-        cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+    if (shared_bytes > kGrantedShared) grant_shared(reinterpret_cast<const void *>(kernel), shared_bytes);
     kernel<<<grid, block, (size_t)shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
 #else
     simt::launch(grid, block, (size_t)shared_bytes, [&] { kernel(arguments...); });

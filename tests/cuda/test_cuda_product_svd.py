@@ -479,6 +479,7 @@ def gpu():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_it_does_not_wait_for_the_device(gpu):
     backend, device = gpu
     group = changed(mixed_batch(), lambda block: block.to(device))
