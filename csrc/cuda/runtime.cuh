@@ -35,7 +35,8 @@ int finish();
 // Bytes of shared memory that a launch has without asking: half of 48 KiB, as what a kernel declares itself counts among those.
 constexpr int64_t kGrantedShared = 24 << 10;
 
-// Lets a kernel have so many on the current device from now on. What it may have never shrinks: another thread may be about to launch it.
+// Lets a kernel have so many on the current device from now on. What it may have never shrinks: another thread may be about to
+// launch it.
 void grant_shared(const void *kernel, int64_t bytes);
 
 // Runs kernel(arguments...) on grid blocks; nothing for an empty grid. The stream is that of the caller of the library.
