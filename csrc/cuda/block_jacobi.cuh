@@ -127,6 +127,7 @@ __device__ __forceinline__ void turn_pairs(const Side<T> &X, const Side<T> &Y, c
     T a = mine.x < 0 ? T(0) : X.squares[mine.x], b = mine.x < 0 ? T(0) : Y.squares[mine.y];
     const Turn<T> turn = plan_turn(a, b, g, thresholds, restless);
     if (!__any_sync(kAllLanes, turn.sine != T(0))) return;
+    __syncwarp(); // all lanes have read the squares
     if (lane % (kWarp / K) == 0 && turn.sine != T(0)) {
         X.squares[mine.x] = a;
         Y.squares[mine.y] = b;

@@ -108,6 +108,7 @@ __device__ void factor_panel(const Panel &panel, double *corner, int corner_gap,
             if (warp > j) {
                 const double part = tau * (dot + top * own_top);
                 for (int i = (kStacked ? 0 : j + 1) + lane; i < panel.count; i += kWarp) own[i] -= part * column[i];
+                __syncwarp(); // all lanes have read it
                 if (lane == 0) panel.pivots[warp * panel.pivot_gap + j] = own_top - part * top;
             } else if (lane == 0 && warp < j) {
                 products[warp * kPanel + j] = dot + top * own_top;
