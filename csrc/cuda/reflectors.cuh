@@ -56,12 +56,11 @@ struct LeftRows {
     }
 #else
     const double *scratch;
-    explicit LeftRows(const double *scratch_) : scratch(scratch_) {}
+    __device__ explicit LeftRows(const double *scratch_) : scratch(scratch_) {}
     template <class Right>
-    void multiply(double (&tile)[4], const Right &b) const {
+    __device__ void multiply(double (&tile)[4], const Right &b) const {
         const LaneOfTile lane;
-    #pragma unroll
-    for (int e = 0; e < 4; ++e)
+        for (int e = 0; e < 4; ++e)
             for (int k = 0; k < kPanel; ++k) tile[e] = fma(scratch[lane.row(e) * kTileGap + k], b(k, lane.col(e)), tile[e]);
     }
 #endif

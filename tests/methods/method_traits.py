@@ -201,8 +201,8 @@ def census(group: Group, gram: np.ndarray | None) -> Census:
 
 
 def _serves(name: str, backend: str) -> bool:
-    """Whether a backend named explicitly computes all that an entry needs; "auto", "torch" and "reference" do."""
-    if backend != "cpu":
+    """Whether a backend named explicitly computes all that an entry needs; here; "auto", "torch" and "reference" do."""
+    if backend in ("auto", "torch", "reference"):
         return True
     try:
         answer(typical(name), name, backend=backend)
