@@ -250,7 +250,7 @@ def test_platform_wheel_installs_and_runs(checkout, tmp_path):
         PYTHONPATH=str(tmp_path / "site"),
     )
     assert code == 0, output
-    assert f"{tmp_path}/site/fedlora_kernels/_lib/libfedlora_cpu.so (True" in output
+    assert f"{tmp_path}/site/fedlora_kernels/_lib/libfedlora_cpu.so (True" in output, output
 
 
 @pytest.mark.full
